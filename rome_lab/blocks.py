@@ -1,0 +1,183 @@
+"""Drive a model's own decoder blocks: record one run of the whole model, then run single blocks on a suffix of its tokens.
+
+`record` runs the model as its own `forward` does and keeps what every block was given and what it made. `run_block`
+then calls one block on the tokens t..T-1 alone, with the recorded keys and values standing for the tokens left of t.
+Nothing of any architecture is written again here: attention, rotary embeddings and masks are the model's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from rome_lab.models import LanguageModel
+
+CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """What one run over B rows of T tokens left behind.
+
+    Attributes:
+        states: L + 1 tensors (B, T, D); number l is what block l was given, number L what the last block returned.
+        attn, mlp: L tensors (B, T, D), the attention's and the MLP's contribution at each layer.
+        keys, values: L tensors (B, heads, T, D_head), as the attention uses them.
+        arguments: L dictionaries, the keyword arguments that the model gave each block, with a batch of one.
+        logits: (B, V) at the last token, float32 at least.
+    """
+
+    states: list[torch.Tensor]
+    attn: list[torch.Tensor]
+    mlp: list[torch.Tensor]
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    arguments: list[dict[str, Any]]
+    logits: torch.Tensor
+
+
+@torch.no_grad()
+def record(lm: LanguageModel, ids: torch.Tensor, change_embedding: Callable[[torch.Tensor], torch.Tensor]) -> Recording:
+    """Run the whole model on ids (B, T), its embedding module's output (B, T, D) passed through `change_embedding`."""
+    states, attn, mlp, arguments = [], [], [], []
+
+    def keep_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        given = named_arguments(module, args, kwargs)
+        states.append(given.pop("hidden_states"))
+        arguments.append({name: first_row(value) for name, value in given.items()})
+
+    shape = (*ids.shape, -1)
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(output_changed(lm.embedding, change_embedding))
+        for layer, block in enumerate(lm.blocks):
+            hooks.callback(block.register_forward_pre_hook(keep_input, with_kwargs=True).remove)
+            hooks.enter_context(output_changed(lm.attn(layer), lambda x: attn.append(x.view(shape))))
+            hooks.enter_context(output_changed(lm.mlp(layer), lambda x: mlp.append(x.view(shape))))
+        hooks.enter_context(output_changed(lm.blocks[-1], lambda x: states.append(x)))
+        cache = DynamicCache()
+        logits = lm.model(input_ids=ids, past_key_values=cache, use_cache=True, **last_logits_only(lm.model)).logits
+    return Recording(
+        states=states,
+        attn=attn,
+        mlp=mlp,
+        keys=[layer.keys for layer in cache.layers],
+        values=[layer.values for layer in cache.layers],
+        arguments=arguments,
+        logits=at_least_float32(logits[:, -1]),
+    )
+
+
+def run_block(
+    lm: LanguageModel, layer: int, hidden: torch.Tensor, recording: Recording, rows: slice = slice(None)
+) -> torch.Tensor:
+    """Run block `layer` on the last tokens of a text whose first tokens are those of `recording`.
+
+    Args:
+        hidden: (C, S, N, D): what the block is given at the last N of T tokens, for C x S texts.
+        recording: the run whose keys and values stand for the first T - N tokens.
+        rows: the S of the recording's rows that these texts continue.
+
+    Returns: (C, S, N, D), what the block makes of them.
+    """
+    cells, samples, length, width = hidden.shape
+    begin = recording.states[0].shape[1] - length
+    prefix = [
+        # (S, heads, T - N, D_head) -> (C * S, heads, T - N, D_head)
+        x[layer][rows, :, :begin].expand(cells, samples, -1, -1, -1).flatten(0, 1) if begin else None
+        for x in (recording.keys, recording.values)
+    ]
+    arguments = {
+        name: suffix_argument(lm, name, value, begin, length, PrefixCache(*prefix))
+        for name, value in recording.arguments[layer].items()
+    }
+    output = lm.blocks[layer](hidden.flatten(0, 1), **arguments)
+    return tensor_of(output).view(cells, samples, length, width)
+
+
+class PrefixCache:
+    """Stands for a key-value cache inside one block: hands back the stored prefix with the new tokens behind it."""
+
+    def __init__(self, keys: torch.Tensor | None, values: torch.Tensor | None) -> None:
+        self.keys, self.values = keys, values
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.keys is None:
+            return keys, values
+        return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+
+
+def suffix_argument(lm: LanguageModel, name: str, value: Any, begin: int, length: int, cache: PrefixCache) -> Any:
+    """What to give a block for its argument `name` when it sees only the tokens from `begin` on."""
+    if name in CACHE_ARGUMENTS:
+        return cache
+    if name == "attention_mask":
+        # With no mask and more keys than queries, sdpa would let every query see the first keys only.
+        mask = causal_mask(lm, begin + length) if value is None else value
+        return mask[..., begin:, :]
+    if isinstance(value, torch.Tensor):
+        return value[:, begin:] if value.ndim > 1 else value[begin:]
+    if isinstance(value, tuple) and all(isinstance(x, torch.Tensor) for x in value):
+        return tuple(x[:, begin:] for x in value)
+    return value
+
+
+def causal_mask(lm: LanguageModel, length: int) -> torch.Tensor:
+    """(1, 1, T, T): True where the query (third axis) may see the key (last axis)."""
+    return torch.ones(length, length, dtype=torch.bool, device=lm.device).tril()[None, None]
+
+
+def named_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of one call of `module`, all by name: some families pass some of them by position."""
+    signature = inspect.signature(module.forward)
+    given = dict(signature.bind(*args, **kwargs).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given.update(given.pop(parameter.name, {}))
+    return given
+
+
+def first_row(value: Any) -> Any:
+    """The first of a batch of equal rows, in a tensor or a tuple of tensors; anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value[:1] if value.ndim > 1 else value
+    if isinstance(value, tuple):
+        return tuple(first_row(x) for x in value)
+    return value
+
+
+def tensor_of(output: torch.Tensor | tuple) -> torch.Tensor:
+    """The hidden states in what a module returned: a tensor, or a tuple that begins with it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@contextlib.contextmanager
+def output_changed(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
+    """Within the context, `module`'s hidden states pass through `change`, which may return None to leave them alone."""
+
+    def hook(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple | None:
+        changed = change(tensor_of(output))
+        return (changed, *output[1:]) if changed is not None and isinstance(output, tuple) else changed
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def last_logits_only(model: nn.Module) -> dict[str, int]:
+    """Arguments that spare `model` the logits of all tokens but the last, where its forward knows how."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

