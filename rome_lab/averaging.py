@@ -139,7 +139,7 @@ def fact_means(traces: Iterable[Trace], quantity: str = "indirect_effect") -> di
 
     Args:    quantity: "indirect_effect" (restored minus corrupted, paired within the fact) or "p_restored".
     Returns: kind -> (F, B, L). Facts stand in the order of their first trace, the same for all kinds. NaN where a fact
-             has no trace of the kind or no token in the bucket.
+             has no trace of the kind, no token in the bucket, or one in it that was not restored.
     Raises:  ValueError: no traces, different numbers of layers, two traces of one fact and kind, values not finite.
     """
     if quantity not in _QUANTITIES:
@@ -259,11 +259,13 @@ def _fact_of(trace: Trace) -> tuple[str, str, str]:
 
 
 def _bucket_means(trace: Trace, values: np.ndarray) -> np.ndarray:
-    """(T, L) to (B, L); NaN, which is 0 / 0, for the buckets that the prompt lacks."""
+    """(T, L) to (B, L); NaN for the buckets that the prompt lacks and those with a token that was not restored."""
     codes = np.array([_BUCKET_INDEX.get(bucket, -1) for bucket in buckets(len(trace.tokens), trace.subject_range)])
     member = codes == np.arange(len(BUCKETS))[:, None]  # (B, T)
-    with np.errstate(invalid="ignore"):
-        return member @ values / member.sum(axis=1, keepdims=True)
+    restored = ~np.isnan(values).any(axis=1)  # (T,)
+    n_tokens = np.where(member[:, ~restored].any(axis=1), 0, member.sum(axis=1))[:, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(n_tokens > 0, member[:, restored] @ values[restored] / n_tokens, np.nan)
 
 
 def _checked_layers(traces: Traces) -> int:
@@ -282,7 +284,8 @@ def _checked_layers(traces: Traces) -> int:
             raise ValueError(
                 f"averaging: p_restored of {trace.prompt!r} has shape {shape}, not ({len(trace.tokens)} tokens, layers)"
             )
-        if not (np.isfinite(trace.p_restored).all() and np.isfinite([trace.p_clean, trace.p_corrupted]).all()):
+        restored = trace.p_restored[~np.isnan(trace.p_restored).all(axis=1)]  # rows of other tokens are NaN
+        if not (np.isfinite(restored).all() and np.isfinite([trace.p_clean, trace.p_corrupted]).all()):
             raise ValueError(f"averaging: the {trace.label!r} trace of {trace.prompt!r} has NaN or inf; trace it again")
         shapes[shape[1]] = trace.prompt
     if len(shapes) > 1:

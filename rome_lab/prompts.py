@@ -56,7 +56,9 @@ def read_prompt(lm: LanguageModel, prompt: str | Fact, subject: str | None = Non
         )
     inside = [i for i, (begin, end) in enumerate(offsets) if begin < span[1] and end > span[0]]
     if not inside:
-        raise ValueError(f"the tokenizer of {lm.name} drops the subject {subject!r}; choose a subject that it can write.")
+        raise ValueError(
+            f"the tokenizer of {lm.name} drops the subject {subject!r}; choose a subject that it can write."
+        )
     return Prompt(text, subject, torch.tensor(ids, device=lm.device), (inside[0], inside[-1] + 1))
 
 

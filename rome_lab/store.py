@@ -65,7 +65,7 @@ class Store:
         Raises:
             TypeError, ValueError: `inputs` is not finite JSON, or has no "what" that can name a folder.
         """
-        text = canonical_json(inputs)
+        text = canonical_json(inputs, "Store: inputs")
         what = inputs.get("what")
         if not isinstance(what, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", what):
             raise ValueError(
@@ -74,7 +74,7 @@ class Store:
         return self.folder / what / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
 
     def load(self, inputs: Mapping[str, Json]) -> Record | None:
-        """The result of exactly these inputs, or None where there is none that can be trusted (logged, with the reason).
+        """The result of exactly these inputs; None where there is none, or none to be trusted (logged, with the reason).
 
         Raises:
             TypeError, ValueError: as in `path`.
@@ -100,7 +100,7 @@ class Store:
             OSError: the folder cannot be written; the message says why and what to do.
         """
         path = self.path(inputs)
-        texts = {"format": FORMAT, "inputs": canonical_json(inputs), "meta": canonical_json(meta or {})}
+        texts = {"format": FORMAT, "inputs": canonical_json(inputs), "meta": canonical_json(meta or {}, "Store: meta")}
         plain = {name: _plain_array(name, array) for name, array in arrays.items()}
         data = save(plain, metadata={**texts, "sha256": _digest(plain, texts["inputs"], texts["meta"])})
         write_atomically(path, lambda temporary: temporary.write_bytes(data))
@@ -143,13 +143,13 @@ def check_writable(folder: Path) -> None:
         _flush(probe)
 
 
-def canonical_json(value: Json) -> str:
+def canonical_json(value: Json, name: str = "the value") -> str:
     """The one JSON text of `value`: keys sorted, ASCII, floats in the shortest form that reads back exactly.
 
     Raises:
-        TypeError, ValueError: something in it is not JSON, or not finite; the message says where.
+        TypeError, ValueError: something in it is not JSON, or not finite; the message says where, in terms of `name`.
     """
-    return json.dumps(_plain(value, "the value"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return json.dumps(_plain(value, name), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def _plain(value: Json, where: str) -> Json:
@@ -158,13 +158,13 @@ def _plain(value: Json, where: str) -> Json:
     if isinstance(value, float):
         if math.isfinite(value):
             return value
-        raise ValueError(f"Store: {where} is {value}, which JSON cannot hold; use None or a string for it.")
+        raise ValueError(f"{where} is {value}, which JSON cannot hold; use None or a string for it.")
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
     raise TypeError(
-        f"Store: {where} is of type {type(value).__name__}, which is not JSON; convert it to None, bool, int, float, str, "
+        f"{where} is of type {type(value).__name__}, which is not JSON; convert it to None, bool, int, float, str, "
         "or a list or string-keyed mapping of these."
     )
 
@@ -176,7 +176,7 @@ class _Untrusted(Exception):
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT or not HEADER <= metadata.keys():
+        if metadata.get("format") != FORMAT or HEADER - metadata.keys():
             raise _Untrusted(f"it is not a result in the format {FORMAT!r}")
         return file.get_tensors(), metadata
 
@@ -201,7 +201,9 @@ def _plain_array(name: str, array: np.ndarray) -> np.ndarray:
     """`array` in native byte order and C order, which is what safetensors takes."""
     array = np.asarray(array)
     if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
-        raise TypeError(f"Store: array {name!r} has dtype {array.dtype}; convert it to bool, or to ints or floats of 64 bits.")
+        raise TypeError(
+            f"Store: array {name!r} has dtype {array.dtype}; convert it to bool, or to ints or floats of 64 bits."
+        )
     if name == "__metadata__":
         raise ValueError("Store: an array cannot be named '__metadata__', the name of safetensors' own header.")
     return np.asarray(array, dtype=array.dtype.newbyteorder("="), order="C")

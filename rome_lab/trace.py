@@ -28,7 +28,7 @@ class Trace:
         subject_range: (begin, end) in tokens, end excluded.
         p_clean, p_corrupted: P[o] and P*[o], the latter a mean over the noise samples.
         p_restored: (T, L) float64, P*,clean[o]; row = restored token, column = restored layer, or the middle of
-            the restored run of layers; a mean over the noise samples.
+            the restored run of layers; a mean over the noise samples. Rows of tokens that were not restored are NaN.
         noise_std: nu, standard deviation of the noise on the subject's embeddings.
         samples, window, seed: the settings; `window` is the length of the runs that "mlp" and "attn" restore.
     """

@@ -8,7 +8,7 @@ joined go through the next block together. This is exact: the arithmetic that is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -22,6 +22,9 @@ from rome_lab.memory import rows_that_fit
 from rome_lab.models import LanguageModel
 from rome_lab.prompts import Prompt, continuation_ids, read_prompt
 from rome_lab.trace import KINDS, Trace
+
+
+NUMERICS = 1  # raised when a change here moves any number, so that stored traces are made again
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,10 @@ class Runs:
     answer_id: int
     p: np.ndarray
     noise_std: float
+
+
+class UnknownFactError(ValueError):
+    """The model does not complete the fact's prompt with its object."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +133,7 @@ def causal_trace(
     return restore(runs, kind, severed)
 
 
-def run_clean_and_corrupted(
-    lm: LanguageModel, prompt: str | Fact, subject: str | None, settings: Settings
-) -> Runs:
+def run_clean_and_corrupted(lm: LanguageModel, prompt: str | Fact, subject: str | None, settings: Settings) -> Runs:
     """Record the clean run and the S corrupted runs, all in one batch."""
     read = read_prompt(lm, prompt, subject)
     begin, end = read.subject_range
@@ -150,15 +155,15 @@ def run_clean_and_corrupted(
 
 
 @torch.no_grad()
-def restore(runs: Runs, kind: str, severed: str | None = None) -> Trace:
-    """The restored runs of all tokens and layers."""
+def restore(runs: Runs, kind: str, severed: str | None = None, tokens: Collection[int] | None = None) -> Trace:
+    """The restored runs of all layers at `tokens`, all tokens by default; the rows of other tokens are NaN."""
     lm, prompt, settings = runs.lm, runs.prompt, runs.settings
     begin, end = prompt.subject_range
     p_corrupted = float(runs.p[1:].mean())
-    # Restoring a token left of the subject restores what never changed.
-    p_restored = np.full((len(prompt.ids), lm.n_layers), p_corrupted)
-    for token in range(begin, len(prompt.ids)):
-        p_restored[token] = sweep_layers(runs, token, kind, severed)
+    p_restored = np.full((len(prompt.ids), lm.n_layers), np.nan)
+    for token in range(len(prompt.ids)) if tokens is None else tokens:
+        # Restoring a token left of the subject restores what never changed.
+        p_restored[token] = p_corrupted if token < begin else sweep_layers(runs, token, kind, severed)
     return Trace(
         kind=kind,
         severed=severed,
@@ -245,6 +250,7 @@ def probability(logits: torch.Tensor, token_id: int) -> np.ndarray:
     return (logits[..., token_id] - logits.logsumexp(-1)).exp().double().cpu().numpy()
 
 
+@torch.no_grad()
 def check_readout(lm: LanguageModel, recording: Recording) -> None:
     """Raise where `lm.logits` of the last states is not what the model's own forward gave."""
     ours = at_least_float32(lm.logits(recording.states[-1][:, -1])).softmax(-1)
@@ -257,11 +263,11 @@ def check_readout(lm: LanguageModel, recording: Recording) -> None:
 
 
 def known_answer(lm: LanguageModel, fact: Fact, logits: torch.Tensor) -> int:
-    """First token of the fact's object; a ValueError where the model would say something else."""
+    """First token of the fact's object; an UnknownFactError where the model would say something else."""
     wanted, said = continuation_ids(lm, fact.prompt, fact.object)[0], int(logits.argmax())
     if wanted != said:
         p = logits.softmax(-1)
-        raise ValueError(
+        raise UnknownFactError(
             f"causal_trace: {lm.name} does not know this fact: it continues {fact.prompt!r} with "
             f"{lm.tokenizer.decode([said])!r} (p {p[said]:.3f}), not {lm.tokenizer.decode([wanted])!r} "
             f"(p {p[wanted]:.3f}). Choose one of known_facts(lm, facts), or trace what it does say: "

@@ -181,6 +181,17 @@ def test_average_is_the_mean_of_the_fact_table():
         assert row["n_facts"] == grouped.loc[key, "count"]
 
 
+def test_a_bucket_with_a_token_that_was_not_restored_counts_as_missing():
+    effect = np.full((8, 2), 0.2)
+    effect[[0, 2, 6]] = np.nan  # before the subject, one of two middle subject tokens, one of two further tokens
+    traces = [make_trace(0, effect=effect, subject_range=(1, 5)), make_trace(1, effect=np.full((7, 2), 0.4))]
+    table = average(traces)
+    n_facts = table[table["layer"] == 0].set_index("bucket")["n_facts"].to_dict()
+    assert n_facts == {b: 1 if b in ("subject_middle", "further") else 2 for b in BUCKETS}
+    assert rows_of(table, bucket="subject_middle")["mean"].tolist() == pytest.approx([0.4, 0.4])
+    assert rows_of(table, bucket="subject_last")["mean"].tolist() == pytest.approx([0.3, 0.3])
+
+
 def test_the_order_of_the_traces_does_not_change_the_average():
     rng = np.random.default_rng(3)
     traces = [make_trace(i, k, rng.normal(size=(7, 3))) for i in range(5) for k in ("attn", "state")]
@@ -195,7 +206,8 @@ def test_the_order_of_the_traces_does_not_change_the_average():
         ([], "there are no traces"),
         ([make_trace(0), make_trace(1), make_trace(0)], "two 'state' traces of 'prompt 0'"),
         ([make_trace(0), make_trace(1, effect=np.zeros((7, 3)))], "different numbers of layers: 2 .* 3"),
-        ([make_trace(0, effect=np.full((7, 2), np.nan))], "'prompt 0' has NaN or inf"),
+        ([make_trace(0, effect=np.where(np.eye(7, 2) > 0, np.nan, 0.1))], "'prompt 0' has NaN or inf"),
+        ([make_trace(0, effect=np.full((7, 2), np.inf))], "'prompt 0' has NaN or inf"),
         ([make_trace(0, p_clean=np.nan)], "'prompt 0' has NaN or inf"),
     ],
 )

@@ -77,9 +77,9 @@ def test_no_claim_holds_where_the_opposite_is_true():
 
 
 def test_few_noisy_facts_cannot_tell():
-    table = claims(make_traces(5, PAPER_LIKE, noise=1.0))
-    assert table["verdict"].tolist() == ["can't tell"] * 5
-    assert table["effect"].notna().all()
+    tables = [claims(make_traces(5, PAPER_LIKE, noise=1.0, seed=seed)) for seed in range(20)]
+    assert np.mean([(table["verdict"] == "can't tell").mean() for table in tables]) > 0.85
+    assert all(table["effect"].notna().all() for table in tables)
 
 
 def test_an_effect_too_small_to_speak_of_does_not_hold_however_significant():

@@ -39,7 +39,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
     max_leaves=8,
 )
-DTYPES = "? i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8".split()
+DTYPES = ["?", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"]
 ARRAY = hnp.arrays(
     st.sampled_from([*DTYPES, ">f8", ">i4"]), hnp.array_shapes(min_dims=0, min_side=0, max_dims=3, max_side=4)
 )
@@ -190,6 +190,14 @@ def test_a_file_with_any_bit_flipped_is_refused(store, caplog):
         damaged[place] ^= 1 << chance.randrange(8)
         path.write_bytes(damaged)
         assert_refused(store, caplog)
+
+
+@pytest.mark.parametrize(("own", "other"), [(b'"F64"', b'"I64"'), (b"[3,4]", b"[4,3]"), (b'"seen"', b'"teen"')])
+def test_a_header_that_is_valid_but_describes_the_arrays_otherwise_is_refused(store, caplog, own, other):
+    path = store.save(INPUTS, ARRAYS, META)
+    assert path.read_bytes().count(own) == 1
+    path.write_bytes(path.read_bytes().replace(own, other))
+    assert_refused(store, caplog, "checksum")
 
 
 @settings(max_examples=60, deadline=None)
@@ -401,30 +409,38 @@ def test_a_file_size_limit_while_saving_leaves_nothing_and_says_so(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+MOUNT = 'cd "$0" && mkdir full ro && mount -t tmpfs -o size=48k tmpfs full && mount -t tmpfs -o ro tmpfs ro'
 MOUNTED = """
-import sys, pathlib
-from tests.test_store import INPUTS, ARRAYS, Store, refusals, bits
-folder, option, reason = sys.argv[1:]
-if option == "size=48k":
-    Store(folder).save(INPUTS, ARRAYS)
-messages = refusals(pathlib.Path(folder))
-assert all(reason in m and str(folder) in m and "choose another folder." in m for m in messages), messages
-if option == "size=48k":
-    assert bits(Store(folder).load(INPUTS).arrays) == bits(ARRAYS), "the result from before is lost"
-    assert not list(pathlib.Path(folder).rglob(".rome_lab-*"))
+from tests.test_store import ARRAYS, INPUTS, Path, Store, bits, refusals, sys
+full, read_only = Path(sys.argv[1]) / "full", Path(sys.argv[1]) / "ro"
+Store(full).save(INPUTS, ARRAYS)
+for folder, reason in ((full, "the disk is full"), (read_only, "the file system is read-only")):
+    for message in refusals(folder):
+        assert message.startswith(f"Cannot write to the folder {folder}"), message
+        assert reason in message and message.endswith("choose another folder."), message
+assert bits(Store(full).load(INPUTS).arrays) == bits(ARRAYS), "the result from before is lost"
+assert [path for path in full.rglob("*") if path.is_file()] == [Store(full).path(INPUTS)]
 """
 
 
-@pytest.mark.parametrize(
-    ("option", "reason"), [("size=48k", "the disk is full"), ("ro", "the file system is read-only")]
-)
-def test_a_full_disk_and_a_read_only_one_are_named_with_advice_and_lose_nothing(tmp_path, option, reason):
-    inside = ["unshare", "--map-root-user", "--mount", "sh", "-c"]  # the mount is gone when the command ends
-    mount = f'mount -t tmpfs -o {option} tmpfs "$0"'
-    if not shutil.which("unshare") or subprocess.run([*inside, mount, tmp_path], capture_output=True, check=False).returncode:
+def test_a_full_disk_and_a_read_only_one_are_named_with_advice_and_lose_nothing(tmp_path):
+    inside = ["unshare", "--map-root-user", "--mount", "sh", "-c"]  # the mounts are gone when the command ends
+    possible = shutil.which("unshare") and subprocess.run([*inside, MOUNT, tmp_path], capture_output=True, check=False)
+    if not possible or possible.returncode:
         pytest.skip("no small file system can be mounted here")
-    command = [*inside, mount + ' && exec "$@"', tmp_path, sys.executable, "-c", MOUNTED, tmp_path, option, reason]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    command = [
+        *inside,
+        f'{MOUNT} && cd "$1" && shift && exec "$@"',
+        tmp_path,
+        ROOT,
+        sys.executable,
+        "-c",
+        MOUNTED,
+        tmp_path,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family, with a byte-level tokenizer; weights large enough to make answers differ."""
+"""Tiny random models of every supported family with a byte-level tokenizer; large weights make their answers differ."""
 
 from __future__ import annotations
 
@@ -16,9 +16,25 @@ TEXT = [
     "Marie Curie was born in the city of Warsaw. She worked on physics and chemistry.",
     "The capital of France is Paris. The capital of Japan is Tokyo. Windows 95 is developed by Microsoft.",
 ]
-SIZE = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+SIZE = {
+    "vocab_size": 300,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
 LLAMA = SIZE | {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
-GPT = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}
+GPT = {
+    "vocab_size": 300,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 64,
+}
 
 CONFIGS = {
     "gpt2": lambda: tf.GPT2Config(**GPT),
@@ -37,6 +53,8 @@ CONFIGS = {
 }
 FAMILIES = tuple(CONFIGS)
 
+SCALES = {"lm_head": 50.0, "embed_out": 50.0, "embed": 10.0, "wte": 10.0, "wpe": 10.0, "": 6.0}  # by part of the name
+
 
 @functools.cache
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -52,15 +70,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<bos>", eos_token="<eos>")
 
 
-def tiny_model(family: str, seed: int = 0, scale: float = 2.5) -> LanguageModel:
-    """A random model; its matrices are scaled up, since freshly initialised models answer almost the same to all."""
+def tiny_model(family: str, seed: int = 0) -> LanguageModel:
+    """A random model whose matrices are scaled up, so that its blocks, not the last token's embedding, make its answer."""
     config = CONFIGS[family]()
+    config.tie_word_embeddings = False
     torch.manual_seed(seed)
     model = tf.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.ndim == 2:
-                weight.mul_(20.0 if "embed" in name or "wte" in name or "lm_head" in name else scale)
-            elif name.endswith("bias"):
+            if name.endswith("bias"):
                 weight.normal_(std=0.1)
+            elif weight.ndim == 2:
+                weight.mul_(next(factor for part, factor in SCALES.items() if part in name))
     return LanguageModel(model, tokenizer(), name=f"tiny-{family}")

@@ -1,0 +1,146 @@
+"""Trace many facts: `trace_facts`, resumable through a store of results on disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from rome_lab.averaging import Traces
+from rome_lab.corruption import Corruption
+from rome_lab.facts import Fact
+from rome_lab.models import LanguageModel
+from rome_lab.prompts import Prompt, read_prompt
+from rome_lab.store import Json, Record, Store
+from rome_lab.trace import KINDS, Trace
+from rome_lab.tracing import NUMERICS, Settings, UnknownFactError, restore, run_clean_and_corrupted
+
+logger = logging.getLogger(__name__)
+
+
+def trace_facts(
+    lm: LanguageModel,
+    facts: Iterable[Fact],
+    kinds: Iterable[str] = ("state", "mlp", "attn"),
+    store: Store | str | Path | None = None,
+    progress: bool = True,
+    *,
+    corruption: Corruption | None = None,
+    samples: int = 10,
+    window: int = 10,
+    seed: int = 0,
+    max_rows: int | None = None,
+) -> Traces:
+    """Trace every fact, each kind from the same clean and corrupted runs; what the store holds is not traced again.
+
+    The severed kinds are traced at the last subject token only, which is what Figure 3 shows.
+
+    Args:
+        kinds: labels of `KINDS`: "state", "mlp", "attn", "severed-mlp", "severed-attn".
+        store: folder of results; written after every fact, so that an interrupted run goes on where it was.
+        progress: show a bar over the facts.
+        corruption, samples, window, seed, max_rows: as in `causal_trace`.
+
+    Returns: Traces, in the order of the facts. Facts that `lm` does not know are left out, with a warning.
+
+    Raises:
+        ValueError: an unknown kind, no facts, or none that `lm` knows.
+        OSError: the store cannot be written; found before any work is done.
+    """
+    kinds, facts = tuple(kinds), list(facts)
+    if unknown := set(kinds) - set(KINDS):
+        raise ValueError(f"trace_facts: unknown kinds {sorted(unknown)}; choose from {', '.join(KINDS)}.")
+    if not facts:
+        raise ValueError("trace_facts: there are no facts to trace; known_facts(lm, facts) finds some.")
+    store = Store(store) if isinstance(store, str | Path) else store
+    if store:
+        store.check_writable()
+    settings = Settings(corruption, samples, window, seed, max_rows)
+    common = model_inputs(lm) | {"corruption": settings.corruption.describe(lm)} if store else {}
+    traces, skipped = [], []
+    for fact in tqdm(facts, desc="tracing", unit="fact", disable=not progress):
+        try:
+            traces += trace_fact(lm, fact, kinds, settings, store, common)
+        except UnknownFactError as error:
+            skipped.append(str(error))
+    if skipped:
+        message = (
+            f"trace_facts: {len(skipped)} of {len(facts)} facts are not known to {lm.name}; the first: {skipped[0]}"
+        )
+        if not traces:
+            raise ValueError(message)
+        logger.warning("%s They are left out.", message)
+    return Traces(traces)
+
+
+def trace_fact(
+    lm: LanguageModel,
+    fact: Fact,
+    kinds: tuple[str, ...],
+    settings: Settings,
+    store: Store | None,
+    common: dict[str, Json],
+) -> list[Trace]:
+    """The traces of one fact, from the store where it has them."""
+    prompt = read_prompt(lm, fact)
+    traces, runs = [], None
+    for label in kinds:
+        inputs = trace_inputs(common, fact, prompt, label, settings)
+        record = store.load(inputs) if store else None
+        if record is None:
+            runs = runs or run_clean_and_corrupted(lm, fact, None, settings)
+            kind, severed = KINDS[label]
+            trace = restore(runs, kind, severed, [prompt.subject_range[1] - 1] if severed else None)
+            if store:
+                store.save(inputs, *to_record(trace))
+        else:
+            trace = from_record(record)
+        traces.append(trace)
+    return traces
+
+
+def model_inputs(lm: LanguageModel) -> dict[str, Json]:
+    """What a model and this process's arithmetic contribute to a result."""
+    return {
+        "weights": lm.fingerprint,
+        "dtype": str(lm.dtype),
+        "matmul": [torch.get_float32_matmul_precision(), str(torch.backends.mkldnn.matmul.fp32_precision)],
+    }
+
+
+def trace_inputs(
+    common: dict[str, Json], fact: Fact, prompt: Prompt, label: str, settings: Settings
+) -> dict[str, Json]:
+    """Everything that determines one trace."""
+    kind, severed = KINDS[label]
+    return common | {
+        "what": "trace",
+        "numerics": NUMERICS,
+        "prompt": fact.prompt,
+        "subject": fact.subject,
+        "object": fact.object,
+        "ids": prompt.ids.tolist(),
+        "subject_range": list(prompt.subject_range),
+        "kind": kind,
+        "severed": severed,
+        "samples": settings.samples,
+        "window": None if kind == "state" else settings.window,
+        "seed": settings.seed,
+    }
+
+
+def to_record(trace: Trace) -> tuple[dict, dict[str, Json]]:
+    """A trace as arrays and JSON."""
+    meta = {name: value for name, value in asdict(trace).items() if name != "p_restored"}
+    return {"p_restored": trace.p_restored}, meta
+
+
+def from_record(record: Record) -> Trace:
+    """The trace that `to_record` took apart."""
+    meta = dict(record.meta)
+    meta |= {"tokens": tuple(meta["tokens"]), "subject_range": tuple(meta["subject_range"])}
+    return Trace(p_restored=record.arrays["p_restored"], **meta)

@@ -1,0 +1,23 @@
+"""What all tests share: the embedded model, loaded once, and a quiet, reproducible process."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+import transformers
+from hypothesis import settings
+from rome_lab import load_model
+
+transformers.utils.logging.disable_progress_bar()
+settings.register_profile("rome_lab", deadline=None, derandomize=True)
+settings.load_profile("rome_lab")
+
+
+@pytest.fixture(scope="session")
+def lm():
+    """The embedded model."""
+    return load_model()
