@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 
 from rome_lab.averaging import Traces
@@ -60,7 +59,7 @@ def trace_facts(
     if store:
         store.check_writable()
     settings = Settings(corruption, samples, window, seed, max_rows)
-    common = model_inputs(lm) | {"corruption": settings.corruption.describe(lm)} if store else {}
+    common = lm.key | {"corruption": settings.corruption.describe(lm)} if store else {}
     traces, skipped = [], []
     for fact in tqdm(facts, desc="tracing", unit="fact", disable=not progress):
         try:
@@ -101,15 +100,6 @@ def trace_fact(
             trace = from_record(record)
         traces.append(trace)
     return traces
-
-
-def model_inputs(lm: LanguageModel) -> dict[str, Json]:
-    """What a model and this process's arithmetic contribute to a result."""
-    return {
-        "weights": lm.fingerprint,
-        "dtype": str(lm.dtype),
-        "matmul": [torch.get_float32_matmul_precision(), str(torch.backends.mkldnn.matmul.fp32_precision)],
-    }
 
 
 def trace_inputs(

@@ -89,9 +89,9 @@ def parse_json(text: str, source: str) -> list[Json]:
     """The items of a JSON list; `source` names the text in errors."""
     try:
         records = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"load_facts: {source} is not valid JSON: {error}; expected a list of objects.") from None
-    if not isinstance(records, list):
+    if type(records) is not list:
         raise ValueError(f"load_facts: {source} holds a JSON {type(records).__name__}; expected a list of objects.")
     return records
 
@@ -108,6 +108,23 @@ def parse_csv(text: str, source: str) -> list[Json]:
     if len(set(columns)) < len(columns):
         raise ValueError(f"load_facts: {source} has a column twice ({', '.join(columns)}); rename one of them.")
     return records
+
+
+def text_at(record: Json, path: str) -> str:
+    """The text at a path of keys, such as "target_true.str" or "answers.0"; a ValueError names it where there is none."""
+    value = record
+    for key in path.split("."):
+        try:
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        except (KeyError, IndexError, TypeError, ValueError):
+            value = None
+    if value is None:
+        raise ValueError(f"the field {path} is missing")
+    if type(value) is not str:
+        raise ValueError(f"the field {path} is {value!r}, not text")
+    if not value.strip():
+        raise ValueError(f"the field {path} is empty")
+    return value
 
 
 def published_file(name: str, opener: request.OpenerDirector | None = None) -> Path:

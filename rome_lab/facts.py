@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 
-from rome_lab.datasets import PUBLISHED, Json, parse_csv, published_file, read_records
+from rome_lab.datasets import PUBLISHED, Json, parse_csv, published_file, read_records, text_at
 
 logger = logging.getLogger(__name__)
 
@@ -159,13 +159,12 @@ def _data(name: str) -> list[Json]:
 
 def read_facts(records: Sequence[Json], form: Form, source: str, tolerated: float = 0.0) -> tuple[Fact, ...]:
     """The facts of `records`, each once; a ValueError where more than the tolerated share of them is at fault."""
-    facts: dict[Fact, int] = {}
+    facts: list[Fact] = []
     seen: dict[Hashable, int] = {}
     problems: list[str] = []
-    repeated = 0
     for number, record in enumerate(records, start=1):
         try:
-            if not isinstance(record, dict):
+            if type(record) is not dict:
                 raise ValueError(f"is {type(record).__name__}, not an object with named fields")
             if None in record:  # where csv.DictReader puts what no column has a name for
                 raise ValueError("has more cells than the header; put a cell that holds a comma in double quotes")
@@ -173,8 +172,7 @@ def read_facts(records: Sequence[Json], form: Form, source: str, tolerated: floa
             first = seen.setdefault(form.identity(record, fact), number)
             if first != number:
                 raise ValueError(f"is a duplicate of record {first}")
-            repeated += fact in facts
-            facts.setdefault(fact, number)
+            facts.append(fact)
         except ValueError as error:
             problems.append(f"record {number}: {str(error).removeprefix('Fact: ').rstrip('.')}")
     if problems:
@@ -183,9 +181,11 @@ def read_facts(records: Sequence[Json], form: Form, source: str, tolerated: floa
         if len(problems) > tolerated * len(records):
             raise ValueError(summary)
         logger.warning("%s They are left out.", summary)
-    if repeated:
-        logger.info("load_facts: %s: %d records repeat the fact of an earlier one; each is kept once", source, repeated)
-    return share_templates(tuple(facts)) if form.shares_templates else tuple(facts)
+    unique = tuple(dict.fromkeys(facts))
+    if len(unique) < len(facts):
+        repeats = len(facts) - len(unique)
+        logger.info("load_facts: %s: %d records repeat the fact of an earlier one; each is kept once", source, repeats)
+    return share_templates(unique) if form.shares_templates else unique
 
 
 def share_templates(facts: Sequence[Fact]) -> tuple[Fact, ...]:
@@ -196,23 +196,6 @@ def share_templates(facts: Sequence[Fact]) -> tuple[Fact, ...]:
     return tuple(
         fact if fact.relation is None else replace(fact, templates=tuple(templates[fact.relation])) for fact in facts
     )
-
-
-def text_at(record: Json, path: str) -> str:
-    """The text at a path of keys, such as "target_true.str" or "answers.0"; a ValueError names it where there is none."""
-    value = record
-    for key in path.split("."):
-        try:
-            value = value[int(key)] if isinstance(value, list) else value[key]
-        except (KeyError, IndexError, TypeError, ValueError):
-            value = None
-    if value is None:
-        raise ValueError(f"the field {path} is missing")
-    if not isinstance(value, str):
-        raise ValueError(f"the field {path} is {value!r}, not text")
-    if not value.strip():
-        raise ValueError(f"the field {path} is empty")
-    return value
 
 
 def relation_at(record: Json) -> str | None:

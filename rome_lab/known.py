@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
-import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from rome_lab.completion import Outcome, Text, go_on, next_tokens, stop_tokens
 from rome_lab.facts import Fact
 from rome_lab.models import LanguageModel
 from rome_lab.prompts import continuation_ids
+from rome_lab.store import Json, Store
 
+NUMERICS = 1  # raised when a change here moves any result, so that stored searches are made again
 WAVE = 512  # facts tried together, at most; more would leave the prompts of one length no better filled
 
 logger = logging.getLogger(__name__)
-
-
-class Outcome(StrEnum):
-    """What came of asking for a fact with one template; the nearer to knowing the fact, the earlier."""
-
-    KNOWN = "known"
-    OTHER_TOKEN = "object named, but not with its own first token right after the prompt"
-    OTHER_WORD = "another capitalised word first"
-    NOT_NAMED = "object not named within the limit"
-    TOO_LONG = "prompt too long for the model"
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,7 @@ class KnownReport:
         return f"{self.kept} of {self.tried} facts tried are known ({sum(self.prompts.values())} prompts){reasons}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class KnownFacts(Sequence[Fact]):
     """Facts that a model knows; the prompt of each ends where the model goes on to name the object."""
 
@@ -72,11 +63,11 @@ class KnownFacts(Sequence[Fact]):
     def __len__(self) -> int:
         return len(self.facts)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice) -> Fact | tuple[Fact, ...]:
         return self.facts[index]
 
-    def __str__(self) -> str:
-        return str(self.report)
+    def __repr__(self) -> str:
+        return f"KnownFacts({self.report})"
 
     def table(self) -> pd.DataFrame:
         """A row a fact: relation, subject, prompt, object."""
@@ -86,12 +77,17 @@ class KnownFacts(Sequence[Fact]):
 
 @dataclass
 class Trial:
-    """A fact, its templates in the order in which they are tried, and what came of it so far."""
+    """A fact, its templates in the order in which they are tried, what came of each, and the known fact found."""
 
     fact: Fact
     templates: list[str]
     outcomes: list[Outcome] = field(default_factory=list)
     known: Fact | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left to try."""
+        return self.known is not None or len(self.outcomes) == len(self.templates)
 
 
 def known_facts(
@@ -102,6 +98,7 @@ def known_facts(
     max_new_tokens: int = 16,
     batch_size: int = 64,
     progress: bool = True,
+    store: Store | str | Path | None = None,
 ) -> KnownFacts:
     """A random sample of the facts that `lm` completes, with the prompts that it completes (B.1).
 
@@ -114,11 +111,13 @@ def known_facts(
         seed: decides, with nothing else but each fact itself, the order of the facts and of each fact's templates.
         max_new_tokens: tokens within which the object must be named.
         batch_size: most prompts in one forward; says nothing about the result.
+        store: folder of results, in which the search is kept and found again.
 
     Returns: KnownFacts, a sequence of Fact with a report of what was tried, kept and dropped, and why.
 
     Raises:
         ValueError: no facts, or a number below 1; the model's weights hold NaN.
+        OSError: the store cannot be written; found before any work is done.
     """
     for name, value in {"n": n, "max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if not (isinstance(value, int) and value >= 1) and not (name == "n" and value is None):
@@ -126,24 +125,59 @@ def known_facts(
     order = sorted(dict.fromkeys(facts), key=lambda fact: rank(seed, fact))
     if not order:
         raise ValueError("known_facts: there are no facts to try; load some with load_facts.")
+    store = Store(store) if isinstance(store, str | Path) else store
+    inputs: dict[str, Json] = {}
+    if store:
+        store.check_writable()
+        asked = hashlib.sha256(json.dumps([asdict(fact) for fact in order]).encode()).hexdigest()
+        settings = {"n": n, "seed": seed, "max_new_tokens": max_new_tokens, "facts": asked}
+        inputs = lm.key | settings | {"what": "known", "numerics": NUMERICS}
+        if record := store.load(inputs):
+            return from_meta(record.meta)
+    known = summarise(search(lm, order, n, seed, max_new_tokens, batch_size, progress), n)
+    if len(known) < (n or 1):
+        logger.warning(
+            "known_facts: %s facts were asked for, but of the %d given %s knows %d; using all of these",
+            *(n or "all", len(order), lm.name, len(known)),
+        )
+    if store:
+        store.save(inputs, {}, asdict(known))
+    return known
+
+
+def from_meta(meta: Mapping[str, Json]) -> KnownFacts:
+    """What `dataclasses.asdict` made of a KnownFacts, put together again."""
+    report = {
+        name: {Outcome(key): count for key, count in value.items()} if isinstance(value, Mapping) else value
+        for name, value in meta["report"].items()
+    }
+    return KnownFacts(tuple(Fact(**fact) for fact in meta["facts"]), KnownReport(**report))
+
+
+def search(
+    lm: LanguageModel,
+    order: Sequence[Fact],
+    n: int | None,
+    seed: int,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: bool,
+) -> list[Trial]:
+    """Try the facts in `order` until at least n are known."""
+    wanted = len(order) if n is None else n
     trials: list[Trial] = []
     kept = 0
-    wanted = len(order) if n is None else n
-    with tqdm(total=wanted, desc="known facts" if n else "facts tried", disable=not progress) as bar:
+    with tqdm(total=wanted, desc="facts tried" if n is None else "known facts", disable=not progress) as bar:
         while kept < wanted and len(trials) < len(order):
             size = min(WAVE, max(batch_size, 2 * (wanted - kept)))
             wave = [Trial(fact, shuffled(fact, seed)) for fact in order[len(trials) : len(trials) + size]]
-            for trial in settle(lm, wave, max_new_tokens, batch_size):
-                kept += trial.known is not None
-                bar.update(min(1, bar.total - bar.n) if n is None or trial.known else 0)
             trials += wave
-    known = summarise(trials, wanted)
-    if n is not None and len(known) < n:
-        logger.warning(
-            "known_facts: %d facts were asked for, but %s knows %d of the %d given; using all of these",
-            n, lm.name, len(known), len(order),
-        )  # fmt: skip
-    return known
+            # One template first: where it works, the others need not be read.
+            for turns in (slice(1), slice(1, None)):
+                try_templates(lm, wave, turns, max_new_tokens, batch_size)
+                kept = sum(trial.known is not None for trial in trials)
+                bar.update((min(n, kept) if n else sum(trial.is_settled for trial in trials)) - bar.n)
+    return trials
 
 
 def rank(seed: int, fact: Fact, template: str = "") -> str:
@@ -157,25 +191,46 @@ def shuffled(fact: Fact, seed: int) -> list[str]:
     return sorted(fact.templates or (fact.template,), key=lambda template: rank(seed, fact, template))
 
 
-def summarise(trials: Sequence[Trial], wanted: int) -> KnownFacts:
-    """The first `wanted` known facts, and the report up to the last of them: what was tried beyond is chance."""
+def try_templates(lm: LanguageModel, trials: Sequence[Trial], turns: slice, limit: int, batch_size: int) -> None:
+    """Try the templates at `turns` of the trials that have found nothing yet; the first that works counts."""
+    stops = stop_tokens(lm)
+    tried = [
+        (trial, Text(lm, replace(trial.fact, template=template), stops, limit))
+        for trial in trials
+        if not trial.known
+        for template in trial.templates[turns]
+    ]
+    go_on(lm, [text for _, text in tried], batch_size)
+    for trial, text in tried:
+        if trial.known:
+            continue
+        if text.outcome is Outcome.KNOWN:
+            trial.known = known_fact(lm, text)
+            trial.outcomes.append(Outcome.KNOWN if trial.known else Outcome.OTHER_TOKEN)
+        else:
+            trial.outcomes.append(text.outcome)
+
+
+@torch.no_grad()
+def known_fact(lm: LanguageModel, text: Text) -> Fact | None:
+    """The fact with the text before its object as its prompt; None where its first token does not come next there."""
+    before = text.text[len(text.fact.prompt) : text.end]
+    fact = replace(text.fact, template=(text.fact.template + before).rstrip())
+    ids, said = lm.tokenizer(fact.prompt)["input_ids"], text.ids + text.new
+    if said[: len(ids)] == ids and len(said) > len(ids):
+        token = said[len(ids)]
+    else:  # read afresh, the prompt is cut into other tokens than the model wrote
+        token = int(next_tokens(lm, torch.tensor([ids], device=lm.device))[0])
+    return fact if token == continuation_ids(lm, fact.prompt, fact.object)[0] else None
+
+
+def summarise(trials: Sequence[Trial], n: int | None) -> KnownFacts:
+    """The first n known facts, all of them for None, and the report up to the last of them: what was tried beyond it is chance."""
     places = [place for place, trial in enumerate(trials) if trial.known]
-    if len(places) > wanted:
-        trials = trials[: places[wanted - 1] + 1]
+    if n and len(places) > n:
+        trials = trials[: places[n - 1] + 1]
     order = list(Outcome)
     dropped = Counter(min(trial.outcomes, key=order.index) for trial in trials if not trial.known)
     prompts = Counter(outcome for trial in trials for outcome in trial.outcomes)
     kept = tuple(trial.known for trial in trials if trial.known)
     return KnownFacts(kept, KnownReport(len(trials), len(kept), dict(dropped), dict(prompts)))
-
-
-def settle(lm: LanguageModel, trials: Sequence[Trial], limit: int, batch_size: int) -> Iterator[Trial]:
-    """Try the trials' templates in turn, all trials' first ones together; yields each trial when it is settled."""
-    for turn in range(max(len(trial.templates) for trial in trials)):
-        open_ = [trial for trial in trials if not trial.known and turn < len(trial.templates)]
-        texts = [Text(lm, replace(trial.fact, template=trial.templates[turn])) for trial in open_]
-        for batch in batches([len(text.ids) for text in texts], batch_size):
-            go_on(lm, [texts[i] for i in batch], limit)
-            for i in batch:
-                open_[i].outcomes.append(texts[i].outcome)
-                open_[i].known = texts[i].known(lm) ...

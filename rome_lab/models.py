@@ -158,6 +158,15 @@ class LanguageModel:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
+    @property
+    def key(self) -> dict[str, object]:
+        """What this model and this process's arithmetic contribute to the key of a stored result."""
+        return {
+            "weights": self.fingerprint,
+            "dtype": str(self.dtype),
+            "matmul": [torch.get_float32_matmul_precision(), str(torch.backends.mkldnn.matmul.fp32_precision)],
+        }
+
     def check_finite(self, logits: torch.Tensor, doing: str) -> None:
         """Raise a ValueError that names the broken weight where `logits` hold NaN or infinity."""
         if torch.isfinite(logits).all():
