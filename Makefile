@@ -6,7 +6,7 @@
 
 MODEL ?= smollm2-135m
 DATASET ?= embedded
-N_FACTS ?= 40
+N_FACTS ?= 20
 SEED ?= 0
 FIGURES ?= figures
 PYTHON ?= python3
@@ -64,7 +64,7 @@ lint: .venv/ready ## check the code's style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 accept: .venv/ready ## take the notebooks' present numbers as the ones that tests expect
-	$(BIN)/python -m pytest -q tests/test_notebooks.py --accept
+	ROME_LAB_ACCEPT=1 $(BIN)/python -m pytest -q tests/test_notebooks.py
 
 clean: ## remove executed notebooks and cached results (not figures, not .venv)
 	rm -rf runs results
