@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -59,6 +59,7 @@ def trace_facts(
     if store:
         store.check_writable()
     settings = Settings(corruption, samples, window, seed, max_rows)
+    settings = replace(settings, corruption=settings.corruption.measured(lm))
     common = lm.key | {"corruption": settings.corruption.describe(lm)} if store else {}
     traces, skipped = [], []
     for fact in tqdm(facts, desc="tracing", unit="fact", disable=not progress):

@@ -22,6 +22,9 @@ class Corruption(Protocol):
     def std(self, lm: LanguageModel) -> float:
         """nu, the standard deviation of the noise."""
 
+    def measured(self, lm: LanguageModel) -> Corruption:
+        """The same corruption for this model, with nothing left to measure."""
+
     def describe(self, lm: LanguageModel) -> dict[str, object]:
         """All that determines the noise besides shape and key, as JSON."""
 
@@ -47,6 +50,9 @@ class GaussianNoise:
 
     def std(self, lm: LanguageModel) -> float:
         return self.multiplier * embedding_std(lm) if self.given is None else self.given
+
+    def measured(self, lm: LanguageModel) -> GaussianNoise:
+        return GaussianNoise(std=self.std(lm))
 
     def noise(self, lm: LanguageModel, shape: tuple[int, int, int], key: str) -> torch.Tensor:
         # Drawn on the CPU in float32, so that every device and dtype sees the same noise.
@@ -75,6 +81,9 @@ class FixedNoise:
 
     def std(self, lm: LanguageModel) -> float:
         return float(self.tensor.std(correction=0))
+
+    def measured(self, lm: LanguageModel) -> FixedNoise:
+        return self
 
     def noise(self, lm: LanguageModel, shape: tuple[int, int, int], key: str) -> torch.Tensor:
         if tuple(self.tensor.shape) != shape:

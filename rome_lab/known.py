@@ -225,7 +225,7 @@ def known_fact(lm: LanguageModel, text: Text) -> Fact | None:
 
 
 def summarise(trials: Sequence[Trial], n: int | None) -> KnownFacts:
-    """The first n known facts, all of them for None, and the report up to the last of them: what was tried beyond it is chance."""
+    """The first n known facts (None: all), and the report up to the last of them: what was tried beyond it is chance."""
     places = [place for place, trial in enumerate(trials) if trial.known]
     if n and len(places) > n:
         trials = trials[: places[n - 1] + 1]

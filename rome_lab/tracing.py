@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from rome_lab.memory import rows_that_fit
 from rome_lab.models import LanguageModel
 from rome_lab.prompts import Prompt, continuation_ids, read_prompt
 from rome_lab.trace import KINDS, Trace
-
 
 NUMERICS = 1  # raised when a change here moves any number, so that stored traces are made again
 
@@ -137,6 +136,7 @@ def run_clean_and_corrupted(lm: LanguageModel, prompt: str | Fact, subject: str 
     """Record the clean run and the S corrupted runs, all in one batch."""
     read = read_prompt(lm, prompt, subject)
     begin, end = read.subject_range
+    settings = replace(settings, corruption=settings.corruption.measured(lm))
     shape = (settings.samples, end - begin, lm.embedding.weight.shape[1])
     noise = settings.corruption.noise(lm, shape, noise_key(settings.seed, read.text, read.subject_range))
 
