@@ -54,8 +54,9 @@ runs/parameters: always
 .PHONY: always
 always:
 
+# Kernels start at the top, as they do in batch, so that both share results/ and figures/.
 lab: .venv/ready ## open JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir=. --ip=127.0.0.1 notebooks
+	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=notebooks --MappingKernelManager.root_dir=$(CURDIR)
 
 test: .venv/ready ## set up and run all tests
 	$(BIN)/python -m pytest -q
