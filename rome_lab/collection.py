@@ -50,7 +50,7 @@ def trace_facts(
         ValueError: an unknown kind, no facts, or none that `lm` knows.
         OSError: the store cannot be written; found before any work is done.
     """
-    kinds, facts = tuple(kinds), list(facts)
+    kinds, facts = tuple(kinds), list(dict.fromkeys(facts))
     if unknown := set(kinds) - set(KINDS):
         raise ValueError(f"trace_facts: unknown kinds {sorted(unknown)}; choose from {', '.join(KINDS)}.")
     if not facts:

@@ -23,6 +23,7 @@ class Outcome(StrEnum):
     OTHER_TOKEN = "object named, but not with its own first token right after the prompt"
     OTHER_WORD = "another capitalised word first"
     NOT_NAMED = "object not named within the limit"
+    REPEATED = "same prompt as another fact's"
     TOO_LONG = "prompt too long for the model"
 
 

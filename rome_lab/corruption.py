@@ -119,7 +119,8 @@ def embedding_std(lm: LanguageModel) -> float:
     for ids in lm.tokenizer(text, add_special_tokens=False)["input_ids"]:
         counts.index_add_(0, torch.tensor(ids), torch.ones(len(ids), dtype=torch.float64))
     seen = counts.nonzero().squeeze(1)
-    rows = lm.embedding(seen.to(lm.device)).double().cpu()  # (tokens seen, D)
+    rows = lm.embedding(seen.to(lm.device)).cpu().double()  # (tokens seen, D)
+    lm.check_finite(rows, "embedding_std")
     weight = (counts[seen] / counts.sum())[:, None] / rows.shape[1]
     mean = (weight * rows).sum()
     return float((weight * (rows - mean) ** 2).sum().sqrt())

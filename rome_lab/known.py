@@ -130,7 +130,13 @@ def known_facts(
     if store:
         store.check_writable()
         asked = hashlib.sha256(json.dumps([asdict(fact) for fact in order]).encode()).hexdigest()
-        settings = {"n": n, "seed": seed, "max_new_tokens": max_new_tokens, "facts": asked}
+        settings = {
+            "n": n,
+            "seed": seed,
+            "max_new_tokens": max_new_tokens,
+            "facts": asked,
+            "stops": sorted(stop_tokens(lm)),
+        }
         inputs = lm.key | settings | {"what": "known", "numerics": NUMERICS}
         if record := store.load(inputs):
             return from_meta(record.meta)
@@ -175,9 +181,21 @@ def search(
             # One template first: where it works, the others need not be read.
             for turns in (slice(1), slice(1, None)):
                 try_templates(lm, wave, turns, max_new_tokens, batch_size)
+                drop_repeated(trials)
                 kept = sum(trial.known is not None for trial in trials)
                 bar.update((min(n, kept) if n else sum(trial.is_settled for trial in trials)) - bar.n)
     return trials
+
+
+def drop_repeated(trials: Sequence[Trial]) -> None:
+    """Of facts that came to the same prompt, as templates that are each other's beginnings may, keep the first."""
+    seen: set[tuple[str, str, str]] = set()
+    for trial in trials:
+        if trial.known:
+            asked = (trial.known.prompt, trial.known.subject, trial.known.object)
+            if asked in seen:
+                trial.known, trial.outcomes[-1] = None, Outcome.REPEATED
+            seen.add(asked)
 
 
 def rank(seed: int, fact: Fact, template: str = "") -> str:

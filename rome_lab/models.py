@@ -13,6 +13,8 @@ from operator import attrgetter
 from pathlib import Path
 
 import torch
+import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -163,8 +165,10 @@ class LanguageModel:
         """What this model and this process's arithmetic contribute to the key of a stored result."""
         return {
             "weights": self.fingerprint,
+            "tokenizer": hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
             "dtype": str(self.dtype),
-            "matmul": [torch.get_float32_matmul_precision(), str(torch.backends.mkldnn.matmul.fp32_precision)],
+            "matmul": [torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision],
+            "versions": [torch.__version__, transformers.__version__],
         }
 
     def check_finite(self, logits: torch.Tensor, doing: str) -> None:
@@ -174,7 +178,7 @@ class LanguageModel:
         broken = [name for name, weight in self.model.named_parameters() if not torch.isfinite(weight).all()]
         where = f"the weights {', '.join(broken[:3])} hold NaN or infinity" if broken else "the activations overflow"
         raise ValueError(
-            f"{doing}: {self.name} gives probabilities that are not numbers, because {where}; "
+            f"{doing}: {self.name} gives what is not a number, because {where}; "
             + ("load intact weights." if broken else 'load it with dtype="float32".')
         )
 
@@ -234,16 +238,16 @@ def load_model(
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError("load_model: dtype must name a floating-point torch dtype, such as 'float32' or 'bfloat16'.")
-    device = best_device() if device == "auto" else torch.device(device)
     folder = str(embedded.folder()) if name == embedded.NAME else name
     options = {"trust_remote_code": remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         weights = {"dtype": dtype, "use_safetensors": None if unsafe_weights else True}
         model = AutoModelForCausalLM.from_pretrained(folder, **weights, **options)
-    except (OSError, ValueError, KeyError) as error:
+        model = model.to(best_device() if device == "auto" else torch.device(device))
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ValueError(explain_failure(name, error, unsafe_weights)) from error
-    return LanguageModel(model.to(device), tokenizer, name=Path(name).name if Path(name).is_dir() else name)
+    return LanguageModel(model, tokenizer, name=Path(name).name if Path(name).is_dir() else name)
 
 
 def explain_failure(name: str, error: Exception, unsafe_weights: bool) -> str:
@@ -251,11 +255,11 @@ def explain_failure(name: str, error: Exception, unsafe_weights: bool) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if Path(name).is_dir():
         advice = "check that the folder holds config.json, a tokenizer and *.safetensors weights"
-        if not unsafe_weights:
-            advice += " (older *.bin weights are pickles: unsafe_weights=True allows them)"
     else:
         advice = (
             f'give "{embedded.NAME}" (embedded, needs no network), a folder on this machine, '
             "or, when online, the exact id of a decoder-only model on the hub"
         )
+    if not unsafe_weights:
+        advice += " (older *.bin weights are pickles: unsafe_weights=True allows them)"
     return f"load_model: cannot load {name!r}: {reason} To do: {advice}."

@@ -115,7 +115,8 @@ def causal_trace(
         severed: "mlp" or "attn" holds that module's outputs at the restored token, above the restored layer, at
             their values in the same corrupted run (Figure 3). In models whose MLP stands beside the attention both
             read the restored state directly, so that severing one leaves the other's reading intact.
-        max_rows: most texts in one call of a block; by default as many as fit in the free memory.
+        max_rows: most texts in one call of a block, though never fewer than the S of one cell; by default as many as
+            fit in the free memory.
 
     Returns: a Trace; `p_restored` is (T, L).
 
@@ -247,7 +248,7 @@ def read_out(runs: Runs, last: torch.Tensor, step: int) -> np.ndarray:
 
 def probability(logits: torch.Tensor, token_id: int) -> np.ndarray:
     """(...) float64: softmax over the last axis of `logits`, at one token."""
-    return (logits[..., token_id] - logits.logsumexp(-1)).exp().double().cpu().numpy()
+    return (logits[..., token_id] - logits.logsumexp(-1)).exp().cpu().double().numpy()
 
 
 @torch.no_grad()

@@ -409,3 +409,26 @@ def test_a_search_is_found_again_in_the_store(tmp_path):
     assert file.stat().st_mtime_ns == before
     known_facts(lm, facts, n=None, seed=1, progress=False, store=tmp_path)
     assert len(list(tmp_path.glob("known/*"))) == 2
+
+
+def test_facts_that_come_to_the_same_prompt_count_once():
+    """A template that is the beginning of another may be completed to it."""
+    from rome_lab.known import Trial, drop_repeated
+
+    fact = Fact("France", "The capital of {} is", "Paris")
+    trials = [Trial(fact, [fact.template], [Outcome.KNOWN], fact) for _ in range(2)]
+    drop_repeated(trials)
+    assert [trial.known for trial in trials] == [fact, None]
+    assert trials[1].outcomes == [Outcome.REPEATED]
+
+
+def test_another_tokenizer_is_another_search(tmp_path):
+    lm = tiny_model("llama")
+    before = lm.key
+    lm.tokenizer.backend_tokenizer.add_tokens(["Zanzibar"])
+    try:
+        assert lm.key != before
+    finally:
+        import tiny
+
+        tiny.tokenizer.cache_clear()
