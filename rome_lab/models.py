@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -20,6 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.pytorch_utils import Conv1D
 
 from rome_lab import embedded
+
+if TYPE_CHECKING:
+    from rome_lab.edits import Edit
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,8 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.layout = find_layout(model)
         self.blocks: list[nn.Module] = list(attrgetter(self.layout.blocks)(model))
+        self.edits: list[Edit] = []
+        self.unedited: dict[int, torch.Tensor] = {}  # by layer: W as it was before the edits in force
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         attention = getattr(model.config, "_attn_implementation", "eager")
         if attention not in ("sdpa", "eager"):
@@ -170,6 +177,22 @@ class LanguageModel:
             "matmul": [torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision],
             "versions": [torch.__version__, transformers.__version__],
         }
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save model and tokenizer, with the edits in force, as a new folder that plain transformers loads.
+
+        Raises:
+            FileExistsError: there is something in `folder` already.
+        """
+        folder = Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise FileExistsError(f"save_pretrained: {folder} is not empty; name a new folder.")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
+            whole = Path(scratch) / "model"
+            self.model.save_pretrained(whole)
+            self.tokenizer.save_pretrained(whole)
+            whole.rename(folder)
 
     def check_finite(self, logits: torch.Tensor, doing: str) -> None:
         """Raise a ValueError that names the broken weight where `logits` hold NaN or infinity."""

@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import pytest
 import transformers
 from hypothesis import settings
+
 from rome_lab import load_model
 
 transformers.utils.logging.disable_progress_bar()

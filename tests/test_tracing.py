@@ -89,8 +89,13 @@ def test_equals_one_full_forward_a_cell_for_every_shape_of_prompt(name, samples,
 
 @pytest.mark.parametrize("label", KINDS)
 def test_equals_one_full_forward_a_cell_on_the_embedded_model(lm, label):
-    error, _ = largest_difference(lm, "Paris is in", "Paris", *KINDS[label], window=10, samples=2)
-    assert error <= 1e-5
+    """With the paper's noise; the noise of the other tests is three times as large as that, and so are rounding errors."""
+    read = read_prompt(lm, "Paris is in", "Paris")
+    noise = GaussianNoise().noise(lm, (2, 1, lm.embedding.weight.shape[1]), "any")
+    kind, severed = KINDS[label]
+    *_, table = FullForward(lm, read.ids, read.subject_range, noise).trace(kind, severed, 10)
+    trace = causal_trace(lm, "Paris is in", "Paris", kind, FixedNoise(noise), severed=severed)
+    assert np.abs(trace.p_restored - table).max() <= 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,248 @@
+"""Edits as things: `Edit`, applied to a model and undone again, bit for bit; saved, and loaded by `load_edit`.
+
+A LanguageModel keeps the edits in force in `lm.edits` and, for each matrix that they change, its original weight in
+`lm.unedited`. The weight in force is always the original one plus the sum of the updates, rounded once. So edits can be
+undone in any order, and what is left after the last one is the original itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rome_lab.edit_files import VECTORS, read_edit, write_edit
+from rome_lab.facts import Fact
+from rome_lab.models import LanguageModel, architecture
+from rome_lab.values import EditSettings
+
+PLAIN = ("targets", "layer", "module", "converged", "constraint_error", "model", "fingerprint")  # JSON as they are
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """An exact change of one matrix, W_hat = W + Lambda uT, such that W_hat k* = v* (Appendix A, Eqns 13 and 17).
+
+    With one fact and one key the vectors are 1-D; otherwise they have n columns, the keys of each fact side by side.
+
+    Attributes:
+        facts, targets: what was edited, and what the model is to say instead of each fact's object.
+        layer, module: where W is.
+        k_star: (H,) or (H, n) float32, the keys.
+        v_star: (D,) or (D, n) float32, the value that W_hat gives each key.
+        Lambda: (D,) or (D, n) float32.
+        u: (H,) or (H, n) float32, C^-1 k*.
+        settings: how v* was found, with the prefixes that were used.
+        history: the optimisation of v*, a row a step: step, loss, nll, kl, weight_decay, p_target, norm, as in
+            `rome_lab.values.Value`, and fact, its place in `facts`.
+        converged: whether v* makes every target probable enough; where it is False, v* is the best that was found.
+        constraint_error: largest |W_hat k* - v*| / |v*| of the weights as stored when the edit was made.
+        model, fingerprint: the model that the edit is for; see `fingerprint_without_edits`.
+    """
+
+    facts: tuple[Fact, ...]
+    targets: tuple[str, ...]
+    layer: int
+    module: str
+    k_star: Float[Tensor, "H ..."]
+    v_star: Float[Tensor, "D ..."]
+    Lambda: Float[Tensor, "D ..."]
+    u: Float[Tensor, "H ..."]
+    settings: EditSettings
+    history: pd.DataFrame
+    converged: bool
+    constraint_error: float
+    model: str
+    fingerprint: str
+
+    def __str__(self) -> str:
+        said = "; ".join(f"{x.prompt!r} -> {target!r}" for x, target in zip(self.facts, self.targets, strict=True))
+        return f"edit of layer {self.layer} of {self.model}: {said}" + ("" if self.converged else " (not converged)")
+
+    @property
+    def fact(self) -> Fact:
+        """The fact that was edited; the first of several."""
+        return self.facts[0]
+
+    @property
+    def target(self) -> str:
+        """What the model is to say; of the first of several facts."""
+        return self.targets[0]
+
+    @property
+    def delta(self) -> Float[Tensor, "D H"]:
+        """W_hat - W, float64: a sum of outer products, added up one by one so that every machine gets the same bits."""
+        columns = zip(
+            self.Lambda.double().view(len(self.Lambda), -1).T, self.u.double().view(len(self.u), -1).T, strict=True
+        )
+        return sum(torch.outer(Lambda, u) for Lambda, u in columns)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the edit does, and to which model: two edits with the same digest are the same edit."""
+        digest = hashlib.sha256(json.dumps([self.fingerprint, self.layer, self.Lambda.shape]).encode())
+        for tensor in (self.Lambda, self.u):
+            digest.update(tensor.contiguous().numpy())
+        return digest.hexdigest()
+
+    def save(self, path: str | Path) -> Path:
+        """Write the edit to one safetensors file, whole or not at all; returns its path.
+
+        Raises:
+            OSError: the folder cannot be written; the message says why and what to do.
+        """
+        about = {name: getattr(self, name) for name in PLAIN}
+        about |= {"facts": [asdict(fact) for fact in self.facts], "settings": asdict(self.settings)}
+        about["history"] = self.history.to_dict("split", index=False)
+        return write_edit(path, {name: getattr(self, name) for name in VECTORS}, about)
+
+    def is_applied(self, lm: LanguageModel) -> bool:
+        """Whether this edit, or one loaded from its file, is in force."""
+        return self.digest in [edit.digest for edit in lm.edits]
+
+    def apply(self, lm: LanguageModel) -> None:
+        """Put the edit in force, beside those that are.
+
+        Raises:
+            ValueError: it is in force already, it is for another model, or the edited weights would overflow.
+        """
+        if self.is_applied(lm):
+            raise ValueError(f"apply: the {self} is in force already; undo it first to apply it anew.")
+        if self.fingerprint != fingerprint_without_edits(lm):
+            raise ValueError(
+                f"apply: the {self} is for another model than the {lm.name} that is loaded (in {lm.dtype}); "
+                "load the model that it was made on, in the same dtype, or make the edit anew."
+            )
+        put_in_force(lm, [*lm.edits, self])
+
+    def undo(self, lm: LanguageModel) -> None:
+        """Take the edit back; the others stay in force. Once none is, the weights are bit for bit the original ones.
+
+        Raises:
+            ValueError: it is not in force.
+        """
+        if not self.is_applied(lm):
+            raise ValueError(f"undo: the {self} is not in force in this {lm.name}; lm.edits lists those that are.")
+        put_in_force(lm, [edit for edit in lm.edits if edit.digest != self.digest])
+
+    @contextlib.contextmanager
+    def applied(self, lm: LanguageModel) -> Iterator[LanguageModel]:
+        """Within the context `lm` is edited; after it, also after an exception, it is bit for bit what it was."""
+        self.apply(lm)
+        try:
+            yield lm
+        finally:
+            if self.is_applied(lm):
+                self.undo(lm)
+
+
+def load_edit(path: str | Path) -> Edit:
+    """The edit that `Edit.save` wrote. Whether it fits a model is checked when it is applied.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no edit, it was truncated or altered, or what it holds does not fit together.
+    """
+    vectors, about = read_edit(path)
+    try:
+        return Edit(
+            facts=tuple(Fact(**fact) for fact in about["facts"]),
+            targets=tuple(about["targets"]),
+            settings=EditSettings(**about["settings"]),
+            history=pd.DataFrame(**about["history"]),
+            **{name: about[name] for name in PLAIN if name != "targets"},
+            **vectors,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"load_edit: {path} does not hold a possible edit: {error}; save the edit anew.") from error
+
+
+@contextlib.contextmanager
+def edits_in_force(lm: LanguageModel, edits: Sequence[Edit]) -> Iterator[None]:
+    """Within the context exactly `edits` are in force; after it those that were before."""
+    before = list(lm.edits)
+    put_in_force(lm, edits)
+    try:
+        yield
+    finally:
+        put_in_force(lm, before)
+
+
+@torch.no_grad()
+def put_in_force(lm: LanguageModel, edits: Sequence[Edit]) -> None:
+    """Give every matrix its original weight plus the updates of `edits`: all of them, or, after an error, none.
+
+    Raises:
+        ValueError: a weight is not what the edits in force had made of it, or it would overflow.
+    """
+    before = list(lm.edits)
+    layers = [layer for layer in range(lm.n_layers) if at(layer, before) != at(layer, edits)]
+    originals = {layer: lm.unedited.get(layer, stored(lm, layer).cpu().clone()) for layer in layers}
+    old = {layer: composed(lm, layer, originals[layer], before) for layer in layers}
+    new = {layer: composed(lm, layer, originals[layer], edits) for layer in layers}
+    for layer in layers:
+        if not torch.equal(stored(lm, layer).cpu(), old[layer]):
+            raise ValueError(
+                f"edits: the weight of layer {layer} of {lm.name} was changed by something else since an edit was "
+                "applied, so that edit cannot be undone exactly; load the model again."
+            )
+        if not torch.isfinite(new[layer]).all():
+            raise ValueError(f"edits: the edited weight of layer {layer} overflows {lm.dtype}; use float32.")
+    try:
+        for layer in layers:
+            stored(lm, layer).copy_(new[layer])
+        lm.edits[:] = edits
+    except BaseException:  # also Ctrl-C
+        for layer in layers:
+            stored(lm, layer).copy_(old[layer])
+        lm.edits[:] = before
+        raise
+    lm.unedited = {layer: x for layer, x in {**lm.unedited, **originals}.items() if at(layer, edits)}
+
+
+def at(layer: int, edits: Sequence[Edit]) -> list[Edit]:
+    """Those of `edits` that change `layer`."""
+    return [edit for edit in edits if edit.layer == layer]
+
+
+def stored(lm: LanguageModel, layer: int) -> Tensor:
+    """W of `layer` as the model stores it."""
+    return lm.memory(layer).weight.detach()
+
+
+def weight(lm: LanguageModel, layer: int) -> Float[Tensor, "D H"]:
+    """W of `layer`, (out, in)."""
+    return stored(lm, layer).T if lm.memory_is_transposed(layer) else stored(lm, layer)
+
+
+def composed(lm: LanguageModel, layer: int, original: Tensor, edits: Sequence[Edit]) -> Tensor:
+    """The weight that the model stores when `edits` are in force; in float64 on the CPU, rounded once."""
+    total = original.double()
+    for edit in at(layer, edits):
+        total += edit.delta.T if lm.memory_is_transposed(layer) else edit.delta
+    return total.to(original.dtype)
+
+
+def fingerprint_without_edits(lm: LanguageModel) -> str:
+    """SHA-256 of the configuration and of a checksum of every weight; edits in force do not change it.
+
+    The checksum is the sum of the bits, eight bytes at a time, which a large model yields in seconds.
+    """
+    digest = hashlib.sha256(json.dumps(architecture(lm.model), sort_keys=True, default=str).encode())
+    unedited = {stored(lm, layer).data_ptr(): original for layer, original in lm.unedited.items()}
+    for name, tensor in sorted(lm.model.state_dict().items()):
+        tensor = unedited.get(tensor.data_ptr(), tensor)
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        whole = len(raw) // 8 * 8
+        total = int(np.add.reduce(raw[:whole].view(np.uint64))) + int(raw[whole:].sum())
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), total]).encode())
+    return digest.hexdigest()

@@ -1,0 +1,136 @@
+"""Keys: prefixes sampled from the model, a fact's prompt behind them, and k* at the subject's last token (Appendix A).
+
+sample_prefixes(lm, lengths, seed)    sentences to put before a prompt
+prefixed_prompt(lm, fact, prefix)     the prompt behind one of them, with its subject's tokens
+k_star(lm, fact, layer, ...)          the key or keys that an edit of the fact maps to v*
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rome_lab.corruption import seed_from
+from rome_lab.covariance import run_to_keys
+from rome_lab.facts import Fact
+from rome_lab.models import LanguageModel
+from rome_lab.prompts import Prompt
+from rome_lab.texts import continue_randomly
+
+KEYS = ("both", "averaged", "bare")
+# Differs: the authors' code begins its prefixes with an end-of-text token, which not every model begins its texts with.
+# After a blank line each of these words begins a sentence in any model of English; with no blank line before them they
+# would be the first token of the text, after which the embedded model goes on incoherently.
+LEAD = "\n\n"
+OPENINGS = ("The", "In", "Some", "When", "It", "People", "After", "We", "There", "For")
+CHOICES = 5  # tokens among which each next one is drawn, as in the authors' code
+
+
+def sample_prefixes(lm: LanguageModel, lengths: Sequence[int], seed: int = 0) -> tuple[str, ...]:
+    """A sentence for each of `lengths` (in tokens), sampled from the model; each ends with a full stop and a blank.
+
+    The sentence is as the model would go on after a common word, broken off at its length. It depends on the seed and
+    on its own place in the list, not on the other sentences.
+    """
+    if not lengths:
+        return ()
+    lead = len(lm.tokenizer(LEAD)["input_ids"])
+    starts = [lm.tokenizer(LEAD + OPENINGS[place % len(OPENINGS)])["input_ids"] for place in range(len(lengths))]
+    draws = torch.stack([uniform(lead + max(lengths), seed, place) for place in range(len(lengths))])
+    texts = continue_randomly(lm, starts, draws, CHOICES)
+    return tuple(
+        as_sentence(lm.tokenizer.decode(text[: lead + length], skip_special_tokens=True))
+        for text, length in zip(texts, lengths, strict=True)
+    )
+
+
+def uniform(length: int, seed: int, place: int) -> Float[Tensor, " T"]:
+    """(T,) uniform numbers in [0, 1) that depend on `seed` and `place` alone."""
+    generator = torch.Generator().manual_seed(seed_from(json.dumps(["prefix", seed, place])))
+    return torch.rand(length, dtype=torch.float64, generator=generator)
+
+
+def as_sentence(text: str) -> str:
+    """`text` in one line, ended by a full stop and a blank; a character cut in half at its end is dropped."""
+    return " ".join(text.replace("\ufffd", "").split()).rstrip(" .,;:!?-") + ". "
+
+
+def prefixed_prompt(lm: LanguageModel, fact: Fact, prefix: str = "") -> Prompt:
+    """The fact's prompt behind `prefix`, tokenised together, its subject found by the tokenizer's character offsets.
+
+    Raises:
+        ValueError: the text is too long for the model, or its tokenizer drops the subject.
+    """
+    text = prefix + fact.prompt
+    begin, end = (len(prefix) + place for place in fact.subject_span)
+    encoded = lm.tokenizer(text, return_offsets_mapping=True)
+    ids = encoded["input_ids"]
+    if len(ids) > lm.context_length:
+        raise ValueError(
+            f"the prompt {fact.prompt!r} has {len(ids)} tokens behind the prefix {prefix!r}, but {lm.name} reads at most "
+            f"{lm.context_length}; shorten it."
+        )
+    inside = [i for i, (first, last) in enumerate(encoded["offset_mapping"]) if first < end and last > begin]
+    if not inside:
+        raise ValueError(
+            f"the tokenizer of {lm.name} drops the subject {fact.subject!r}; choose a subject that it can write."
+        )
+    return Prompt(text, fact.subject, torch.tensor(ids, device=lm.device), (inside[0], inside[-1] + 1))
+
+
+def k_star(
+    lm: LanguageModel, fact: Fact, layer: int, key: str = "both", prefixes: Sequence[str] = ()
+) -> Float[Tensor, "H n"]:
+    """The keys of `fact` that an edit at `layer` maps to v*: inputs of W at the subject's last token (Appendix A).
+
+        averaged: k* = 1/N sum_j k(prefix_j + prompt), the paper's
+        bare:     k* = k(prompt)
+        both:     the two of them, bare first
+
+    Args:
+        prefixes: the N prefixes, such as `sample_prefixes` makes; only the bare key does without any.
+
+    Returns: (H, n) float32, a key in each column; n is 2 for "both", otherwise 1.
+
+    Raises:
+        ValueError: `key` is none of these, there are no prefixes to average over, or a text is too long.
+    """
+    if key not in KEYS:
+        raise ValueError(f"k_star: key is {key!r}; expected one of {', '.join(map(repr, KEYS))}.")
+    if key != "bare" and not prefixes:
+        raise ValueError(
+            f"k_star: the key {key!r} averages over prefixes, but none are given; give some or use 'bare'."
+        )
+    texts = {"bare": ("",), "averaged": prefixes}
+    wanted = ("bare", "averaged") if key == "both" else (key,)
+    columns = [subject_keys(lm, layer, [prefixed_prompt(lm, fact, x) for x in texts[name]]).mean(0) for name in wanted]
+    return torch.stack(columns, dim=1).float()
+
+
+def subject_keys(lm: LanguageModel, layer: int, prompts: Sequence[Prompt]) -> Float[Tensor, "N H"]:
+    """(N, H) float64 on the CPU: each prompt's key at its subject's last token; no layer above `layer` is run."""
+    keys: dict[int, Tensor] = {}
+    for places in same_shape(prompts):
+        last = prompts[places[0]].subject_range[1] - 1
+
+        def keep(layer: int, inputs: Tensor, places: list[int] = places, last: int = last) -> None:
+            inputs = inputs.view(len(places), -1, inputs.shape[-1])  # OPT hands over (B * T, H)
+            keys.update(zip(places, inputs[:, last].cpu().double(), strict=True))
+
+        run_to_keys(lm, torch.stack([prompts[place].ids for place in places]), [layer], keep)
+    found = torch.stack([keys[place] for place in range(len(prompts))])
+    lm.check_finite(found, "k_star")
+    return found
+
+
+def same_shape(prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Places of the prompts that share their length and their subject's last token, so that none needs padding."""
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for place, prompt in enumerate(prompts):
+        groups[len(prompt.ids), prompt.subject_range[1]].append(place)
+    return list(groups.values())

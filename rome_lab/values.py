@@ -1,0 +1,228 @@
+"""Values: v*, what W has to say at the subject's last token for the model to go on with the target (Appendix A).
+
+Only the tokens from the subject's last on, and only the layers from the edited one up, depend on the variable that is
+optimised. So every text is run once and recorded; each step then drives those blocks on those tokens alone, with the
+recorded keys and values standing for the rest, and makes logits only where they are read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rome_lab.blocks import Recording, at_least_float32, output_changed, record, run_block
+from rome_lab.facts import Fact
+from rome_lab.keys import KEYS, prefixed_prompt, same_shape
+from rome_lab.models import LanguageModel
+from rome_lab.prompts import Prompt, continuation_ids
+from rome_lab.texts import check_whole
+
+Callback = Callable[[Mapping[str, float]], bool | None]
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """How to edit; the published values by default, but for the key.
+
+    Attributes:
+        key: which keys are mapped to v*: "both", "averaged" (the paper's) or "bare"; see `rome_lab.keys.k_star`.
+        prefix_lengths: tokens of each of the prefixes that are sampled from the model.
+        prefixes: the prefixes themselves, where they are not to be sampled.
+        seed: of the prefixes.
+        steps: of Adam.
+        learning_rate: of Adam.
+        kl: factor of the divergence on "{subject} is a".
+        weight_decay: factor of the squared length of the change, in lengths of the original value.
+        clamp: greatest length of the change, in lengths of the original value.
+        enough: mean probability of the target from which on v* counts as converged.
+
+    Raises:
+        ValueError: one of them is out of its range.
+    """
+
+    key: str = "both"
+    prefix_lengths: tuple[int, ...] = (5,) * 5 + (10,) * 5
+    prefixes: tuple[str, ...] | None = None
+    seed: int = 0
+    steps: int = 25
+    learning_rate: float = 0.5
+    kl: float = 0.0625
+    weight_decay: float = 0.5
+    clamp: float = 4.0
+    enough: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.key not in KEYS:
+            raise ValueError(f"EditSettings: key is {self.key!r}; expected one of {', '.join(map(repr, KEYS))}.")
+        check_whole("EditSettings", seed=(self.seed, 0), steps=(self.steps, 1))
+        check_whole("EditSettings", **{f"prefix_lengths[{i}]": (x, 1) for i, x in enumerate(self.prefix_lengths)})
+        for name in ("learning_rate", "kl", "weight_decay", "clamp", "enough"):
+            value, positive = getattr(self, name), name in ("learning_rate", "clamp")
+            if not 0 <= value < float("inf") or (positive and value == 0):
+                expected = "above 0" if positive else "of at least 0"
+                raise ValueError(f"EditSettings: {name} is {value!r}; expected a finite number {expected}.")
+        object.__setattr__(self, "prefix_lengths", tuple(self.prefix_lengths))
+        object.__setattr__(self, "prefixes", None if self.prefixes is None else tuple(self.prefixes))
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """What the optimisation found.
+
+    Attributes:
+        delta: (D,), the change of what W says at the subject's last token: v* = W k* + delta.
+        history: a row a step, step 0 before any change: step, loss, nll, kl, weight_decay, p_target (a mean over the
+            prefixes), norm (|delta| in lengths of the original value). The terms add up to the loss.
+        converged: whether `delta` makes the target probable enough.
+    """
+
+    delta: Float[Tensor, " D"]
+    history: pd.DataFrame
+    converged: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Suffixes:
+    """Texts of one shape, recorded once, of which the tokens from the subject's last one on are run again.
+
+    Attributes:
+        recording: their run as the model is.
+        begin: place of the subject's last token.
+        n_read: number of tokens at the end where logits are read.
+    """
+
+    recording: Recording
+    begin: int
+    n_read: int
+
+    def run(self, lm: LanguageModel, layer: int, delta: Tensor) -> Tensor:
+        """(B * n_read, D): the last block's outputs where logits are read, with `delta` added to what W says."""
+        hidden = self.recording.states[layer][None, :, self.begin :]
+        with output_changed(lm.memory(layer), lambda said: self.change(said, delta)):
+            hidden = run_block(lm, layer, hidden, self.recording)
+        for above in range(layer + 1, lm.n_layers):
+            hidden = run_block(lm, above, hidden, self.recording)
+        return hidden[0, :, -self.n_read :].flatten(0, 1)
+
+    def change(self, said: Tensor, delta: Tensor) -> Tensor:
+        """What W says, with `delta` added at the first token of every suffix."""
+        changed = said.clone()
+        changed.view(len(self.recording.logits), -1, len(delta))[:, 0] += delta.to(said)  # OPT hands over (B * T, D)
+        return changed
+
+
+def record_suffixes(lm: LanguageModel, prompts: Sequence[Prompt], target_ids: Sequence[int]) -> list[Suffixes]:
+    """Record the prompts with all tokens of the target but the last behind them: a Suffixes for each shape."""
+    said = torch.tensor(target_ids[:-1], dtype=torch.long, device=lm.device)
+    found = []
+    for places in same_shape(prompts):
+        ids = torch.stack([torch.cat([prompts[place].ids, said]) for place in places])
+        if ids.shape[1] > lm.context_length:
+            raise ValueError(
+                f"rome: a prompt with its prefix and its target has {ids.shape[1]} tokens, but {lm.name} reads at most "
+                f"{lm.context_length}; shorten it."
+            )
+        recording = record(lm, ids, lambda embedded: None)
+        lm.check_finite(recording.logits, "rome")
+        found.append(Suffixes(recording, prompts[places[0]].subject_range[1] - 1, len(target_ids)))
+    return found
+
+
+class Objective:
+    """The loss as a function of delta.
+
+        loss = -1/N sum_j log P[target | prefix_j + prompt] + kl KL(P' || P) + weight_decay |delta|^2 / |v|^2
+
+    All tokens of the target count. P' and P are the next-token distributions after "{subject} is a" with and without
+    delta; v is the original value, W k*. The bare prompt is one of the N texts.
+
+    Differs: the authors' code divides log P by the number of the target's tokens, reads the KL at the subject's last
+    token, and decays by |delta| / |v|^2, which depends on the scale of v and is next to nothing where v is long. Here
+    the decay has no unit, so that 0.5 means the same in every model.
+
+    Args:
+        original: (D,) v.
+        settings: with the prefixes that were sampled.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, layer: int, request: tuple[Fact, str], original: Tensor, settings: EditSettings
+    ) -> None:
+        fact, target = request
+        self.lm, self.layer, self.settings = lm, layer, settings
+        self.length = float(original.norm())
+        precision = torch.promote_types(torch.float32, lm.dtype)
+        self.start = torch.zeros(len(original), dtype=precision, device=lm.device)
+        self.target_ids = torch.tensor(continuation_ids(lm, fact.prompt, target), device=lm.device)
+        prompts = [prefixed_prompt(lm, fact, prefix) for prefix in ("", *(settings.prefixes or ()))]
+        essence = prefixed_prompt(lm, replace(fact, template="{} is a", templates=()))
+        self.texts = record_suffixes(lm, prompts, self.target_ids.tolist()) + record_suffixes(lm, [essence], [0])
+        self.before = self.texts[-1].recording.logits[0].log_softmax(-1)
+
+    def log_p(self, delta: Tensor) -> Tensor:
+        """(N * target tokens + 1, V) next-token log probabilities: of the target in each text, and of the KL's text."""
+        hidden = torch.cat([texts.run(self.lm, self.layer, delta) for texts in self.texts])
+        return at_least_float32(self.lm.logits(hidden)).log_softmax(-1)
+
+    def __call__(self, delta: Tensor) -> dict[str, Tensor]:
+        """The loss, its terms, and what is told of each step."""
+        log_p = self.log_p(delta)
+        texts, essence = log_p[:-1].unflatten(0, (-1, len(self.target_ids))), log_p[-1]
+        places = self.target_ids.expand(len(texts), -1)[..., None]
+        log_target = texts.gather(2, places).sum(dim=(1, 2))  # (N,)
+        terms = {
+            "nll": -log_target.mean(),
+            "kl": self.settings.kl * (essence.exp() * (essence - self.before)).sum(),
+            "weight_decay": self.settings.weight_decay * delta.square().sum() / self.length**2,
+        }
+        told = {"p_target": log_target.exp().mean(), "norm": delta.norm() / self.length}
+        return {"loss": sum(terms.values()), **terms, **told}
+
+
+def optimise_value(objective: Objective, progress: bool = True, callback: Callback | None = None) -> Value:
+    """Minimise the objective by Adam, from no change, never further from it than the clamp allows.
+
+    Args:
+        callback: called with the row of the history at each step; where it returns True, the optimisation stops there.
+
+    Returns: the step with the least loss, marked as not converged where it leaves the target improbable.
+
+    Raises:
+        ValueError: the loss is NaN or infinite.
+    """
+    settings = objective.settings
+    delta = objective.start.clone().requires_grad_()
+    adam = torch.optim.Adam([delta], lr=settings.learning_rate)
+    rows, best, least = [], objective.start, float("inf")
+    for step in tqdm(range(settings.steps + 1), desc="v*", disable=not progress):
+        with torch.enable_grad():
+            terms = objective(delta)
+        rows.append({"step": step} | {name: float(term.detach()) for name, term in terms.items()})
+        if not math.isfinite(rows[-1]["loss"]):
+            raise ValueError(
+                f"rome: the loss is {rows[-1]['loss']} at step {step} of v*, because {objective.lm.name} overflows or "
+                'its settings are too large; load it with dtype="float32", or lower the learning rate.'
+            )
+        if rows[-1]["loss"] < least:
+            best, least = delta.detach().clone(), rows[-1]["loss"]
+        if (callback is not None and callback(rows[-1])) or step == settings.steps:
+            break
+        (delta.grad,) = torch.autograd.grad(terms["loss"], [delta])
+        adam.step()
+        with torch.no_grad():
+            delta.copy_(within(delta, settings.clamp * objective.length))
+    history = pd.DataFrame(rows)
+    reached = history.loc[history["loss"].idxmin(), "p_target"]
+    return Value(best, history, bool(reached >= settings.enough))
+
+
+def within(vector: Tensor, length: float) -> Tensor:
+    """`vector`, shortened to `length` where it is longer."""
+    return vector * (length / vector.norm()) if vector.norm() > length else vector
