@@ -4,6 +4,7 @@ the text it is measured on is what the model would write, the same in every batc
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import itertools
 import logging
@@ -20,7 +21,6 @@ import torch
 from tiny import FAMILIES, tiny_model
 from tokenizers import processors
 
-from rome_lab import covariance as module
 from rome_lab.covariance import Covariance, covariance, covariances, run_to_keys
 from rome_lab.facts import load_facts
 from rome_lab.models import LanguageModel
@@ -36,6 +36,7 @@ from rome_lab.texts import (
 )
 from rome_lab.update import ENOUGH, apply_update, constraint_error, factorise, penalty, solve_update
 
+module = importlib.import_module("rome_lab.covariance")  # rome_lab.covariance itself is the function
 ROOT = Path(__file__).parents[1]
 LENGTHS = (1, 20, 7, 13, 2, 40)
 PROMPTS = ("The Eiffel Tower", "In Paris, the", "Rome", "Windows 95 is developed by")
@@ -217,7 +218,8 @@ def test_an_interrupted_sum_goes_on_where_it_was_saved(store: Store, monkeypatch
 
 KILLED = """
 import sys, time
-from rome_lab import covariance as module
+import importlib
+module = importlib.import_module("rome_lab.covariance")
 from test_covariance import Passages, Store, tiny_model
 
 class Stuck(Passages):
