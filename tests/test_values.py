@@ -101,8 +101,9 @@ def test_the_loop_over_suffixes_finds_what_the_plain_loop_finds(family, case) ->
     settings = replace(FEW, learning_rate=0.1, weight_decay=0.01, clamp=0.8 if case == "last layer" else 4.0)
     value = optimise_value(objective(lm, layer, fact, target, settings), progress=False)
     delta, history = plain_loop(lm, layer, fact, target, settings)
-    assert history == pytest.approx(value.history["loss"].tolist(), rel=1e-7)
-    assert float((value.delta - delta).norm()) <= 1e-6 * float(delta.norm())
+    # In float64, but Llama's kin compute their norms in float32, where a difference in the last place grows step by step.
+    assert history == pytest.approx(value.history["loss"].tolist(), rel=1e-5)
+    assert float((value.delta - delta).norm()) <= 1e-4 * float(delta.norm())
 
 
 def test_the_embedded_model_gives_the_plain_loops_value(lm) -> None:
