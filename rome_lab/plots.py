@@ -190,8 +190,9 @@ def save_figure(figure: Figure, numbers: pd.DataFrame, stem: Path, unit: str = "
     figure gives the same bytes: no times are written.
     """
     said = {"quantity": numbers.attrs.get("quantity"), "unit": unit}
-    said["interval"] = "95% t over facts" if "ci_low" in numbers else None
     table = numbers.assign(**{name: text for name, text in said.items() if text and name not in numbers})
+    if "ci_low" in table and "interval" not in table:
+        table["interval"] = np.where(table["ci_low"].notna(), "95% t over facts", None)
     write_atomically(_suffixed(stem, ".csv"), lambda path: table.to_csv(path, index=False, lineterminator="\n"))
     with plt.rc_context(SAVING):
         write_atomically(_suffixed(stem, ".png"), lambda path: figure.savefig(path, format="png", dpi=200))

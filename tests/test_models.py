@@ -61,14 +61,15 @@ def test_the_fingerprint_follows_the_weights_and_nothing_else():
     assert lm.fingerprint != tiny_model("gpt2").fingerprint
 
 
-def test_a_damaged_conversion_is_made_again(monkeypatch, tmp_path, caplog):
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_conversion_is_made_again(name, monkeypatch, tmp_path, caplog):
     source = embedded.folder()
     monkeypatch.setenv("ROME_LAB_CACHE", str(tmp_path))
     target = tmp_path / "models" / source.name
     shutil.copytree(source, target)
     assert embedded.is_whole(target)
-    with (target / "model.safetensors").open("r+b") as file:
-        file.seek(1000)
+    with (target / name).open("r+b") as file:
+        file.seek(100)
         file.write(b"\xff")
     assert not embedded.is_whole(target)
     assert "damaged" in caplog.text
