@@ -18,7 +18,7 @@ from rome_lab.averaging import BUCKETS, fact_means, mean_ci
 from rome_lab.trace import Trace
 
 Site = tuple[str, str]
-"""Kind and bucket."""
+"""Kind and bucket, or, for the bucket, "subject_other": the mean of the subject's first and middle tokens."""
 
 MIN_FACTS = 3
 SIGNIFICANCE = 0.05
@@ -57,6 +57,12 @@ CLAIMS = (
         "Early site: the state at the last subject token matters more than at the last token, in the lower layers",
         larger=("state", "subject_last"),
         smaller=("state", "last"),
+        half="lower",
+    ),
+    Claim(
+        "Of the subject's tokens the last matters more than the others (their states, in the lower layers)",
+        larger=("state", "subject_last"),
+        smaller=("state", "subject_other"),
         half="lower",
     ),
     Claim(
@@ -164,11 +170,21 @@ def _half(name: str, n_layers: int) -> slice:
 
 def _contrast(claim: Claim, means: dict[str, np.ndarray]) -> np.ndarray:
     """(F, L): the indirect effect at the one site minus that at the other, paired within the fact."""
-    order = list(BUCKETS)
-    larger, smaller = (means[kind][:, order.index(bucket)] for kind, bucket in (claim.larger, claim.smaller))
+    larger, smaller = (_effects(means[kind], bucket) for kind, bucket in (claim.larger, claim.smaller))
     if claim.against == "lower":
         smaller = smaller[:, _half("lower", smaller.shape[1])].mean(axis=1, keepdims=True)
     return larger - smaller
+
+
+def _effects(means: np.ndarray, bucket: str) -> np.ndarray:
+    """(F, L): the indirect effects of one kind at a site; NaN where a fact has no such token."""
+    if bucket != "subject_other":
+        return means[:, list(BUCKETS).index(bucket)]
+    others = np.stack([_effects(means, name) for name in ("subject_first", "subject_middle")])
+    present = ~np.isnan(others)
+    return np.divide(
+        np.where(present, others, 0).sum(0), present.sum(0), where=present.any(0), out=np.full(others.shape[1:], np.nan)
+    )
 
 
 def _p_above_zero(contrast: np.ndarray) -> np.ndarray:

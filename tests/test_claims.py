@@ -50,29 +50,29 @@ PAPER_LIKE = {
     ("severed-mlp", SUBJECT_LAST): 0.03,
     ("severed-attn", SUBJECT_LAST): 0.12,
 }
-EXPECTED_EFFECTS = [0.15, 0.4, 0.12, 0.15, 0.09]
+EXPECTED_EFFECTS = [0.15, 0.15, 0.4, 0.12, 0.15, 0.09]
 
 
 def test_all_claims_hold_where_the_paper_is_true_and_the_effects_are_recovered():
     table = claims(make_traces(40, PAPER_LIKE))
-    assert table["verdict"].tolist() == ["holds"] * 5
+    assert table["verdict"].tolist() == ["holds"] * len(CLAIMS)
     assert table["effect"].tolist() == pytest.approx(EXPECTED_EFFECTS, abs=0.01)
     assert (table["ci_low"] < table["effect"]).all() and (table["effect"] < table["ci_high"]).all()
     assert (table["p_value"] < 1e-6).all()
-    assert table["layers"].tolist() == ["0-2", "3-5", "0-2", "3-5", "0-2"]
+    assert table["layers"].tolist() == ["0-2", "0-2", "3-5", "0-2", "3-5", "0-2"]
     assert (table["n_facts"] == 40).all() and (table["left_out"] == 0).all()
 
 
 def test_no_claim_holds_where_nothing_has_an_effect():
     table = claims(make_traces(40))
-    assert table["verdict"].tolist() == ["does not hold"] * 5
+    assert table["verdict"].tolist() == ["does not hold"] * len(CLAIMS)
 
 
 def test_no_claim_holds_where_the_opposite_is_true():
     opposite = {site: 0.2 - size / 2 for site, size in PAPER_LIKE.items()}
     opposite[("state", SUBJECT_LAST)] = opposite[("state", LAST)] = -0.1
     table = claims(make_traces(40, opposite))
-    assert table["verdict"].tolist() == ["does not hold"] * 5
+    assert table["verdict"].tolist() == ["does not hold"] * len(CLAIMS)
     assert (table["effect"] < 0).all() and (table["layers"] == "none").all()
 
 
@@ -87,13 +87,13 @@ def test_an_effect_too_small_to_speak_of_does_not_hold_however_significant():
     traces = make_traces(40, tiny, noise=1e-6)
     table = claims(traces)
     assert (table["p_value"] < 1e-6).all()
-    assert table["verdict"].tolist() == ["does not hold"] * 5
-    assert claims(traces, margin=0.0)["verdict"].tolist() == ["holds"] * 5
+    assert table["verdict"].tolist() == ["does not hold"] * len(CLAIMS)
+    assert claims(traces, margin=0.0)["verdict"].tolist() == ["holds"] * len(CLAIMS)
 
 
 def test_zero_effects_without_any_spread_are_no_evidence():
     table = claims(make_traces(10, noise=0.0))
-    assert table["verdict"].tolist() == ["does not hold"] * 5
+    assert table["verdict"].tolist() == ["does not hold"] * len(CLAIMS)
     assert (table["p_value"] > 0.4).all()
 
 
@@ -111,7 +111,7 @@ def test_p_value_of_one_layer_is_that_of_a_paired_one_sided_t_test():
     traces = make_traces(12, PAPER_LIKE, noise=0.2, n_layers=2)
     by_kind = {kind: np.stack([trace.indirect_effect for trace in traces.of(kind)]) for kind in KINDS}
     table = claims(traces).set_index("claim")
-    where = {"subject_last": SUBJECT_LAST, "last": LAST}
+    where = {"subject_other": 1, "subject_last": SUBJECT_LAST, "last": LAST}
     for claim in CLAIMS:
         layer = 0 if claim.half == "lower" else 1
         larger, smaller = (by_kind[kind][:, where[bucket]] for kind, bucket in (claim.larger, claim.smaller))
@@ -120,6 +120,19 @@ def test_p_value_of_one_layer_is_that_of_a_paired_one_sided_t_test():
         interval = stats.ttest_rel(larger[:, layer], other).confidence_interval(0.95)
         assert table.loc[claim.sentence, "p_value"] == pytest.approx(expected.pvalue)
         assert table.loc[claim.sentence, ["ci_low", "ci_high"]].tolist() == pytest.approx([*interval])
+
+
+def test_the_subjects_last_token_is_compared_with_the_mean_of_its_first_and_middle_ones():
+    traces = make_traces(10, {("state", SUBJECT_LAST): 0.3}, noise=0, subject_range=(0, 3))
+    for trace in traces.of("state"):
+        trace.p_restored[1, :3] += 0.1  # the middle token; the first has no effect
+    rows = claims(traces).set_index("claim")
+    assert rows.loc[CLAIMS[1].sentence, "effect"] == pytest.approx(0.3 - 0.05)
+
+
+def test_subjects_of_one_token_are_left_out_where_subject_tokens_are_compared():
+    table = claims(make_traces(10, PAPER_LIKE, subject_range=(2, 3)))
+    assert table.loc[1, "left_out"] == 10 and table.loc[1, "verdict"] == "can't tell"
 
 
 def test_holm_agrees_with_a_hand_calculation():
@@ -138,19 +151,19 @@ def test_the_verdict_comes_from_the_half_fixed_beforehand_not_from_the_best_laye
 
 
 def test_the_middle_layer_of_an_odd_number_is_in_neither_half():
-    assert claims(make_traces(5, n_layers=7))["tested_layers"].tolist() == ["0-2", "4-6", "0-2", "4-6", "0-2"]
+    assert claims(make_traces(5, n_layers=7))["tested_layers"].tolist() == ["0-2", "0-2", "4-6", "0-2", "4-6", "0-2"]
 
 
 def test_missing_kinds_cannot_tell_and_say_why():
     table = claims(make_traces(10, PAPER_LIKE, kinds=("state", "mlp")))
-    assert table["verdict"].tolist() == ["holds", "holds", "can't tell", "can't tell", "can't tell"]
-    assert "no traces of kind attn" in table["note"][2]
-    assert "severed-attn" in table["note"][4] and "severed-mlp" in table["note"][4]
+    assert table["verdict"].tolist() == ["holds", "holds", "holds", "can't tell", "can't tell", "can't tell"]
+    assert "no traces of kind attn" in table["note"][3]
+    assert "severed-attn" in table["note"][5] and "severed-mlp" in table["note"][5]
 
 
 def test_two_facts_cannot_tell():
     table = claims(make_traces(2, PAPER_LIKE))
-    assert table["verdict"].tolist() == ["can't tell"] * 5
+    assert table["verdict"].tolist() == ["can't tell"] * len(CLAIMS)
     assert table["note"].str.contains("at least 3").all()
 
 
@@ -161,14 +174,14 @@ def test_facts_without_one_of_the_sites_are_left_out_and_counted():
         for trace in make_traces(4, PAPER_LIKE)
     ]
     table = claims([*ordinary, *ends_with_subject])
-    assert table["n_facts"].tolist() == [10, 14, 10, 14, 10]
-    assert table["left_out"].tolist() == [4, 0, 4, 0, 4]
-    assert "4 of 14 facts left out" in table["note"][0] and table["note"][1] == ""
+    assert table["n_facts"].tolist() == [10, 10, 14, 10, 14, 10]
+    assert table["left_out"].tolist() == [4, 4, 0, 4, 0, 4]
+    assert "4 of 14 facts left out" in table["note"][0] and table["note"][2] == ""
 
 
 def test_a_model_of_one_layer_has_no_halves():
     table = claims(make_traces(5, n_layers=1))
-    assert table["verdict"].tolist() == ["can't tell"] * 5
+    assert table["verdict"].tolist() == ["can't tell"] * len(CLAIMS)
     assert table["note"].str.contains("no halves").all()
 
 
