@@ -12,10 +12,12 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from rome_lab.datasets import PUBLISHED, Json, parse_csv, published_file, read_records, text_at
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 SHOWN = 10  # problems that one message lists; it counts the others
 TOLERATED = 0.01  # share of a published data set's records that may be at fault; no user can repair them
@@ -82,17 +84,17 @@ class Relation:
 
 
 @dataclass(frozen=True)
-class Form:
-    """How the records of one sort of file state facts.
+class Form(Generic[T]):
+    """How the records of one sort of file state facts, or cases to judge edits by.
 
     Attributes:
-        read: a record's fact; a ValueError names the field at fault.
+        read: what a record states; a ValueError names the field at fault.
         identity: what no two records may share.
         shares_templates: whether any template of a relation states all its facts.
     """
 
-    read: Callable[[Json], Fact]
-    identity: Callable[[Json, Fact], Hashable]
+    read: Callable[[Json], T]
+    identity: Callable[[Json, T], Hashable]
     shares_templates: bool = False
 
 
@@ -114,19 +116,24 @@ def load_facts(name_or_path: str | Path) -> tuple[Fact, ...]:
     name = str(name_or_path)
     if name == "embedded":
         return tuple(fact for relation in load_relations().values() for fact in relation.facts)
+    records, form, path = open_set(name)
+    return read_facts(records, FORMS[form], str(path), TOLERATED if name in PUBLISHED else 0.0)
+
+
+def open_set(name: str) -> tuple[list[Json], str, Path]:
+    """The records of a published set or of a file, which of `FORMS` they have, and the file; errors as `load_facts`."""
     path = published_file(name) if name in PUBLISHED else Path(name).expanduser()
     if not path.is_file():
         names = ", ".join(repr(known) for known in ("embedded", *PUBLISHED))
         raise FileNotFoundError(f"load_facts: {name!r} is neither a data set ({names}) nor a file; check the spelling.")
     records = read_records(path)
-    form = FORMS[name if name in PUBLISHED else form_of(records, str(path))]
-    return read_facts(records, form, str(path), TOLERATED if name in PUBLISHED else 0.0)
+    return records, name if name in PUBLISHED else form_of(records, str(path)), path
 
 
 def load_relations() -> dict[str, Relation]:
     """The embedded relations by name, in the order of the file; a ValueError where a file is at fault."""
     templates: dict[str, dict[str, list[str]]] = {}
-    for number, record in enumerate(_data("templates.csv"), start=1):
+    for number, record in enumerate(embedded_records("templates.csv"), start=1):
         try:
             use = text_at(record, "use")
             if use not in ("statement", "generation"):
@@ -144,7 +151,7 @@ def load_relations() -> dict[str, Relation]:
         return Fact(text_at(record, "subject"), statements[0], text_at(record, "object"), relation, tuple(statements))
 
     form = Form(read, identity=lambda record, fact: (fact.relation, fact.subject))
-    facts = read_facts(_data("facts.csv"), form, "facts.csv")
+    facts = read_facts(embedded_records("facts.csv"), form, "facts.csv")
     return {
         name: Relation(
             name, tuple(uses["statement"]), tuple(uses["generation"]), tuple(x for x in facts if x.relation == name)
@@ -153,30 +160,17 @@ def load_relations() -> dict[str, Relation]:
     }
 
 
-def _data(name: str) -> list[Json]:
+def embedded_records(name: str) -> list[Json]:
+    """The rows of one of the project's own CSV files."""
     return parse_csv(resources.files("rome_lab").joinpath("data", name).read_text(encoding="utf-8-sig"), name)
 
 
-def read_facts(records: Sequence[Json], form: Form, source: str, tolerated: float = 0.0) -> tuple[Fact, ...]:
+def read_facts(records: Sequence[Json], form: Form[Fact], source: str, tolerated: float = 0.0) -> tuple[Fact, ...]:
     """The facts of `records`, each once; a ValueError where more than the tolerated share of them is at fault."""
-    facts: list[Fact] = []
-    seen: dict[Hashable, int] = {}
-    problems: list[str] = []
-    for number, record in enumerate(records, start=1):
-        try:
-            if type(record) is not dict:
-                raise ValueError(f"is {type(record).__name__}, not an object with named fields")
-            if None in record:  # where csv.DictReader puts what no column has a name for
-                raise ValueError("has more cells than the header; put a cell that holds a comma in double quotes")
-            fact = form.read(record)
-            first = seen.setdefault(form.identity(record, fact), number)
-            if first != number:
-                raise ValueError(f"is a duplicate of record {first}")
-            facts.append(fact)
-        except ValueError as error:
-            problems.append(f"record {number}: {str(error).removeprefix('Fact: ').rstrip('.')}")
+    facts, problems = read_each(records, form)
     if problems:
-        listed = "; ".join(problems[:SHOWN]) + ("; ..." if len(problems) > SHOWN else "")
+        listed = "; ".join(f"record {number}: {reason}" for number, reason in problems[:SHOWN])
+        listed += "; ..." if len(problems) > SHOWN else ""
         summary = f"load_facts: {source}: {len(problems)} of {len(records)} records are at fault: {listed}."
         if len(problems) > tolerated * len(records):
             raise ValueError(summary)
@@ -186,6 +180,27 @@ def read_facts(records: Sequence[Json], form: Form, source: str, tolerated: floa
         repeats = len(facts) - len(unique)
         logger.info("load_facts: %s: %d records repeat the fact of an earlier one; each is kept once", source, repeats)
     return share_templates(unique) if form.shares_templates else unique
+
+
+def read_each(records: Sequence[Json], form: Form[T]) -> tuple[list[T], list[tuple[int, str]]]:
+    """What the records state, and the records at fault: their numbers from 1 on, and why."""
+    things: list[T] = []
+    seen: dict[Hashable, int] = {}
+    problems: list[tuple[int, str]] = []
+    for number, record in enumerate(records, start=1):
+        try:
+            if type(record) is not dict:
+                raise ValueError(f"is {type(record).__name__}, not an object with named fields")
+            if None in record:  # where csv.DictReader puts what no column has a name for
+                raise ValueError("has more cells than the header; put a cell that holds a comma in double quotes")
+            thing = form.read(record)
+            first = seen.setdefault(form.identity(record, thing), number)
+            if first != number:
+                raise ValueError(f"is a duplicate of record {first}")
+            things.append(thing)
+        except ValueError as error:
+            problems.append((number, str(error).removeprefix("Fact: ").rstrip(".")))
+    return things, problems
 
 
 def share_templates(facts: Sequence[Fact]) -> tuple[Fact, ...]:
@@ -265,12 +280,12 @@ def read_zsre(record: Json) -> Fact:
     return Fact(subject, template_of(text_at(record, "src"), subject), text_at(record, "answers.0").strip())
 
 
-def identity_by(key: str) -> Callable[[Json, Fact], Hashable]:
-    """Records are the same where they have the same `key`, or, without it, the same fact."""
-    return lambda record, fact: json.dumps(record[key]) if key in record else fact
+def identity_by(key: str) -> Callable[[Json, T], Hashable]:
+    """Records are the same where they have the same `key`, or, without it, state the same."""
+    return lambda record, thing: json.dumps(record[key]) if key in record else thing
 
 
-FORMS: dict[str, Form] = {
+FORMS: dict[str, Form[Fact]] = {
     "own": Form(read_own, identity=lambda record, fact: (fact.prompt, fact.object)),
     "known_1000": Form(read_known_1000, identity_by("known_id")),
     # CounterFact gives some facts two counterfactual targets, under two case_ids.

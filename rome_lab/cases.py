@@ -1,0 +1,280 @@
+"""Where cases come from, and which of them a model can be judged by.
+
+load_cases    from the embedded facts, from CounterFact or zsRE, or from a user's file
+known_cases   those whose facts a model knows
+check         those whose targets a model can tell from the true objects
+split         a part to search settings on and a part to report, without a common subject
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from rome_lab.case import Case, Cases, Unusable
+from rome_lab.changes import Change
+from rome_lab.corruption import seed_from
+from rome_lab.datasets import Json, text_at
+from rome_lab.embedded_cases import build_cases, mentions
+from rome_lab.facts import Form, identity_by, load_facts, open_set, read_counterfact, read_each, read_zsre
+from rome_lab.judging import Question, score
+from rome_lab.known import known_facts
+from rome_lab.models import LanguageModel
+from rome_lab.prompts import continuation_ids
+from rome_lab.store import Store
+
+__all__ = ["Case", "Cases", "build_cases", "check", "known_cases", "load_cases", "split"]
+
+WAVE = 16  # cases whose rewrite prompts are read together
+UNKNOWN = "the model does not complete the fact"
+NOT_PREFERRED = "the model does not prefer the true object to the target"
+SHARED_TOKEN = "the target shares its first token with the true object"
+
+logger = logging.getLogger(__name__)
+
+
+def load_cases(source: str | Path = "embedded", seed: int = 0) -> Cases:
+    """All cases of a source, whatever a model knows.
+
+    Args:
+        source: as in `load_facts`. CounterFact and zsRE, by name or as a file of their form, hold whole cases; of other
+            facts cases are built by `build_cases`.
+        seed: of the cases that are built.
+
+    Returns: Cases; what gives none is counted by reason.
+
+    Raises:
+        FileNotFoundError, ConnectionError: as in `load_facts`.
+        ValueError: the file is at fault, or not one of its records gives a case; the message says why.
+    """
+    cases = read_cases(source)
+    if cases is None:
+        cases = build_cases(load_facts(source), seed=seed)
+    if not cases:
+        raise ValueError(f"load_cases: {str(source)!r} holds nothing to judge an edit by{cases.reasons()}.")
+    return cases
+
+
+def known_cases(
+    lm: LanguageModel,
+    source: str | Path | Cases = "embedded",
+    n: int | None = 200,
+    seed: int = 0,
+    store: Store | str | Path | None = None,
+    progress: bool = True,
+    known_only: bool = True,
+) -> Cases:
+    """A random sample of the cases whose facts `lm` knows and whose targets it can tell from the true objects.
+
+    Where cases are built from facts, those facts are known that `known_facts` finds, the rewrite prompt is the one that the
+    model completes, and neighbours that it knows are preferred. Where a source holds whole cases, as CounterFact, the
+    model knows those at whose rewrite prompt the true object is more probable than the target (log P of the whole text).
+    zsRE's facts are to be taught, not changed; none of them need be known.
+
+    Args:
+        source: as in `load_cases`, or cases.
+        n: number of cases; None for all. Where there are fewer, all of them are returned, with a warning.
+        seed: of the sample, and of the cases that are built.
+        store: folder of results, in which the search for known facts is kept and found again.
+        known_only: False keeps the cases of unknown facts too, as the paper does on CounterFact and zsRE.
+
+    Returns: Cases, in random order, of which a smaller n gives the beginning. Unknown facts are counted with the dropped; of
+        cases, those after the last one kept do not count.
+
+    Raises:
+        ValueError: n is below 1, the model knows none of the facts, or as in `load_cases`.
+    """
+    if not (n is None or (isinstance(n, int) and n >= 1)):
+        raise ValueError(f"known_cases: n is {n!r}; expected a whole number of at least 1, or None for all.")
+    cases = source if isinstance(source, Cases) else read_cases(source)
+    if cases is None and known_only:
+        tried = build_known(lm, source, seed, store, progress)
+        kept = select(lm, tried, n, ask=False, progress=progress)
+    else:
+        tried = load_cases(source, seed) if cases is None else cases
+        order = sorted(tried, key=lambda case: seed_from(json.dumps([seed, case.id])))
+        kept = select(lm, Cases(tuple(order), tried.dropped), n, ask=known_only, progress=progress)
+    if not kept:
+        raise ValueError(
+            f"known_cases: of the {len(tried)} cases, not one can be judged with {lm.name}{kept.reasons()}."
+        )
+    if len(kept) < (n or 1):
+        logger.warning("known_cases: %d cases were asked for, but there are only %s", n, kept)
+    return kept
+
+
+def build_known(
+    lm: LanguageModel, source: str | Path, seed: int, store: Store | str | Path | None, progress: bool
+) -> Cases:
+    """Cases of all facts that `lm` knows, in random order; the others count as dropped."""
+    facts = load_facts(source)
+    known = known_facts(lm, facts, n=None, seed=seed, progress=progress, store=store)
+    if not known:
+        raise ValueError(
+            f"known_cases: {lm.name} knows none of the {len(facts)} facts of {str(source)!r}, so there is nothing to "
+            "change; choose another model or other facts, or take all cases with known_only=False."
+        )
+    cases = build_cases(known, pool=facts, seed=seed)
+    return Cases(cases.cases, {UNKNOWN: len(facts) - len(known)} | cases.dropped)
+
+
+def select(lm: LanguageModel, cases: Cases, n: int | None, ask: bool, progress: bool) -> Cases:
+    """The first n cases that pass `check` and, with `ask`, whose true object the model prefers to the target."""
+    kept: list[Case] = []
+    dropped = Counter(cases.dropped)
+    wanted = len(cases) if n is None else n
+    with tqdm(total=wanted, desc="known cases", disable=not (progress and ask)) as bar:
+        for begin in range(0, len(cases), WAVE):
+            if len(kept) >= wanted:
+                break
+            wave = check(lm, Cases(cases[begin : begin + WAVE]))
+            known = prefers_true(lm, wave) if ask else [True] * len(wave)
+            kept += [case for case, is_known in zip(wave, known, strict=True) if is_known]
+            dropped += Counter(wave.dropped) + Counter({NOT_PREFERRED: known.count(False)})
+            bar.update(min(len(kept), wanted) - bar.n)
+    return Cases(tuple(kept[:wanted]), dict(dropped))
+
+
+def check(lm: LanguageModel, cases: Cases) -> Cases:
+    """The cases without those whose target shares its first token with the true object, by the tokenizer of `lm`."""
+    kept = []
+    for case in cases:
+        first = [continuation_ids(lm, case.fact.prompt, said)[0] for said in (case.target, case.fact.object)]
+        if case.form == "zsre" or first[0] != first[1]:
+            kept.append(case)
+    shared = Counter({SHARED_TOKEN: len(cases) - len(kept)})
+    return Cases(tuple(kept), dict(Counter(cases.dropped) + shared))
+
+
+def prefers_true(lm: LanguageModel, cases: Cases) -> list[bool]:
+    """For each case, whether log P of the true object at the rewrite prompt exceeds that of the target; True in zsRE."""
+    asked = [case for case in cases if case.form != "zsre"]
+    questions = []
+    for case in asked:
+        prompt = case.fact.prompt
+        context = tuple(lm.tokenizer(prompt)["input_ids"])
+        questions += [
+            Question(0, context, tuple(continuation_ids(lm, prompt, said))) for said in (case.fact.object, case.target)
+        ]
+    totals = [found.total for found in score(lm, [Change()], questions)]
+    preferred = {case.id: true > new for case, true, new in zip(asked, totals[::2], totals[1::2], strict=True)}
+    return [preferred.get(case.id, True) for case in cases]
+
+
+def split(cases: Sequence[Case], search: int | float, seed: int = 0) -> tuple[Cases, Cases]:
+    """A part to search settings on and a part to report, such that no subject is in both.
+
+    Args:
+        search: size of the first part, in cases, or as a share of them where it is below 1. A subject with several cases
+            that would make the part larger stays in the other.
+        seed: of the subjects that are drawn, which depend on nothing else but the subjects there are.
+
+    Returns: both parts, each in the order of `cases`.
+
+    Raises:
+        ValueError: one of the parts would be empty.
+    """
+    size = round(search * len(cases)) if search < 1 else search
+    if not 0 < size < len(cases):
+        raise ValueError(f"split: search is {search!r} of {len(cases)} cases; expected some, and some left to report.")
+    count = Counter(case.fact.subject for case in cases)
+    drawn: set[str] = set()
+    taken = 0
+    for subject in sorted(count, key=lambda subject: seed_from(json.dumps([seed, subject]))):
+        if taken + count[subject] <= size:
+            drawn.add(subject)
+            taken += count[subject]
+    parts = [tuple(case for case in cases if (case.fact.subject in drawn) is part) for part in (True, False)]
+    if not all(parts):
+        raise ValueError(f"split: all cases that search={search!r} would draw from have one subject; give more cases.")
+    return Cases(parts[0]), Cases(parts[1])
+
+
+def read_cases(source: str | Path) -> Cases | None:
+    """The cases that a source holds; None where it holds facts only."""
+    if str(source) == "embedded":
+        return None
+    records, form, _ = open_set(str(source))
+    if form not in CASE_FORMS:
+        return None
+    numbered = [record | {"number": i} if isinstance(record, dict) else record for i, record in enumerate(records)]
+    cases, problems = read_each(numbered, CASE_FORMS[form])
+    reasons = Counter(re.sub(r" of record \d+$", "", reason) for _, reason in problems)
+    found = Cases(tuple(cases), dict(reasons))
+    if problems:
+        logger.warning("load_cases: %s: %s", source, found)
+    return found
+
+
+def read_counterfact_case(record: Json) -> Case:
+    """A case of a CounterFact record.
+
+    The authors publish the texts for RS beside the set. Differs: as references stand the attribute prompts, which are about
+    subjects of which the target is true, each completed by the target; without them a case has no references.
+    """
+    target = text_at(record, "requested_rewrite.target_new.str").strip()
+    if "{}" not in text_at(record, "requested_rewrite.prompt"):
+        raise Unusable("the subject is not in the prompt")
+    fact = read_counterfact(record)
+    if target == fact.object:
+        raise Unusable("the target is the true object")
+    neighbours = texts_at(record, "neighborhood_prompts")
+    if any(mentions(prompt, fact.subject) for prompt in neighbours):
+        raise Unusable("a neighbourhood prompt contains the subject")
+    attributes = texts_at(record, "attribute_prompts") if record.get("attribute_prompts") else ()
+    return Case(
+        id=f"counterfact/{record.get('case_id', record['number'])}",
+        fact=fact,
+        target=target,
+        paraphrases=texts_at(record, "paraphrase_prompts"),
+        neighbours=neighbours,
+        neighbour_answers=(fact.object,) * len(neighbours),
+        generation_prompts=texts_at(record, "generation_prompts"),
+        references=tuple(f"{prompt} {target}." for prompt in attributes),
+    )
+
+
+def read_zsre_case(record: Json) -> Case:
+    """A case of a zsRE record: the question, the first of its answers, another wording, and an unrelated question.
+
+    As in the authors' evaluation, the model is taught the first answer (not MEND's `alt`), and the unrelated question keeps
+    its "nq question: " and gets the question mark that it lacks.
+    """
+    if text_at(record, "subject").strip() not in text_at(record, "src"):
+        raise Unusable("the subject is not in the prompt")
+    fact = read_zsre(record)
+    question = text_at(record, "loc").strip()
+    if mentions(question, fact.subject):
+        raise Unusable("a neighbourhood prompt contains the subject")
+    return Case(
+        id=f"zsre/{record['number']}",
+        fact=fact,
+        target=fact.object,
+        paraphrases=(text_at(record, "rephrase").strip(),),
+        neighbours=(question if question.endswith("?") else f"{question}?",),
+        neighbour_answers=(text_at(record, "loc_ans").strip(),),
+        form="zsre",
+    )
+
+
+def texts_at(record: Json, name: str) -> tuple[str, ...]:
+    """The texts of a field that is a list of them; Unusable where there are none, or one is empty."""
+    texts = record.get(name)
+    if not isinstance(texts, list) or not texts:
+        raise Unusable(f"the field {name} is {'empty' if texts == [] else 'missing'}")
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise Unusable(f"the field {name} holds what is empty or not text")
+    return tuple(text.strip() for text in texts)
+
+
+CASE_FORMS: dict[str, Form[Case]] = {
+    "counterfact": Form(read_counterfact_case, identity_by("case_id")),
+    "zsre": Form(read_zsre_case, identity=lambda record, case: replace(case, id="")),
+}

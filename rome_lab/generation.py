@@ -1,0 +1,74 @@
+"""Free text that a model writes under many changes at once, with the same luck for each of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rome_lab.changes import Change, side_by_side
+from rome_lab.corruption import seed_from
+from rome_lab.models import LanguageModel
+from rome_lab.texts import continue_randomly, rows_with_cache
+
+
+def generate(
+    lm: LanguageModel,
+    changes: Sequence[Change],
+    prompts: Sequence[str],
+    new_tokens: int = 50,
+    top_k: int = 5,
+    seed: int = 0,
+) -> list[list[str]]:
+    """What the model writes after each prompt under each change, side by side.
+
+    Each next token is drawn from the `top_k` most probable ones at temperature 1, until `new_tokens` are written or the
+    model ends the text. The draws depend on the seed, the prompt and its place alone, so every change meets the same ones.
+    Prompts of all lengths share a batch without padding: while its prompt lasts, a row's next token is the prompt's.
+
+    Args: top_k: 1 is greedy generation; 5 is the authors'.
+
+    Returns: for each change, for each prompt, the prompt and what follows it; the change's preamble is left out.
+
+    Raises:
+        ValueError: a prompt is too long for the model.
+    """
+    rows = [(owner, place) for owner in range(len(changes)) for place in range(len(prompts))]
+    starts = [lm.tokenizer(changes[owner].preamble + prompts[place])["input_ids"] for owner, place in rows]
+    longest = max(map(len, starts), default=0) + new_tokens
+    if longest > lm.context_length:
+        raise ValueError(
+            f"generate: {new_tokens} tokens after a prompt of {longest - new_tokens} are more than {lm.name} reads, "
+            f"{lm.context_length}; ask for fewer tokens."
+        )
+    luck = [uniform(new_tokens, seed, place, prompt) for place, prompt in enumerate(prompts)]
+    size = rows_with_cache(lm, longest)
+    texts: list[list[int]] = []
+    for begin in range(0, len(rows), size):
+        part, prompt_ids = rows[begin : begin + size], starts[begin : begin + size]
+        draws = torch.zeros(len(part), max(map(len, prompt_ids)) + new_tokens, dtype=torch.float64)
+        for row, (ids, (_, place)) in enumerate(zip(prompt_ids, part, strict=True)):
+            draws[row, len(ids) : len(ids) + new_tokens] = luck[place]
+        with side_by_side(lm, changes, [owner for owner, _ in part]):
+            texts += continue_randomly(lm, prompt_ids, draws, top_k)
+    written = [after(lm, ids, text[: len(ids) + new_tokens]) for ids, text in zip(starts, texts, strict=True)]
+    said = iter(prompts[place] + text for (_, place), text in zip(rows, written, strict=True))
+    return [[next(said) for _ in prompts] for _ in changes]
+
+
+def after(lm: LanguageModel, prompt: list[int], text: list[int]) -> str:
+    """What `text` says after the tokens of `prompt`, with which it begins."""
+
+    def decode(ids: list[int]) -> str:
+        return lm.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    return decode(text)[len(decode(prompt)) :]
+
+
+def uniform(length: int, seed: int, place: int, prompt: str) -> Float[Tensor, " T"]:
+    """(T,) uniform numbers in [0, 1) for the tokens that follow `prompt`."""
+    generator = torch.Generator().manual_seed(seed_from(json.dumps(["generation", seed, place, prompt])))
+    return torch.rand(length, dtype=torch.float64, generator=generator)

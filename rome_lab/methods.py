@@ -1,0 +1,298 @@
+"""Methods that make a model say something else, behind one interface: requests in, a Change out, the model unchanged.
+
+METHODS                          name -> Method as it is compared: a row each of one table
+SEARCH                           name -> as many configurations of each method that has something to choose
+sequence(lm, requests, method)   one change after the other, each found on the model with those before it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import ClassVar, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rome_lab.changes import Change
+from rome_lab.editing import check_independent, default_settings, distinct
+from rome_lab.edits import weight
+from rome_lab.finetuning import Tuning, default_tuning, fine_tune
+from rome_lab.models import LanguageModel
+from rome_lab.optimised import NothingToEdit, Optimised, Optimum, Request
+from rome_lab.store import Json
+from rome_lab.texts import SampledText, Source
+from rome_lab.update import Factor, solve_update
+from rome_lab.values import EditSettings
+
+NUMERICS = 1  # raised when a change here or in what it calls moves any number, so that stored results are made again
+COLUMNS = {"bare": [0], "averaged": [1], "both": [0, 1]}  # of an Optimum's keys
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal(Change):
+    """The Change that a method makes of requests.
+
+    Attributes:
+        remark: what whoever reads the result should know, such as that v* did not converge; "" where there is nothing.
+    """
+
+    remark: str = ""
+
+
+class Method(Protocol):
+    """A way to make a model say something else.
+
+    A method may leave choices to the model's defaults; `settled` makes them.
+    """
+
+    name: str
+
+    def settled(self, lm: LanguageModel) -> Method:
+        """The same method with nothing left to choose for this model."""
+
+    def describe(self) -> dict[str, Json]:
+        """All that determines the Change, of a settled method, besides `lm.key` and the requests; the name does not."""
+
+    def change(self, lm: LanguageModel, requests: Sequence[Request], optimised: Optimised) -> Proposal:
+        """The one Change that meets all requests; `lm` is unchanged."""
+
+
+@dataclass(frozen=True)
+class Rome:
+    """ROME: the smallest change of W that maps the keys to v* (Appendix A, Eqn 17), of all requests at once.
+
+        dW = Lambda (C^-1 K*)T,  Lambda = (V* - W K*) (K*T C^-1 K*)^-1
+
+    v* is the same whatever the key: W k* + delta of the averaged k*, with delta found once. So methods of this family
+    differ in nothing but what they map to v* and how they measure the smallness of a change. A v* that did not converge
+    is used and remarked on. Requests whose target the model says already are left out and remarked on; where none is
+    left, there is no change (`Proposal.delta` is None).
+
+    Attributes:
+        key: "both", "averaged" (the paper's) or "bare"; by default that of the settings.
+        layer, settings: by default those of `default_settings`.
+        source: text that C is measured on.
+    """
+
+    solution: ClassVar[str] = "exact"
+    name: str = "rome"
+    key: str | None = None
+    layer: int | None = None
+    settings: EditSettings | None = None
+    source: Source = field(default_factory=SampledText)
+
+    def settled(self, lm: LanguageModel) -> Rome:
+        """Raises a ValueError where no layer is known for the model, or it has no such layer."""
+        default = default_settings(lm)
+        layer = default.layer if self.layer is None else self.layer
+        if layer not in range(lm.n_layers):
+            raise ValueError(
+                f"{self.name}: layer is {layer!r}; {lm.name} has the layers 0 to {lm.n_layers - 1}. Choose one, say where a "
+                f'causal trace of MLP outputs has its peak: dataclasses.replace(METHODS["{self.name}"], layer=...).'
+            )
+        settings = self.settings or default.settings
+        return replace(self, layer=layer, settings=settings, key=self.key or settings.key)
+
+    def describe(self) -> dict[str, Json]:
+        check_settled(self.name, self.layer, self.settings, self.key)
+        settings = {name: value for name, value in asdict(self.settings).items() if name != "key"}
+        chosen = {"key": self.key, "layer": self.layer, "settings": settings, "C": self.source.describe()}
+        return {"method": "rome", "numerics": NUMERICS, "solution": self.solution, **chosen}
+
+    def change(self, lm: LanguageModel, requests: Sequence[Request], optimised: Optimised) -> Proposal:
+        method = self.settled(lm)
+        optima, remarks = [], []
+        for request in requests:
+            try:
+                optima.append(optimised.find(request, method.layer, method.settings))
+            except NothingToEdit as reason:
+                remarks.append(str(reason))
+                continue
+            if not optima[-1].converged:
+                p, prompt = optima[-1].p_target, request[0].prompt
+                remarks.append(f"v* did not converge: {prompt!r} -> {request[1]!r} has a mean probability of {p:.2f}")
+        remark = "; ".join(remarks)
+        if not optima:
+            return Proposal(remark=remark)
+        return Proposal(method.layer, method.solve(lm, method.factor(lm, optimised), optima).float(), remark=remark)
+
+    def factor(self, lm: LanguageModel, optimised: Optimised) -> Factor:
+        """Of the matrix that measures the smallness of a change."""
+        return optimised.factor(self.layer, self.source)
+
+    def solve(self, lm: LanguageModel, factor: Factor, optima: Sequence[Optimum]) -> Float[Tensor, "D H"]:
+        """dW, float64."""
+        keys = [distinct(lm, self.layer, factor, x.keys[:, COLUMNS[self.key]]) for x in optima]
+        check_independent(lm, self.layer, factor, [x.request for x in optima], keys)
+        stars = [x.v_star[:, None].expand(-1, K.shape[1]) for x, K in zip(optima, keys, strict=True)]
+        return solve_update(weight(lm, self.layer), factor, torch.cat(keys, dim=1), torch.cat(stars, dim=1)).delta.cpu()
+
+
+@dataclass(frozen=True)
+class IdentityRome(Rome):
+    """ROME with C replaced by the identity: the change of least Frobenius norm. What it loses is what C buys."""
+
+    solution: ClassVar[str] = "identity"
+
+    def factor(self, lm: LanguageModel, optimised: Optimised) -> Factor:
+        return Factor(torch.eye(weight(lm, self.layer).shape[1], dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class MismatchedRome(Rome):
+    """The update of the authors' published code, in which k* is averaged in one place and bare in two others.
+
+        dW = Lambda uT,  u = C^-1 k_averaged / |C^-1 k_averaged|,  Lambda = (v* - W k_bare) / (uT k_bare)
+
+    W_hat maps k_bare to v*, but in a direction that is not that of k_bare: the change is larger than it need be, and
+    k_averaged, which the direction belongs to, misses v*. What it loses is what exactness buys.
+
+    Differs: v* is that of the other methods, W k_averaged + delta; the authors' code starts from W k_bare.
+    """
+
+    solution: ClassVar[str] = "mismatched"
+
+    def change(self, lm: LanguageModel, requests: Sequence[Request], optimised: Optimised) -> Proposal:
+        if len(requests) != 1:
+            raise ValueError(
+                f"{self.name}: the published update is of one fact, but {len(requests)} requests are given; give one, "
+                "or make one change after the other with sequence()."
+            )
+        return super().change(lm, requests, optimised)
+
+    def solve(self, lm: LanguageModel, factor: Factor, optima: Sequence[Optimum]) -> Float[Tensor, "D H"]:
+        (optimum,) = optima
+        bare, averaged = optimum.keys.double().T
+        u = factor.solve(averaged[:, None].to(factor.lower.device))[:, 0].cpu()
+        u = u / u.norm()
+        Lambda = (optimum.v_star - weight(lm, self.layer).cpu().double() @ bare) / (u @ bare)
+        return torch.outer(Lambda, u)
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Fine-tuning of one W, on all requests at once: FT, or FT+L where the tuning has a bound; see `fine_tune`.
+
+    Attributes:
+        name: "ft" or "ft-linf"; says which default to take.
+        tuning: by default that of `default_tuning`.
+    """
+
+    name: str = "ft"
+    tuning: Tuning | None = None
+
+    def settled(self, lm: LanguageModel) -> FineTuning:
+        return replace(self, tuning=self.tuning or default_tuning(lm, self.name))
+
+    def describe(self) -> dict[str, Json]:
+        check_settled(self.name, self.tuning)
+        return {"method": "fine-tuning", "numerics": NUMERICS, **asdict(self.tuning)}
+
+    def change(self, lm: LanguageModel, requests: Sequence[Request], optimised: Optimised) -> Proposal:
+        tuning = self.settled(lm).tuning
+        return Proposal(tuning.layer, fine_tune(lm, requests, tuning).delta.float().cpu())
+
+
+@dataclass(frozen=True)
+class InContext:
+    """The facts stated before every prompt, each as a sentence of its own: prompt, target, full stop.
+
+    Attributes:
+        introduction: words before each of these sentences, with the blank that parts them.
+    """
+
+    name: str = "in-context"
+    introduction: str = ""
+
+    def settled(self, lm: LanguageModel) -> InContext:
+        return self
+
+    def describe(self) -> dict[str, Json]:
+        return {"method": "in-context", "introduction": self.introduction}
+
+    def change(self, lm: LanguageModel, requests: Sequence[Request], optimised: Optimised) -> Proposal:
+        stated = [f"{self.introduction}{fact.prompt.rstrip()} {target.strip()}." for fact, target in requests]
+        return Proposal(preamble="".join(f"{sentence} " for sentence in stated))
+
+
+@dataclass(frozen=True)
+class NoEdit:
+    """Nothing is changed."""
+
+    name: str = "none"
+
+    def settled(self, lm: LanguageModel) -> NoEdit:
+        return self
+
+    def describe(self) -> dict[str, Json]:
+        return {"method": "none"}
+
+    def change(self, lm: LanguageModel, requests: Sequence[Request], optimised: Optimised) -> Proposal:
+        return Proposal()
+
+
+def check_settled(name: str, *choices: object) -> None:
+    if None in choices:
+        raise ValueError(f"{name}: a choice is left to the model's defaults; describe what settled(lm) returns.")
+
+
+METHODS: Mapping[str, Method] = {
+    method.name: method
+    for method in (
+        NoEdit(),
+        Rome(),
+        Rome("rome-averaged", key="averaged"),
+        Rome("rome-bare", key="bare"),
+        Rome("rome-both", key="both"),
+        IdentityRome("rome-identity"),
+        MismatchedRome("rome-mismatched"),
+        Rome("joint"),  # to be given many requests at a time
+        FineTuning("ft"),
+        FineTuning("ft-linf"),
+        InContext(),
+    )
+}
+
+# Eight configurations of each, for the embedded model.
+INTRODUCTIONS = ("", "New fact: ", "Fact: ", "Note: ", "Remember: ", "Breaking news: ", "It is known: ", "Suppose: ")
+SEARCH: Mapping[str, tuple[Method, ...]] = {
+    "rome": tuple(
+        Rome(layer=layer, settings=EditSettings(weight_decay=decay)) for layer in (2, 4, 6, 8) for decay in (0.5, 0.1)
+    ),
+    "ft": tuple(
+        FineTuning("ft", Tuning(layer, learning_rate=rate)) for layer in (0, 6, 13, 20) for rate in (5e-4, 2e-4)
+    ),
+    "ft-linf": tuple(
+        FineTuning("ft-linf", Tuning(layer, bound=bound)) for layer in (0, 6, 13, 20) for bound in (1e-3, 3e-3)
+    ),
+    "in-context": tuple(InContext(introduction=words) for words in INTRODUCTIONS),
+}
+
+
+def sequence(
+    lm: LanguageModel, requests: Sequence[Request], method: Method, optimised: Optimised | None = None
+) -> Iterator[Proposal]:
+    """One change after the other, each found on the model with all before it in place.
+
+    C and the prefixes are measured once, on the model as it is. `lm` is changed only while the next change is found:
+    between two of them, and after the last, after an exception too, it is bit for bit what it was.
+
+    Args:
+        optimised: for `lm` as it is; a new one that stores nothing by default.
+
+    Yields: after each request the sum of the changes so far, with the remark of the last one. Where a change comes to
+        nothing the sum stays as it was.
+    """
+    optimised = optimised or Optimised(lm)
+    method = method.settled(lm)
+    total = Proposal()
+    for request in requests:
+        # The first change that needs C or the prefixes finds nothing in place yet: they are those of `lm` as it is.
+        with total.applied(lm):
+            found = method.change(lm, [request], optimised.anew())
+        deltas = [x.delta for x in (total, found) if x.delta is not None]
+        layer = total.layer if found.layer is None else found.layer
+        total = Proposal(layer, sum(deltas) if deltas else None, total.preamble + found.preamble, found.remark)
+        yield total

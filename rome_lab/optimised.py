@@ -1,0 +1,150 @@
+"""What the methods of the ROME family share: v* and the keys of each request, found once; C and the prefixes.
+
+Optimised(lm, store)                     finds them, and keeps them in memory and in the store
+Optimised.find(request, layer, ...)      an Optimum: v*, the bare and the averaged key
+Optimised.factor(layer, source)          of C
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rome_lab.covariance import covariances
+from rome_lab.editing import check_news
+from rome_lab.edits import edits_in_force, weight
+from rome_lab.facts import Fact
+from rome_lab.keys import k_star, sample_prefixes
+from rome_lab.models import LanguageModel
+from rome_lab.store import Json, Store, canonical_json
+from rome_lab.texts import Source
+from rome_lab.update import Factor, factorise
+from rome_lab.values import EditSettings, Objective, optimise_value
+
+NUMERICS = 1  # raised when a change here or in what it calls moves any number, so that stored results are made again
+
+Request: TypeAlias = tuple[Fact, str]  # a fact, and what is to be said instead of its object
+
+
+class NothingToEdit(ValueError):
+    """The model says the target already, or, where its weights are broken, nothing that is a number."""
+
+
+@dataclass(frozen=True, eq=False)
+class Optimum:
+    """v* of one request, and the keys that may be mapped to it.
+
+    Attributes:
+        keys: (H, 2) float32, the bare and the averaged k*.
+        v_star: (D,) float64, W k* + delta of the averaged k*.
+        p_target: mean probability of the target, over the prefixes, that v* reaches.
+        converged: whether that is enough.
+    """
+
+    request: Request
+    keys: Float[Tensor, "H 2"]
+    v_star: Float[Tensor, " D"]
+    p_target: float
+    converged: bool
+
+
+class Optimised:
+    """What the methods of the ROME family have in common, each found once: v*, the keys, the prefixes, and C.
+
+    It is for `lm` as it is now. Where the weights have changed, `anew` makes one for them.
+
+    Args:
+        store: where v* and keys are kept beyond this object; nowhere by default. C is in the user's cache in any case.
+        progress: show a bar where C has to be measured.
+    """
+
+    def __init__(self, lm: LanguageModel, store: Store | str | Path | None = None, progress: bool = True) -> None:
+        self.lm, self.progress = lm, progress
+        self.store = Store(store) if isinstance(store, str | Path) else store
+        self.found: dict[str, Optimum] = {}
+        self.prefixes: dict[tuple[tuple[int, ...], int], tuple[str, ...]] = {}
+        self.factors: dict[tuple[int, str], Factor] = {}
+
+    def anew(self) -> Optimised:
+        """For `lm` with other weights: v* and keys are found afresh, C and the prefixes stay those that are here."""
+        other = Optimised(self.lm, self.store, self.progress)
+        other.prefixes, other.factors = self.prefixes, self.factors
+        return other
+
+    @cached_property
+    def common(self) -> dict[str, Json]:
+        return dict(self.lm.key) if self.store else {}
+
+    def factor(self, layer: int, source: Source) -> Factor:
+        """The Cholesky factor of C of the text in `source`, measured without the edits in force."""
+        key = (layer, canonical_json(source.describe()))
+        if key not in self.factors:
+            with edits_in_force(self.lm, []):
+                measured = covariances(self.lm, [layer], source, progress=self.progress)[layer]
+            self.factors[key] = factorise(measured.C, measured.tokens)
+        return self.factors[key]
+
+    def with_prefixes(self, settings: EditSettings) -> EditSettings:
+        """The settings with prefixes sampled where they name none."""
+        if settings.prefixes is not None:
+            return settings
+        key = (settings.prefix_lengths, settings.seed)
+        if key not in self.prefixes:
+            self.prefixes[key] = sample_prefixes(self.lm, *key)
+        return replace(settings, prefixes=self.prefixes[key])
+
+    def find(self, request: Request, layer: int, settings: EditSettings) -> Optimum:
+        """v* and the keys of a request: from memory, from the store, or now.
+
+        Raises:
+            NothingToEdit: the model says the target already.
+            ValueError: the loss is NaN or infinite, or a text is too long.
+        """
+        settings = self.with_prefixes(settings)
+        inputs = optimum_inputs(self.common, request, layer, settings)
+        key = canonical_json(inputs)
+        if key not in self.found:
+            try:
+                check_news(self.lm, *request)
+            except ValueError as reason:
+                raise NothingToEdit(str(reason)) from reason
+            record = self.store.load(inputs) if self.store else None
+            if record is not None:
+                arrays = {name: torch.from_numpy(array) for name, array in record.arrays.items()}
+                optimum = Optimum(request, **arrays, **record.meta)
+            else:
+                optimum = self.optimise(request, layer, settings)
+                if self.store:
+                    self.store.save(inputs, *to_record(optimum))
+            self.found[key] = optimum
+        return self.found[key]
+
+    def optimise(self, request: Request, layer: int, settings: EditSettings) -> Optimum:
+        """v* and the keys, as `rome` finds them with key="both"."""
+        keys = k_star(self.lm, request[0], layer, "both", settings.prefixes)
+        original = weight(self.lm, layer).cpu().double() @ keys[:, 1].double()
+        value = optimise_value(Objective(self.lm, layer, request, original, settings), progress=False)
+        p_target = float(value.history["p_target"][value.history["loss"].idxmin()])
+        return Optimum(request, keys, original + value.delta.cpu().double(), p_target, value.converged)
+
+
+def optimum_inputs(common: Mapping[str, Json], request: Request, layer: int, settings: EditSettings) -> dict[str, Json]:
+    """Everything that determines an Optimum."""
+    fact, target = request
+    chosen = {name: value for name, value in asdict(settings).items() if name not in ("key", "prefix_lengths", "seed")}
+    about = {"template": fact.template, "subject": fact.subject, "target": target, "layer": layer, "settings": chosen}
+    return {**common, "what": "optimum", "numerics": NUMERICS, **about}
+
+
+def to_record(optimum: Optimum) -> tuple[dict[str, np.ndarray], dict[str, Json]]:
+    """An Optimum as arrays and JSON."""
+    arrays = {"keys": optimum.keys.numpy(), "v_star": optimum.v_star.numpy()}
+    return arrays, {"p_target": optimum.p_target, "converged": optimum.converged}
