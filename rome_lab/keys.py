@@ -8,7 +8,6 @@ k_star(lm, fact, layer, ...)          the key or keys that an edit of the fact m
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -114,23 +113,15 @@ def k_star(
 
 def subject_keys(lm: LanguageModel, layer: int, prompts: Sequence[Prompt]) -> Float[Tensor, "N H"]:
     """(N, H) float64 on the CPU: each prompt's key at its subject's last token; no layer above `layer` is run."""
-    keys: dict[int, Tensor] = {}
-    for places in same_shape(prompts):
-        last = prompts[places[0]].subject_range[1] - 1
+    # Padding right of a text cannot reach it in a causal model.
+    ids = torch.nn.utils.rnn.pad_sequence([prompt.ids for prompt in prompts], batch_first=True)
+    lasts = [prompt.subject_range[1] - 1 for prompt in prompts]
+    found: list[Tensor] = []
 
-        def keep(layer: int, inputs: Tensor, places: list[int] = places, last: int = last) -> None:
-            inputs = inputs.view(len(places), -1, inputs.shape[-1])  # OPT hands over (B * T, H)
-            keys.update(zip(places, inputs[:, last].cpu().double(), strict=True))
+    def keep(layer: int, inputs: Tensor) -> None:
+        inputs = inputs.view(*ids.shape, -1)  # OPT hands over (B * T, H)
+        found.append(inputs[range(len(prompts)), lasts].cpu().double())
 
-        run_to_keys(lm, torch.stack([prompts[place].ids for place in places]), [layer], keep)
-    found = torch.stack([keys[place] for place in range(len(prompts))])
-    lm.check_finite(found, "k_star")
-    return found
-
-
-def same_shape(prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Places of the prompts that share their length and their subject's last token, so that none needs padding."""
-    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for place, prompt in enumerate(prompts):
-        groups[len(prompt.ids), prompt.subject_range[1]].append(place)
-    return list(groups.values())
+    run_to_keys(lm, ids, [layer], keep)
+    lm.check_finite(found[0], "k_star")
+    return found[0]

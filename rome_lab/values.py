@@ -17,11 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rome_lab.blocks import Recording, at_least_float32, output_changed, record, run_block
+from rome_lab.blocks import Recording, at_least_float32, causal_mask, output_changed, record, run_block
 from rome_lab.facts import Fact
-from rome_lab.keys import KEYS, prefixed_prompt, same_shape
+from rome_lab.keys import KEYS, prefixed_prompt
 from rome_lab.models import LanguageModel
-from rome_lab.prompts import Prompt, continuation_ids
+from rome_lab.prompts import continuation_ids
 from rome_lab.texts import check_whole
 
 Callback = Callable[[Mapping[str, float]], bool | None]
@@ -90,26 +90,25 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class Suffixes:
-    """Texts of one shape, recorded once, of which the tokens from the subject's last one on are run again.
+    """Texts recorded once, of which the tokens from the subject's last one on are run again, all in one batch.
 
     Attributes:
-        recording: their run as the model is.
-        begin: place of the subject's last token.
-        n_read: number of tokens at the end where logits are read.
+        recording: their run as the model is, each text shifted so that its subject ends in the same place. What is then
+            left of a text is seen by none of its tokens.
+        begin: that place.
     """
 
     recording: Recording
     begin: int
-    n_read: int
 
     def run(self, lm: LanguageModel, layer: int, delta: Tensor) -> Tensor:
-        """(B * n_read, D): the last block's outputs where logits are read, with `delta` added to what W says."""
+        """(B, N, D): the last block's outputs at the suffixes, with `delta` added to what W says at their first tokens."""
         hidden = self.recording.states[layer][None, :, self.begin :]
         with output_changed(lm.memory(layer), lambda said: self.change(said, delta)):
             hidden = run_block(lm, layer, hidden, self.recording)
         for above in range(layer + 1, lm.n_layers):
             hidden = run_block(lm, above, hidden, self.recording)
-        return hidden[0, :, -self.n_read :].flatten(0, 1)
+        return hidden[0]
 
     def change(self, said: Tensor, delta: Tensor) -> Tensor:
         """What W says, with `delta` added at the first token of every suffix."""
@@ -118,21 +117,49 @@ class Suffixes:
         return changed
 
 
-def record_suffixes(lm: LanguageModel, prompts: Sequence[Prompt], target_ids: Sequence[int]) -> list[Suffixes]:
-    """Record the prompts with all tokens of the target but the last behind them: a Suffixes for each shape."""
-    said = torch.tensor(target_ids[:-1], dtype=torch.long, device=lm.device)
-    found = []
-    for places in same_shape(prompts):
-        ids = torch.stack([torch.cat([prompts[place].ids, said]) for place in places])
-        if ids.shape[1] > lm.context_length:
-            raise ValueError(
-                f"rome: a prompt with its prefix and its target has {ids.shape[1]} tokens, but {lm.name} reads at most "
-                f"{lm.context_length}; shorten it."
-            )
-        recording = record(lm, ids, lambda embedded: None)
-        lm.check_finite(recording.logits, "rome")
-        found.append(Suffixes(recording, prompts[places[0]].subject_range[1] - 1, len(target_ids)))
-    return found
+def record_suffixes(lm: LanguageModel, texts: Sequence[Sequence[int]], begins: Sequence[int]) -> Suffixes:
+    """Record texts of any lengths, each with the place of its subject's last token, in one run of the model."""
+    begin = max(begins)
+    length = begin + max(len(text) - place for text, place in zip(texts, begins, strict=True))
+    if length > lm.context_length:
+        raise ValueError(
+            f"rome: a prompt with its prefix and its target has {length} tokens, but {lm.name} reads at most "
+            f"{lm.context_length}; shorten it."
+        )
+    # Padding right of a text cannot reach it in a causal model.
+    ids = torch.tensor([[*text, *[0] * (length - len(text))] for text in texts], device=lm.device)
+    recording = record(lm, ids, lambda embedded: None)
+    lm.check_finite(recording.states[-1], "rome")
+    return Suffixes(shifted(lm, recording, begin - torch.tensor(begins, device=lm.device)), begin)
+
+
+def shifted(lm: LanguageModel, recording: Recording, shifts: Tensor) -> Recording:
+    """What `run_block` reads of a recording, every text moved right by its own number of places (B,).
+
+    Masks hide what moves in from the left.
+    """
+    n, length = recording.states[0].shape[:2]
+    source = (torch.arange(length, device=lm.device) - shifts[:, None]) % length  # (B, T): place before the shift
+    rows, real = torch.arange(n, device=lm.device)[:, None], source <= source[:, -1:]
+
+    def moved(name: str, value: object) -> object:
+        if name == "attention_mask":
+            mask = (causal_mask(lm, length) if value is None else value)[0, 0]
+            hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            return mask[source[:, :, None], source[:, None]].where(real[:, None], hidden)[:, None]  # (B, 1, T, T)
+        if isinstance(value, torch.Tensor) and value.ndim > 1:
+            return value[0][source]
+        return tuple(moved("", x) for x in value) if isinstance(value, tuple) else value
+
+    return replace(
+        recording,
+        states=[x[rows, source] for x in recording.states],
+        attn=[],
+        mlp=[],
+        keys=[x[rows, :, source].transpose(1, 2) for x in recording.keys],
+        values=[x[rows, :, source].transpose(1, 2) for x in recording.values],
+        arguments=[{name: moved(name, x) for name, x in given.items()} for given in recording.arguments],
+    )
 
 
 class Objective:
@@ -162,18 +189,25 @@ class Objective:
         self.start = torch.zeros(len(original), dtype=precision, device=lm.device)
         self.target_ids = torch.tensor(continuation_ids(lm, fact.prompt, target), device=lm.device)
         prompts = [prefixed_prompt(lm, fact, prefix) for prefix in ("", *(settings.prefixes or ()))]
-        essence = prefixed_prompt(lm, replace(fact, template="{} is a", templates=()))
-        self.texts = record_suffixes(lm, prompts, self.target_ids.tolist()) + record_suffixes(lm, [essence], [0])
-        self.before = self.texts[-1].recording.logits[0].log_softmax(-1)
+        prompts.append(prefixed_prompt(lm, replace(fact, template="{} is a", templates=())))
+        said = [self.target_ids[:-1].tolist()] * (len(prompts) - 1) + [[]]
+        begins = [prompt.subject_range[1] - 1 for prompt in prompts]
+        texts = [[*prompt.ids.tolist(), *more] for prompt, more in zip(prompts, said, strict=True)]
+        # The row of the batch and the place in the suffix of every token whose next one is asked for.
+        first = [len(prompt.ids) - 1 for prompt in prompts]
+        self.rows = [row for row, text in enumerate(texts) for _ in range(first[row], len(text))]
+        self.places = [place - begins[row] for row, text in enumerate(texts) for place in range(first[row], len(text))]
+        self.texts = record_suffixes(lm, texts, begins)
+        with torch.no_grad():
+            self.before = self.read_log_p(self.texts.recording.states[-1][:, self.texts.begin :])[-1]
 
-    def log_p(self, delta: Tensor) -> Tensor:
+    def read_log_p(self, hidden: Tensor) -> Tensor:
         """(N * target tokens + 1, V) next-token log probabilities: of the target in each text, and of the KL's text."""
-        hidden = torch.cat([texts.run(self.lm, self.layer, delta) for texts in self.texts])
-        return at_least_float32(self.lm.logits(hidden)).log_softmax(-1)
+        return at_least_float32(self.lm.logits(hidden[self.rows, self.places])).log_softmax(-1)
 
     def __call__(self, delta: Tensor) -> dict[str, Tensor]:
         """The loss, its terms, and what is told of each step."""
-        log_p = self.log_p(delta)
+        log_p = self.read_log_p(self.texts.run(self.lm, self.layer, delta))
         texts, essence = log_p[:-1].unflatten(0, (-1, len(self.target_ids))), log_p[-1]
         places = self.target_ids.expand(len(texts), -1)[..., None]
         log_target = texts.gather(2, places).sum(dim=(1, 2))  # (N,)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny import FAMILIES, tiny_model
 
+from benchmarks.plain import plain_loop
 from rome_lab.facts import Fact
-from rome_lab.keys import k_star, prefixed_prompt, sample_prefixes
+from rome_lab.keys import k_star, sample_prefixes
 from rome_lab.prompts import continuation_ids
 from rome_lab.values import EditSettings, Objective, optimise_value
 
@@ -30,60 +31,6 @@ def objective(lm, layer=1, fact=FACT, target="Rome", settings=FEW):
     return Objective(lm, layer, (fact, target), original_value(lm, layer, fact), settings)
 
 
-def plain_loop(lm, layer, fact, target, settings):
-    """The slow way, written independently: whole texts through the whole model, forwards and backwards, at each step.
-
-    Texts of equal length go together, so that only what the fast way leaves out is between the two.
-    """
-    target_ids = continuation_ids(lm, fact.prompt, target)
-    v_length = original_value(lm, layer, fact).norm()
-    prompts = [prefixed_prompt(lm, fact, prefix) for prefix in ("", *settings.prefixes)]
-    batches = {}
-    for prompt in prompts:
-        place = prompt.subject_range[1] - 1
-        batches.setdefault((len(prompt.ids), place), []).append(prompt.ids.tolist() + target_ids[:-1])
-    essence = prefixed_prompt(lm, Fact(fact.subject, "{} is a", "x"))
-    delta = torch.zeros(len(original_value(lm, layer, fact)), dtype=lm.dtype, requires_grad=True)
-    adam = torch.optim.Adam([delta], lr=settings.learning_rate)
-
-    def log_p(ids, place):
-        def add(module, args, output):
-            shape = output.shape
-            moved = output.reshape(*ids.shape, -1) + 0
-            moved[:, place] = moved[:, place] + delta
-            return moved.reshape(shape)
-
-        handle = lm.memory(layer).register_forward_hook(add)
-        try:
-            return lm.model(ids, use_cache=False).logits.log_softmax(-1)
-        finally:
-            handle.remove()
-
-    history, found, before = [], [], None
-    for step in range(settings.steps + 1):
-        adam.zero_grad()
-        log_targets = []
-        for (length, place), rows in batches.items():
-            logs = log_p(torch.tensor(rows), place)
-            for row in logs:
-                log_targets.append(sum(row[length - 1 + i, token] for i, token in enumerate(target_ids)))
-        now = log_p(essence.ids[None], essence.subject_range[1] - 1)[0, -1]
-        before = now.detach() if before is None else before
-        nll = -torch.stack(log_targets).mean()
-        kl = settings.kl * torch.nn.functional.kl_div(before, now, log_target=True, reduction="sum")
-        decay = settings.weight_decay * (delta.norm() / v_length) ** 2 if step else torch.zeros(())
-        loss = nll + kl + decay
-        history.append(float(loss.detach()))
-        found.append(delta.detach().clone())
-        loss.backward()
-        adam.step()
-        with torch.no_grad():
-            if delta.norm() > settings.clamp * v_length:
-                delta *= settings.clamp * v_length / delta.norm()
-        lm.model.zero_grad(set_to_none=True)
-    return found[history.index(min(history))], history
-
-
 CASES = {
     "subject in the middle": (FACT, "Rome", 1),
     "subject first, target of many tokens": (Fact("Marie Curie", "{} was born in", "Warsaw"), "the city of Rome", 2),
@@ -100,7 +47,7 @@ def test_the_loop_over_suffixes_finds_what_the_plain_loop_finds(family, case) ->
     fact, target, layer = CASES[case]
     settings = replace(FEW, learning_rate=0.1, weight_decay=0.01, clamp=0.8 if case == "last layer" else 4.0)
     value = optimise_value(objective(lm, layer, fact, target, settings), progress=False)
-    delta, history = plain_loop(lm, layer, fact, target, settings)
+    delta, history = plain_loop(lm, layer, (fact, target), original_value(lm, layer, fact), settings)
     # In float64, but Llama's kin compute their norms in float32, where a difference in the last place grows step by step.
     assert history == pytest.approx(value.history["loss"].tolist(), rel=1e-5)
     assert float((value.delta - delta).norm()) <= 1e-4 * float(delta.norm())
@@ -110,7 +57,7 @@ def test_the_embedded_model_gives_the_plain_loops_value(lm) -> None:
     fact = Fact("Eiffel Tower", "The {} is located in the city of", "Paris")
     settings = EditSettings(prefixes=sample_prefixes(lm, EditSettings().prefix_lengths), steps=3)
     value = optimise_value(objective(lm, 6, fact, "Rome", settings), progress=False)
-    delta, _ = plain_loop(lm, 6, fact, "Rome", settings)
+    delta, _ = plain_loop(lm, 6, (fact, "Rome"), original_value(lm, 6, fact), settings)
     assert float((value.delta - delta).norm() / delta.norm()) < 1e-4
 
 

@@ -1,0 +1,61 @@
+"""The benchmark of edits runs, on a tiny model, and what it compares agrees."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+from test_editing import FACT, FEW, OTHER, covariance_of
+from tiny import tiny_model
+
+from benchmarks import edit as bench
+from rome_lab.editing import Default
+from rome_lab.facts import load_relations
+from rome_lab.values import EditSettings
+
+
+@pytest.fixture
+def lm():
+    return tiny_model("llama")
+
+
+def test_the_two_ways_to_a_value_agree_and_are_both_timed(lm) -> None:
+    rows = bench.value(lm, 1, replace(FEW, steps=4), repetitions=2)
+    table = pd.DataFrame(rows).set_index("measure")
+    assert table.loc["|difference of v*| / |v*|", "greatest"] < 1e-4
+    loops = ("plain loop", "plain loop, weights frozen", "shipped")
+    times = table.loc[[f"v*, 4 steps, {loop}" for loop in loops]]
+    assert (times["n"] == 2).all() and (times["least"] > 0).all() and (times["least"] <= times["median"]).all()
+    assert all(table.loc[f"{loop} / shipped", "median"] > 0 for loop in loops[:2])
+    assert all(weight.requires_grad and weight.grad is None for weight in lm.model.parameters())
+
+
+def test_covariances_are_timed_from_nothing(lm) -> None:
+    one, all_layers = bench.covariance(lm, 1, tokens=400)
+    assert one["measure"].startswith("C of layer 1, ") and all_layers["measure"].startswith("C of all 4 layers, ")
+    assert one["median"] > 0 and all_layers["n"] == 1
+
+
+def test_files_and_constraints_are_measured(lm) -> None:
+    C = {layer: covariance_of(lm, layer) for layer in (1, 2)}
+    sizes = bench.file(lm, 1, FEW, C[1])
+    assert 1 < sizes[0]["median"] < sizes[1]["median"] < 100
+    rows = bench.constraint(lm, [(FACT, "Rome"), (OTHER, "Tokyo")], FEW, C)
+    assert [x["measure"][:7] for x in rows] == ["layer 1", "layer 2"]
+    assert all(x["n"] == 4 and 0 < x["greatest"] < 1e-5 for x in rows), "two keys of two facts, as stored"
+
+
+def test_the_command_writes_the_table(lm, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(bench, "load_model", lambda name: lm)
+    monkeypatch.setattr(bench, "default_settings", lambda lm: Default(1, EditSettings(prefix_lengths=(3, 4))))
+    bench.main(["--parts", "value", "--repetitions", "1", "--steps", "2", "--out", str(tmp_path / "edit.csv")])
+    table = pd.read_csv(tmp_path / "edit.csv")
+    assert len(table) == 6 and set(table["part"]) == {"value"} and "v*, 2 steps, shipped" in capsys.readouterr().out
+
+
+def test_the_facts_are_ten_of_five_relations_with_targets_of_their_relation() -> None:
+    found = bench.requests()
+    assert len(found) == len(bench.TARGETS) == 10 and {fact.relation for fact, _ in found} == set(bench.RELATIONS)
+    for fact, target in found:
+        assert target in {other.object for other in load_relations()[fact.relation].facts} - {fact.object}
