@@ -124,6 +124,8 @@ def rome_many(
     factor = factor_of(lm, layer, C, progress)
     if settings.prefixes is None:
         settings = replace(settings, prefixes=sample_prefixes(lm, settings.prefix_lengths, settings.seed))
+    for fact, _ in requests:
+        warn_of_first_token(lm, fact, settings.key)
     keys = [k_star(lm, fact, layer, settings.key, settings.prefixes) for fact, _ in requests]
     keys = [distinct(lm, layer, factor, K) for K in keys]
     check_independent(lm, layer, factor, requests, keys)
@@ -252,6 +254,19 @@ def solve(lm: LanguageModel, layer: int, factor: Factor, K: Tensor, V: Tensor) -
         {name: x.squeeze(1) if alone else x.contiguous() for name, x in vectors.items()},
         float(constraint_error(W_hat, K, V).max()),
     )
+
+
+def warn_of_first_token(lm: LanguageModel, fact: Fact, key: str) -> None:
+    """Say what to expect where the subject is the text's first token, whose key is nearly the same in every text.
+
+    Where the tokenizer begins every text with a token of its own, no subject is the first.
+    """
+    if key != "averaged" and read_prompt(lm, fact).subject_range == (0, 1):
+        logger.warning(
+            "rome: the subject %r is the first token of the text, and a first token has nearly the same key in every text, "
+            "so with the key %r other texts change too; choose the key 'averaged', or a prompt in which something stands "
+            "before the subject.", fact.subject, key,
+        )  # fmt: skip
 
 
 def warn_unless_converged(value: Value, target: str, settings: EditSettings) -> None:

@@ -12,6 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 import torch
@@ -96,6 +97,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.layout = find_layout(model)
         self.blocks: list[nn.Module] = list(attrgetter(self.layout.blocks)(model))
+        self.job: Thread | None = None  # what a panel does with the model beside the kernel's own thread
         self.edits: list[Edit] = []
         self.unedited: dict[int, torch.Tensor] = {}  # by layer: W as it was before the edits in force
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__

@@ -12,7 +12,7 @@ import torch
 from tiny import FAMILIES, tiny_model
 
 from rome_lab.covariance import run_to_keys
-from rome_lab.editing import DEFAULTS, default_settings, plot_history, rome, rome_many
+from rome_lab.editing import DEFAULTS, default_settings, plot_history, rome, rome_many, warn_of_first_token
 from rome_lab.edits import edits_in_force, fingerprint_without_edits, weight
 from rome_lab.facts import Fact, load_facts
 from rome_lab.keys import k_star
@@ -381,6 +381,17 @@ def test_the_plot_shows_every_step() -> None:
     lines = {line.get_label(): line.get_ydata() for line in ax.get_lines()}
     assert list(lines["loss"]) == edit.history["loss"].tolist()
     assert len(lines) == 4
+
+
+@pytest.mark.parametrize("key", ["both", "bare", "averaged"])
+def test_a_subject_that_is_the_texts_first_token_is_warned_of_where_its_own_key_counts(key, caplog) -> None:
+    lm = tiny_model("llama")
+    warn_of_first_token(lm, Fact("J", "{} is in", "Asia"), key)
+    assert ("first token" in caplog.text) == (key != "averaged")
+    caplog.clear()
+    warn_of_first_token(lm, Fact("J", "The country of {} is in", "Asia"), key)
+    warn_of_first_token(lm, Fact("Japan and Korea", "{} are in", "Asia"), key)
+    assert caplog.text == ""
 
 
 # The embedded model

@@ -1,0 +1,147 @@
+"""The questions asked about an edit are the right ones, and the answers are the model's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_editing import FACT, FEW, OTHER
+from tiny import FAMILIES, tiny_model
+
+from rome_lab.comparison import Probe, best_known, fact_of, known, look, probabilities, probe_of, side_by_side
+from rome_lab.facts import Fact, load_facts
+from rome_lab.models import LanguageModel
+from rome_lab.prompts import continuation_ids
+from rome_lab.trying import Request, make_edit, ten_facts, try_edit, try_facts
+
+REQUEST = Request(FACT, "Rome", 1, FEW, tokens=256)
+
+
+def model_of_long_texts() -> LanguageModel:
+    """A tiny model that reads the embedded facts' prompts, whose tokens are hardly more than letters."""
+    lm = tiny_model("llama")
+    lm.model.config.max_position_embeddings = 256
+    return lm
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    monkeypatch.setenv("ROME_LAB_CACHE", str(tmp_path))
+    return model_of_long_texts()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_probabilities_asked_together_are_those_asked_alone(family) -> None:
+    lm = tiny_model(family)
+    asked = [(FACT, "Rome"), (OTHER, "Warsaw, of all places"), (FACT, "a")]
+    p, following = probabilities(lm, asked)
+    for (fact, text), one, log_p in zip(asked, p, following, strict=True):
+        ids, alone = lm.tokenizer(fact.prompt)["input_ids"], 1.0
+        with torch.no_grad():
+            torch.testing.assert_close(log_p, lm.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1))
+            for token in continuation_ids(lm, fact.prompt, text):
+                alone *= float(lm.model(torch.tensor([ids])).logits[0, -1].double().softmax(-1)[token])
+                ids = [*ids, token]
+        assert one == pytest.approx(alone, rel=1e-3)
+
+
+def test_two_looks_at_one_model_are_the_same_bit_for_bit() -> None:
+    lm = tiny_model("llama")
+    probe = Probe(FACT, "Rome", (replace(FACT, template="{} stands in"),), (OTHER,))
+    first, second = look(lm, probe), look(lm, probe)
+    assert torch.equal(first.log_p, second.log_p) and first.continuations == second.continuations
+    assert len(set(first.continuations)) > 1, "each continuation has a seed of its own"
+    assert first.table["kind"].tolist() == ["prompt", "paraphrase", "neighbour"]
+    assert [token for token, _ in first.next_tokens][0] == lm.tokenizer.decode([int(first.log_p[0].argmax())])
+
+
+def test_counts_are_of_the_questions_in_which_the_one_is_more_probable_than_the_other() -> None:
+    lm = tiny_model("llama")
+    others = tuple(replace(FACT, template=x) for x in ("{} stands in", "To {} one goes by", "{} is near"))
+    table = look(lm, probe := Probe(FACT, "Rome", others, ())).table[1:]
+    expected = sum(row.p_target > row.p_object for row in table.itertuples())
+    assert look(lm, probe).more_probable("paraphrase", "p_target") == (expected, 3)
+    assert look(lm, probe).more_probable("paraphrase", "p_object") == (3 - expected, 3)
+    assert look(lm, probe).more_probable("neighbour", "p_object") == (0, 0)
+
+
+def test_neighbours_are_known_facts_of_the_relation_in_the_same_words_and_paraphrases_its_other_templates(lm) -> None:
+    request = ten_facts()[1]
+    probe = probe_of(lm, request.fact, request.target)
+    assert {x.template for x in probe.paraphrases} == set(request.fact.templates) - {request.fact.template}
+    assert {x.subject for x in probe.paraphrases} == {"Colosseum"}
+    assert 1 <= len(probe.neighbours) <= 6 and known(lm, probe.neighbours) == list(probe.neighbours)
+    for fact in probe.neighbours:
+        assert fact.template == request.fact.template and fact.relation == "landmark_city"
+        assert fact.subject != "Colosseum" and fact.object != "Berlin"
+
+
+def test_an_embedded_fact_is_found_by_its_subject_and_prompt_and_any_other_has_the_models_word_as_its_object(
+    lm,
+) -> None:
+    found = fact_of(lm, "Louvre", "Guidebooks mention the Louvre among the sights of")
+    assert (found.object, found.relation, len(found.templates)) == ("Paris", "landmark_city", 5)
+    assert fact_of(lm, "Louvre", "Guidebooks mention the {} among the sights of") == found
+    other = fact_of(lm, "Eiffel Tower", "The Eiffel Tower is located in the city of")
+    assert (other.object, other.relation, other.templates) == ("Paris", None, ())
+
+
+@pytest.mark.parametrize(
+    ("subject", "prompt", "sentence"),
+    [("", "a b", "The subject is empty"), ("a", " ", "The prompt is empty"), ("a", "The b is", "is not in the prompt")],
+)
+def test_what_is_no_fact_is_refused(subject, prompt, sentence) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        fact_of(tiny_model("llama"), subject, prompt)
+
+
+def test_a_fact_is_put_in_words_in_which_the_model_knows_it_where_there_are_any(lm) -> None:
+    facts = [x for x in load_facts("embedded") if x.relation == "capital_of_country"]
+    for fact in facts[:6]:
+        anyhow = known(lm, [replace(fact, template=template) for template in fact.templates])
+        assert best_known(lm, fact) == (anyhow[0] if anyhow else fact)
+    assert any(best_known(lm, fact) != fact for fact in facts[:6])
+
+
+def test_what_a_model_says_is_text_and_never_html() -> None:
+    lm = tiny_model("llama")
+    fact = Fact("<b>Tower</b>", "The {} & co are in", "<script>")
+    shown = side_by_side(Probe(fact, "<i>", (), (fact,)), {"Before": look(lm, Probe(fact, "<i>", (), (fact,)))})
+    assert "<script>" not in shown and "<b>Tower" not in shown and "&lt;b&gt;Tower&lt;/b&gt; &amp; co" in shown
+
+
+def test_trying_an_edit_leaves_the_model_as_it_was(tiny) -> None:
+    before = tiny.fingerprint
+    tried = try_edit(tiny, REQUEST)
+    assert tried.restored and tiny.fingerprint == before and tiny.edits == []
+    assert not torch.equal(tried.before.log_p, tried.after.log_p)
+    row = tried.row()
+    assert row["undone_bit_for_bit"] and row["target_after"] == tried.after.table["p_target"][0]
+    table = try_facts(tiny, [REQUEST], progress=False)
+    assert table.to_dict("records") == [row]
+    assert try_facts(tiny, [], progress=False).empty
+
+
+def test_progress_is_told_of_C_and_of_every_step(tiny) -> None:
+    told = []
+    edit = make_edit(tiny, REQUEST, lambda doing, done: told.append((doing, done)))
+    steps = [doing for doing, _ in told if doing.startswith("v*: step")]
+    assert len(steps) == len(edit.history) and steps[-1].startswith("v*: step 3 of 3, P[target]")
+    assert any("256 of 256 tokens" in doing for doing, _ in told)
+    assert all(0 <= done <= 1 for _, done in told)
+
+
+@pytest.mark.parametrize("bad", [{"layer": 9}, {"target": ""}])
+def test_a_bad_request_is_refused_before_C_is_measured(tiny, tmp_path, bad) -> None:
+    with pytest.raises(ValueError, match="rome: "):
+        make_edit(tiny, replace(REQUEST, **bad))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_ten_facts_are_of_five_relations_in_words_that_the_model_knows(lm) -> None:
+    requests = ten_facts()
+    facts = [request.fact for request in requests]
+    assert len(facts) == 10 and len({fact.relation for fact in facts}) == 5
+    assert known(lm, facts) == facts
+    assert all(request.target != request.fact.object for request in requests)
