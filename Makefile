@@ -7,23 +7,35 @@
 MODEL ?= smollm2-135m
 DATASET ?= embedded
 N_FACTS ?= 20
+N_CASES ?= 40
+EDITS ?= 1,3,10
+N_CASES_EACH ?= 10
+# The paper judges all cases of its two data sets, known or not.
+KNOWN_ONLY ?= $(if $(filter counterfact zsre,$(DATASET)),false,true)
 SEED ?= 0
 FIGURES ?= figures
 PYTHON ?= python3
 
 BIN := .venv/bin
 RUN := $(BIN)/python -m rome_lab.batch --runs runs
-PARAMETERS := -p model $(MODEL) -p dataset $(DATASET) -p n_facts $(N_FACTS) -p seed $(SEED) -p figures $(FIGURES)
+COMMON := -p model $(MODEL) -p dataset $(DATASET) -p seed $(SEED) -p figures $(FIGURES)
+PARAMETERS_figures := $(COMMON) -p n_facts $(N_FACTS)
+PARAMETERS_evaluation := $(COMMON) -p known_only $(KNOWN_ONLY) -p n_cases $(N_CASES)
+PARAMETERS_many_edits := $(COMMON) -p known_only $(KNOWN_ONLY) -p sizes "[$(EDITS)]" -p least $(N_CASES_EACH)
+PARAMETERS_edit_anatomy := -p model $(MODEL) -p seed $(SEED) -p figures $(FIGURES)
+PARAMETERS_search := $(COMMON) -p known_only $(KNOWN_ONLY)
 SOURCES := $(wildcard rome_lab/*.py rome_lab/data/*.csv)
 NUMBERS := 1 2 3 7
 
-.PHONY: help setup figures lab test lint accept clean
+.PHONY: help setup figures anatomy evaluate search bench lab test lint accept clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 	@echo
-	@echo 'Settings, with their defaults: MODEL=$(MODEL) DATASET=$(DATASET) N_FACTS=$(N_FACTS) SEED=$(SEED) FIGURES=$(FIGURES)'
-	@echo "The paper's own run, online: make figures MODEL=gpt2-xl DATASET=known_1000 N_FACTS=1000"
+	@echo 'Settings, with their defaults: MODEL=$(MODEL) DATASET=$(DATASET) SEED=$(SEED) FIGURES=$(FIGURES)'
+	@echo '  of figures: N_FACTS=$(N_FACTS); of evaluate: N_CASES=$(N_CASES) KNOWN_ONLY=$(KNOWN_ONLY) EDITS=$(EDITS) N_CASES_EACH=$(N_CASES_EACH)'
+	@echo "The paper's own runs, online: make figures MODEL=gpt2-xl DATASET=known_1000 N_FACTS=1000"
+	@echo '                              make evaluate MODEL=gpt2-xl DATASET=counterfact N_CASES=7500'
 
 setup: .venv/ready ## create .venv with the pinned requirements and the embedded model
 
@@ -40,19 +52,32 @@ figures: $(NUMBERS:%=$(FIGURES)/figure_%.pdf) ## trace known facts and draw Figu
 
 # The claims notebook does the tracing; the figures then read its traces from the store. Each notebook writes its last
 # named file last, so that a file that exists is complete.
-$(FIGURES)/claims.csv: notebooks/claims.ipynb $(SOURCES) runs/parameters | .venv/ready
-	$(RUN) $< $(PARAMETERS)
+$(FIGURES)/claims.csv: notebooks/claims.ipynb $(SOURCES) runs/figures.parameters | .venv/ready
+	$(RUN) $< $(PARAMETERS_figures)
 
 $(FIGURES)/figure_%.pdf: notebooks/figure_%.ipynb $(FIGURES)/claims.csv
-	$(RUN) $< $(PARAMETERS)
+	$(RUN) $< $(PARAMETERS_figures)
 
-# Changes only when the settings do. It is not in git, so the first `make figures` in a clone draws everything anew.
-runs/parameters: always
+evaluate: $(FIGURES)/evaluation.pdf $(FIGURES)/many_edits.pdf ## judge ROME beside other methods, and many edits in one model
+
+anatomy: $(FIGURES)/edit_anatomy.pdf ## take one edit to pieces, and try it in every layer
+
+search: $(FIGURES)/search.pdf ## search for the settings of the methods (hours)
+
+$(FIGURES)/edit_anatomy.pdf $(FIGURES)/evaluation.pdf $(FIGURES)/many_edits.pdf $(FIGURES)/search.pdf: \
+$(FIGURES)/%.pdf: notebooks/%.ipynb $(SOURCES) runs/%.parameters | .venv/ready
+	$(RUN) $< $(PARAMETERS_$*)
+
+# Changes only when the settings do. It is not in git, so the first `make` in a clone draws everything anew.
+runs/%.parameters: always
 	@mkdir -p $(@D)
-	@echo '$(PARAMETERS)' | cmp -s - $@ || echo '$(PARAMETERS)' > $@
+	@echo '$(PARAMETERS_$*)' | cmp -s - $@ || echo '$(PARAMETERS_$*)' > $@
 
 .PHONY: always
 always:
+
+bench: .venv/ready ## measure edits: speed, covariance, file size, exactness
+	$(BIN)/python -m benchmarks.edit
 
 # Kernels start at the top, as they do in batch, so that both share results/ and figures/.
 lab: .venv/ready ## open JupyterLab on the notebooks

@@ -10,6 +10,7 @@ from rome_lab.covariance import covariance, covariances
 from rome_lab.edit_files import describe_edit
 from rome_lab.editing import plot_history, rome, rome_many
 from rome_lab.edits import Edit, load_edit
+from rome_lab.evaluation import evaluate
 from rome_lab.facts import Fact, load_facts
 from rome_lab.known import known_facts
 from rome_lab.models import LanguageModel, load_model
@@ -36,6 +37,7 @@ __all__ = [
     "covariance",
     "covariances",
     "describe_edit",
+    "evaluate",
     "known_facts",
     "load_edit",
     "load_facts",

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from rome_lab.averaging import MeanCI, mean_ci
 
@@ -147,6 +146,8 @@ def reference_score(texts: Sequence[str], references: Sequence[str], corpus: Seq
     Args: corpus: texts on which idf is fitted, such as the references of all cases; by default `references`, whose
             few texts say little about which words are rare.
     """
+    from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import
+
     weights = TfidfVectorizer().fit(corpus or references)
     said, wanted = weights.transform([" ".join(texts), " ".join(references)])
     return 100.0 * float(said.multiply(wanted).sum())

@@ -1,0 +1,268 @@
+"""Evaluate methods on cases, side by side: `evaluate`, resumable through a store of results on disk.
+
+evaluate(lm, cases, method)     a row a case and method: the metrics of `rome_lab.metrics`, or why there are none
+known_pool(lm)                  known facts, from which those are drawn that a case does not touch
+remarks(table)                  what was remarked on, with counts
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from rome_lab.case import Case
+from rome_lab.corruption import seed_from
+from rome_lab.facts import Fact, load_facts
+from rome_lab.judging import JudgeSettings, judge
+from rome_lab.known import known_facts
+from rome_lab.methods import METHODS, Method, Proposal, Request
+from rome_lab.metrics import METRICS
+from rome_lab.models import LanguageModel
+from rome_lab.optimised import Optimised
+from rome_lab.store import Json, Store, canonical_json
+
+logger = logging.getLogger(__name__)
+
+NUMERICS = 1  # raised when a change here or in judging moves any number, so that stored results are made again
+UNRELATED = 12  # known facts that a case does not touch, of which "known" is the share that stays
+POOL = 200  # known facts among which they are chosen
+CORPUS = 500  # texts that are enough to tell rare words from frequent ones; all of them would be slow
+TOGETHER: Mapping[str, int] = {"joint": 10}  # requests that a method is given at once, where that is not one
+SAID = ("form", "relation", "subject", "prompt", "object", "target")
+
+
+def evaluate(
+    lm: LanguageModel,
+    cases: Iterable[Case],
+    method: str | Method | Sequence[str | Method] = "rome",
+    *,
+    store: Store | str | Path | None = None,
+    progress: bool = True,
+    settings: JudgeSettings | None = None,
+    unrelated: Sequence[Fact] | None = None,
+    together: Mapping[str, int] = TOGETHER,
+) -> pd.DataFrame:
+    """Judge one or several methods by the metrics of `rome_lab.metrics`, a row a case and method.
+
+    All methods of a case are judged side by side. Results are kept by case and method, so another run goes on where one
+    was interrupted, and adding a method judges only that one. A row says the same whichever methods it stands among.
+
+    Args:
+        method: a name of `METHODS`, a Method, or several; no two of one name.
+        store: folder of results, written after every case.
+        progress: show a bar over the cases.
+        settings: of the judging; `known` in them is set for each case. `new_tokens=0` writes no texts, which is faster.
+        unrelated: known facts, of which each case is given those that it does not touch, `UNRELATED` at most; by default
+            `known_pool(lm)`.
+        together: how many requests the methods of these names are given at once: those of the cases that come together
+            in `groups`. Each case is judged with all of them in force.
+
+    Returns: DataFrame: case, method, form, relation, subject, prompt, object, target, the metrics, generations, judged,
+        remark. Where `judged` is False the method could not edit the case, or the outcome could not be judged: the
+        metrics are NaN and the remark says why. A remark on a judged case says what to know of it, such as that v* did
+        not converge. `remarks(table)` counts them.
+
+    Raises:
+        ValueError: no cases, an unknown method, two of one name, a method that does not fit the model, or no case at all
+            that could be judged.
+        OSError: the store cannot be written; found before any work is done.
+    """
+    cases, methods = list(cases), methods_of(method)
+    if not cases:
+        raise ValueError("evaluate: there are no cases; known_cases(lm) finds some that the model knows.")
+    if len({case.id for case in cases}) < len(cases):
+        raise ValueError("evaluate: two cases have one id; give every case its own.")
+    methods = [chosen.settled(lm) for chosen in methods]
+    store = Store(store) if isinstance(store, str | Path) else store
+    if store:
+        store.check_writable()
+    pool = known_pool(lm, store, progress) if unrelated is None else tuple(unrelated)
+    bench = Bench(
+        lm, settings or JudgeSettings(), pool, Optimised(lm, store, progress), store, dict(lm.key) if store else {}
+    )
+    asked = [requests_by_case(cases, together.get(chosen.name, 1)) for chosen in methods]
+    rows: list[dict] = []
+    for case in tqdm(cases, desc="judging", unit="case", disable=not progress):
+        rows += bench.rows(case, methods, [requests[case.id] for requests in asked])
+    table = as_table(rows)
+    report(table, lm.name)
+    return table
+
+
+def methods_of(method: str | Method | Sequence[str | Method]) -> list[Method]:
+    """The methods meant, each once; a ValueError names the choices."""
+    several = [method] if isinstance(method, str) or hasattr(method, "change") else list(method)
+    for one in several:
+        if isinstance(one, str) and one not in METHODS:
+            raise ValueError(f"evaluate: there is no method {one!r}; choose from {', '.join(METHODS)}.")
+    chosen = [METHODS[one] if isinstance(one, str) else one for one in several]
+    names = [one.name for one in chosen]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"evaluate: the methods are {', '.join(names) or 'none'}; give at least one, and none twice.")
+    return chosen
+
+
+def known_pool(
+    lm: LanguageModel, store: Store | str | Path | None = None, progress: bool = True, n: int = POOL
+) -> tuple[Fact, ...]:
+    """Embedded facts that the model knows: the same ones whatever it is evaluated on."""
+    return known_facts(lm, load_facts("embedded"), n=n, seed=0, progress=progress, store=store).facts
+
+
+def unrelated_to(case: Case, pool: Iterable[Fact], seed: int) -> tuple[Fact, ...]:
+    """`UNRELATED` facts of the pool, at random by the seed and the case, that share nothing with it: not the relation, and
+    none of its subjects and objects."""
+    named = {case.fact.subject, case.fact.object, case.target, *case.neighbour_subjects, *case.neighbour_answers}
+    free = [
+        fact
+        for fact in pool
+        if not {fact.subject, fact.object} & named and (fact.relation is None or fact.relation != case.fact.relation)
+    ]
+    return tuple(sorted(free, key=lambda fact: seed_from(json.dumps([seed, case.id, fact.prompt])))[:UNRELATED])
+
+
+def groups(cases: Iterable[Case], size: int) -> list[list[Case]]:
+    """The cases in groups of at most `size`, in order, no subject twice in one group, since one key has one value."""
+    found: list[list[Case]] = []
+    for case in cases:
+        free = (x for x in found if len(x) < size and case.fact.subject not in {other.fact.subject for other in x})
+        place = next(free, None)
+        if place is None:
+            found.append(place := [])
+        place.append(case)
+    return found
+
+
+def requests_by_case(cases: Iterable[Case], size: int) -> dict[str, list[Request]]:
+    """Case id -> the requests that are met together with it, itself among them."""
+    return {case.id: [(other.fact, other.target) for other in group] for group in groups(cases, size) for case in group}
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """Where cases are judged: the model, and what all of them have in common."""
+
+    lm: LanguageModel
+    settings: JudgeSettings
+    pool: tuple[Fact, ...]
+    optimised: Optimised
+    store: Store | None
+    common: dict[str, Json]
+
+    def rows(self, case: Case, methods: Sequence[Method], requests: Sequence[Sequence[Request]]) -> list[dict]:
+        """A row of each method for one case, from the store where it has them; the others are judged in one batch."""
+        settings = replace(self.settings, known=unrelated_to(case, self.pool, self.settings.seed))
+        inputs = [
+            evaluation_inputs(self.common, case, settings, *asked) for asked in zip(methods, requests, strict=True)
+        ]
+        keys = [canonical_json(x) for x in inputs]
+        asked = dict(
+            zip(keys, zip(inputs, methods, requests, strict=True), strict=True)
+        )  # two names may mean one method
+        records = {key: self.store.load(x) if self.store else None for key, (x, *_) in asked.items()}
+        found = {key: dict(record.meta) for key, record in records.items() if record}
+        missing = {key: self.propose(*request) for key, (_, *request) in asked.items() if key not in found}
+        made = {key: proposal for key, proposal in missing.items() if isinstance(proposal, Proposal)}
+        judged = dict(zip(made, judged_or_why(self.lm, case, list(made.values()), settings), strict=True))
+        for key, proposal in missing.items():
+            found[key] = judged.get(key) or {"judged": False, "remark": proposal}
+            if self.store:
+                self.store.save(asked[key][0], {}, found[key])
+        about = {"case": case.id, "form": case.form, "target": case.target}
+        about |= {name: getattr(case.fact, name) for name in ("relation", "subject", "prompt", "object")}
+        return [about | {"method": one.name} | found[key] for one, key in zip(methods, keys, strict=True)]
+
+    def propose(self, method: Method, requests: Sequence[Request]) -> Proposal | str:
+        """The method's change, or the reason why it makes none."""
+        try:
+            return method.change(self.lm, requests, self.optimised)
+        except ValueError as error:
+            return str(error)
+
+
+def judged_or_why(lm: LanguageModel, case: Case, proposals: Sequence[Proposal], settings: JudgeSettings) -> list[dict]:
+    """What `judge` says of each, or why it can't; a change that breaks the model spoils its own row only."""
+    if not proposals:
+        return []
+    try:
+        found = judge(lm, case, proposals, settings)
+        return [{"judged": True, "remark": p.remark} | row for p, row in zip(proposals, found, strict=True)]
+    except ValueError as error:
+        if len(proposals) == 1:
+            return [{"judged": False, "remark": str(error)}]
+    return [judged_or_why(lm, case, [proposal], settings)[0] for proposal in proposals]
+
+
+def evaluation_inputs(
+    common: Mapping[str, Json], case: Case, settings: JudgeSettings, method: Method, requests: Sequence[Request]
+) -> dict[str, Json]:
+    """Everything that determines one row, but for the method's name."""
+    corpus = hashlib.sha256(canonical_json(list(settings.corpus)).encode()).hexdigest()
+    return {
+        **common,
+        "what": "evaluation",
+        "numerics": NUMERICS,
+        "case": asdict(case),
+        "settings": asdict(settings) | {"corpus": corpus},
+        "method": method.describe(),
+        "requests": [[fact.template, fact.subject, target] for fact, target in requests],
+    }
+
+
+def as_table(rows: Sequence[dict]) -> pd.DataFrame:
+    """Rows as a table; a metric that no row has gets no column."""
+    table = pd.DataFrame(rows)
+    if "generations" not in table:
+        table["generations"] = [[] for _ in rows]
+    metrics = [name for name in METRICS if name in table]
+    return table[["case", "method", *SAID, *metrics, "generations", "judged", "remark"]]
+
+
+def report(table: pd.DataFrame, name: str) -> None:
+    """Log what was remarked on; raise where nothing could be judged."""
+    said = table[table["remark"] != ""]
+    if said.empty:
+        return
+    first = said.iloc[0]
+    message = f"{first['method']}, case {first['case']}: {first['remark']}"
+    if not table["judged"].any():
+        raise ValueError(f"evaluate: none of {len(table)} rows could be judged on {name}; the first: {message}")
+    failed = len(table) - int(table["judged"].sum())
+    logger.warning(
+        "evaluate: %d of %d rows could not be judged and %d others bear a remark; remarks(table) counts them; the first: %s",
+        failed, len(table), len(said) - failed, message,
+    )  # fmt: skip
+
+
+def remarks(table: pd.DataFrame) -> pd.DataFrame:
+    """What was remarked on: method, judged, remark (names and numbers left out), cases (their number)."""
+    said = table[table["remark"] != ""]
+    kind = said["remark"].str.replace(r"""'[^']*'|"[^"]*"|\d+(\.\d+)?""", "…", regex=True)
+    counted = said.assign(remark=kind).groupby(["method", "judged", "remark"], sort=False).size()
+    return counted.rename("cases").reset_index()
+
+
+def reference_corpus(cases: Iterable[Case]) -> tuple[str, ...]:
+    """References of all cases, each once, `CORPUS` of them at random: what RS takes its document frequencies from."""
+    return tuple(sorted({text for case in cases for text in case.references}, key=seed_from)[:CORPUS])
+
+
+def story(table: pd.DataFrame, case: str, methods: Sequence[str] = ("none", "rome")) -> str:
+    """One case in words: what was asked, and its metrics and texts under each of the methods."""
+    rows = table[(table["case"] == case) & table["method"].isin(methods)]
+    if rows.empty:
+        raise ValueError(f"story: the table has no case {case!r} of {', '.join(methods)}; see table['case'].")
+    first = rows.iloc[0]
+    told = [f"{first['prompt']} -> {first['target']} (in truth {first['object']}); case {case}"]
+    for row in rows.to_dict("records"):
+        numbers = [f"{name} {row[name]:.4g}" for name in METRICS if name in row and not pd.isna(row[name])]
+        told += [f"\n{row['method']}: {', '.join(numbers)}{'; ' * bool(row['remark'])}{row['remark']}"]
+        told += [f"    {' '.join(text.split())}" for text in row["generations"]]
+    return "\n".join(told)

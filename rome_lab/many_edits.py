@@ -1,0 +1,203 @@
+"""Many edits in one model: what they still do, and what they destroy, after 1, 3, 10, 30, 100 of them.
+
+    many_edits(lm, cases, methods)      a row a method, number of edits, chain and case; resumable
+    chains_of(cases, sizes, ...)        which cases are edited one after the other
+
+A chain is a sequence of cases whose edits come into one model. There are many short chains and few long ones, so that
+every number of edits is judged on enough cases.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from rome_lab.case import Case
+from rome_lab.corruption import seed_from
+from rome_lab.evaluation import Bench, judged_or_why, known_pool, methods_of
+from rome_lab.facts import Fact
+from rome_lab.judging import JudgeSettings
+from rome_lab.methods import Method, Proposal, sequence
+from rome_lab.metrics import METRICS
+from rome_lab.models import LanguageModel
+from rome_lab.optimised import Optimised
+from rome_lab.store import Json, Store
+
+logger = logging.getLogger(__name__)
+
+NUMERICS = 1  # raised when a change here or in judging moves any number, so that stored results are made again
+SIZES = (1, 3, 10, 30, 100)
+KEPT = 50  # known facts, of which "known" is the share that stays
+
+
+def many_edits(
+    lm: LanguageModel,
+    cases: Iterable[Case],
+    method: str | Method | Sequence[str | Method] = ("rome", "joint", "ft-linf"),
+    sizes: Sequence[int] = SIZES,
+    *,
+    least: int = 30,
+    chains: int = 1,
+    store: Store | str | Path | None = None,
+    progress: bool = True,
+    settings: JudgeSettings | None = None,
+    unrelated: Sequence[Fact] | None = None,
+    together: Collection[str] = ("joint",),
+) -> pd.DataFrame:
+    """Edit case after case in one model, and judge all of them so far at each of `sizes`, without generation.
+
+    The scores ES to NM have a value for each case, nll and "known" one for each edited model, which stands in the row of
+    the chain's first case. `summarise(table, ["method", "edits"])` gives the means: of scores over cases, of damage over
+    models. Cases of one chain share a model, so the intervals of the scores are somewhat too narrow where it breaks.
+
+    Args:
+        sizes: numbers of edits.
+        least: cases, at least, that each number of edits is judged on; decides how many chains there are.
+        chains: chains, at least, of each number of edits.
+        store: folder of results, written whenever a number of edits has been judged; v* is kept in it too, so that a chain
+            that was interrupted comes quickly to where it was.
+        settings: of the judging; its seed is that of the order of the cases in each chain, and no texts are written.
+        unrelated: known facts, of which those are asked about that have no subject of the chain, `KEPT` at most; by
+            default `known_pool(lm)`.
+        together: names of the methods that are given all requests at once; the others edit what the edits before have made.
+
+    Returns: DataFrame: method, edits, chain, case, the metrics, judged, remark.
+
+    Raises:
+        ValueError: no cases, fewer than the least of `sizes`, an unknown method, or one that does not fit the model.
+        OSError: the store cannot be written; found before any work is done.
+    """
+    methods = [chosen.settled(lm) for chosen in methods_of(method)]
+    settings = replace(settings or JudgeSettings(), new_tokens=0)
+    plan = chains_of(cases, sizes, least, chains, settings.seed)
+    store = Store(store) if isinstance(store, str | Path) else store
+    if store:
+        store.check_writable()
+    pool = known_pool(lm, store, progress) if unrelated is None else tuple(unrelated)
+    bench = Bench(lm, settings, pool, Optimised(lm, store, progress), store, dict(lm.key) if store else {})
+    rows: list[dict] = []
+    total, ends = len(methods) * sum(map(len, plan)), 0
+    with tqdm(total=total, desc="editing", unit="edit", disable=not progress) as bar:
+        for (place, chain), chosen in product(enumerate(plan), methods):
+            here = [size for size in sizes if size <= len(chain)]
+            found = chain_rows(bench, chain, here, chosen, chosen.name in together, bar)
+            rows += [{"method": chosen.name, "chain": place} | row for row in found]
+            ends += len(chain)
+            bar.update(ends - bar.n)  # what the store held, too
+    table = pd.DataFrame(rows)
+    metrics = [name for name in METRICS if name in table]
+    return table[["method", "edits", "chain", "case", *metrics, "judged", "remark"]]
+
+
+def chains_of(
+    cases: Iterable[Case], sizes: Sequence[int], least: int = 30, chains: int = 1, seed: int = 0
+) -> list[list[Case]]:
+    """The cases of each chain in the order in which they are edited, long chains first; no subject twice in one chain.
+
+    There are max(chains, least / size) chains of at least each size. A size for which there are too few subjects is left
+    out, with a warning.
+    """
+    cases = list(cases)
+    subjects = len({case.fact.subject for case in cases})
+    possible = [size for size in sizes if 1 <= size <= subjects]
+    if not possible:
+        raise ValueError(
+            f"many_edits: {len(cases)} cases of {subjects} subjects are too few for {', '.join(map(str, sizes)) or 'no'} "
+            "edits; give more cases or smaller sizes."
+        )
+    if len(possible) < len(sizes):
+        logger.warning("many_edits: there are cases of %d subjects, so at most as many edits are made", subjects)
+    wanted = {size: max(chains, -(-least // size)) for size in possible}
+    lengths = [max(size for size in possible if wanted[size] > place) for place in range(max(wanted.values()))]
+    return [in_order(cases, place, seed)[:length] for place, length in enumerate(lengths)]
+
+
+def in_order(cases: Sequence[Case], chain: int, seed: int) -> list[Case]:
+    """The cases in random order by the seed and the chain, the first of each subject only."""
+    order = sorted(cases, key=lambda case: seed_from(json.dumps(["chain", seed, chain, case.id])))
+    return list({case.fact.subject: case for case in reversed(order)}.values())[::-1]
+
+
+def chain_rows(
+    bench: Bench, chain: Sequence[Case], sizes: Sequence[int], method: Method, together: bool, bar: tqdm
+) -> list[dict]:
+    """The rows of one method at each of `sizes`, from the store where it has them."""
+    inputs = {size: state_inputs(bench, chain[:size], method, together) for size in sizes}
+    records = {size: bench.store.load(x) if bench.store else None for size, x in inputs.items()}
+    found = {size: list(record.meta["rows"]) for size, record in records.items() if record}
+    missing = [size for size in sizes if size not in found]
+    for size, proposal, remarks in states(bench, chain, missing, method, together, bar):
+        found[size] = judge_state(bench, chain[:size], proposal, remarks)
+        if bench.store:
+            bench.store.save(inputs[size], {}, {"rows": found[size]})
+    return [row for size in sizes for row in found[size]]
+
+
+def states(
+    bench: Bench, chain: Sequence[Case], sizes: Sequence[int], method: Method, together: bool, bar: tqdm
+) -> Iterator[tuple[int, Proposal, list[str]]]:
+    """At each of `sizes`: the number of edits, what they come to, and a remark for each of them.
+
+    Where a method fails in the middle of a chain, as it may in a broken model, the chain ends there: what is judged at
+    larger sizes is the model as it was before, and the edits that are missing are remarked on.
+    """
+    requests = [(case.fact, case.target) for case in chain[: max(sizes, default=0)]]
+    if together:
+        for size in sizes:
+            try:
+                proposal = method.change(bench.lm, requests[:size], bench.optimised)
+            except ValueError as error:
+                proposal = Proposal(remark=str(error))
+            yield size, proposal, [proposal.remark] + [""] * (size - 1)
+        return
+    proposal, remarks, failure = Proposal(), [], ""
+    steps = sequence(bench.lm, requests, method, bench.optimised)
+    for done in range(1, len(requests) + 1):
+        try:
+            proposal = proposal if failure else next(steps)
+        except ValueError as error:
+            failure = str(error)
+        remarks.append(failure or proposal.remark)
+        bar.update()
+        if done in sizes:
+            yield done, proposal, list(remarks)
+
+
+def judge_state(bench: Bench, chain: Sequence[Case], proposal: Proposal, remarks: Sequence[str]) -> list[dict]:
+    """A row a case of the chain, all of them edited; the first one also has the damage."""
+    settings = replace(bench.settings, known=untouched(chain, bench))
+    rows = []
+    for case, remark in zip(chain, remarks, strict=True):
+        (row,) = judged_or_why(bench.lm, case, [proposal], settings)
+        row.pop("generations", None)
+        said = remark if row["judged"] else row["remark"]
+        rows.append({"edits": len(chain), "case": case.id} | row | {"remark": said})
+        settings = replace(bench.settings, known=(), text_tokens=0)
+    return rows
+
+
+def untouched(chain: Sequence[Case], bench: Bench) -> tuple[Fact, ...]:
+    """`KEPT` facts of the pool, at random by the seed, that have no subject of the chain."""
+    edited = {case.fact.subject for case in chain}
+    free = (fact for fact in bench.pool if fact.subject not in edited)
+    return tuple(sorted(free, key=lambda fact: seed_from(json.dumps([bench.settings.seed, fact.prompt])))[:KEPT])
+
+
+def state_inputs(bench: Bench, chain: Sequence[Case], method: Method, together: bool) -> dict[str, Json]:
+    """Everything that determines the rows of one method after the edits of `chain`."""
+    return {
+        **bench.common,
+        "what": "many_edits",
+        "numerics": NUMERICS,
+        "cases": [asdict(case) for case in chain],
+        "settings": asdict(replace(bench.settings, known=untouched(chain, bench))),
+        "method": method.describe(),
+        "together": together,
+    }

@@ -1,0 +1,161 @@
+"""Search for the settings of the methods, on cases that are not the ones reported: scores only, no texts.
+
+search(lm, cases)                   every configuration of `methods.SEARCH`, and which is the best of each method
+sweep(lm, cases, choices, by)       the metrics of some methods by what tells them apart, such as the layer
+MeasuredRome                        ROME with C of a given number of tokens
+best(found)                         the best of each method
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+from rome_lab.case import Case, Cases
+from rome_lab.cases import known_cases
+from rome_lab.covariance import covariances
+from rome_lab.edits import edits_in_force
+from rome_lab.evaluation import evaluate
+from rome_lab.judging import JudgeSettings
+from rome_lab.methods import SEARCH, Method, Rome
+from rome_lab.metrics import summarise
+from rome_lab.models import LanguageModel
+from rome_lab.optimised import Optimised
+from rome_lab.store import Json, Store, canonical_json
+from rome_lab.update import Factor, factorise
+
+logger = logging.getLogger(__name__)
+
+SCORES_ONLY = JudgeSettings(new_tokens=0, text_tokens=0)
+
+
+def set_apart(
+    lm: LanguageModel,
+    source: str | Path,
+    n_search: int,
+    n_cases: int,
+    seed: int = 0,
+    store: Store | str | Path | None = None,
+    known_only: bool = True,
+) -> tuple[Cases, Cases]:
+    """Cases to search settings on and cases to report, such that no subject is in both.
+
+    The first `n_search` known cases, which are in random order, are for the search: the same whatever is reported.
+
+    Args: as for `known_cases`.
+
+    Returns: both, the second with the counts of what was dropped; it is shorter than `n_cases` where there are too few.
+
+    Raises: ValueError: nothing is left to report; see also `known_cases`.
+    """
+    # The known facts of the embedded set are looked for all at once in any case; elsewhere each case costs its own.
+    cases = known_cases(
+        lm, source, None if source == "embedded" else 2 * n_search + n_cases, seed, store, known_only=known_only
+    )
+    searched = {case.fact.subject for case in cases[:n_search]}
+    left = tuple(case for case in cases[n_search:] if case.fact.subject not in searched)
+    if not left:
+        raise ValueError(
+            f"set_apart: all {len(cases)} cases would go to the search; give n_search less than {n_search}."
+        )
+    if len(left) < n_cases:
+        logger.warning("set_apart: %d cases were to be reported, but there are only %d", n_cases, len(left))
+    return Cases(cases[:n_search]), Cases(left[:n_cases], cases.dropped)
+
+
+def search(
+    lm: LanguageModel,
+    cases: Iterable[Case],
+    choices: Mapping[str, Sequence[Method]] = SEARCH,
+    *,
+    store: Store | str | Path | None = None,
+    progress: bool = True,
+    settings: JudgeSettings = SCORES_ONLY,
+) -> pd.DataFrame:
+    """The metrics of every configuration of every method, all of them on the same cases.
+
+    Args:
+        choices: method -> its configurations, of equal number so that all methods are searched with equal effort.
+        store, progress, settings: as in `evaluate`.
+
+    Returns: DataFrame: method, configuration (what tells it from the others, in words), metric, mean, ci_low, ci_high, n.
+
+    Raises: ValueError: the methods have different numbers of configurations; see also `evaluate`.
+    """
+    if len({len(several) for several in choices.values()}) != 1:
+        counted = ", ".join(f"{name}: {len(several)}" for name, several in choices.items()) or "none"
+        raise ValueError(
+            f"search: the methods' configurations are {counted}; give each method the same number of them."
+        )
+    named: dict[tuple[str, str], Method] = {}
+    for name, several in choices.items():
+        settled = [method.settled(lm) for method in several]
+        named |= {(name, label): method for label, method in zip(differences(settled), settled, strict=True)}
+    return sweep(lm, cases, named, ["method", "configuration"], store=store, progress=progress, settings=settings)
+
+
+def sweep(
+    lm: LanguageModel,
+    cases: Iterable[Case],
+    choices: Mapping[tuple[str | int, ...], Method],
+    by: Sequence[str],
+    *,
+    store: Store | str | Path | None = None,
+    progress: bool = True,
+    settings: JudgeSettings = SCORES_ONLY,
+) -> pd.DataFrame:
+    """The metrics of each method of `choices`, whose values under the names `by` tell it from the others.
+
+    Methods of the ROME family share v* where they differ in neither layer nor settings, so trying keys or covariances is
+    cheap.
+
+    Returns: DataFrame: the columns `by`, metric, mean, ci_low, ci_high, n.
+    """
+    methods = [replace(method, name=": ".join(map(str, values))) for values, method in choices.items()]
+    table = evaluate(lm, cases, methods, store=store, progress=progress, settings=settings, unrelated=())
+    values = {method.name: values for method, values in zip(methods, choices, strict=True)}
+    named = pd.DataFrame([values[name] for name in table["method"]], columns=list(by), index=table.index)
+    return summarise(pd.concat([table.drop(columns="method"), named], axis=1), by)
+
+
+def best(found: pd.DataFrame, metric: str = "S") -> pd.DataFrame:
+    """The configuration of each method with the highest mean of `metric`, the first of those that share it."""
+    rows = found[found["metric"] == metric]
+    return rows.loc[rows.groupby("method", sort=False)["mean"].idxmax()].reset_index(drop=True)
+
+
+def differences(methods: Sequence[Method]) -> list[str]:
+    """What tells each method from the others, in words: the items of its description that are not the same in all."""
+    flat = [flattened(method.describe()) for method in methods]
+    varying = [key for key in flat[0] if len({canonical_json(one.get(key)) for one in flat}) > 1]
+    return [", ".join(f"{key.replace('_', ' ')} {one.get(key)}" for key in varying) for one in flat]
+
+
+def flattened(description: Mapping[str, Json]) -> dict[str, Json]:
+    """A description without its nesting; keys keep their last part."""
+    flat: dict[str, Json] = {}
+    for key, value in description.items():
+        flat |= flattened(value) if isinstance(value, Mapping) else {key: value}
+    return flat
+
+
+@dataclass(frozen=True)
+class MeasuredRome(Rome):
+    """ROME with C measured on `tokens` tokens of its source."""
+
+    tokens: int = 0
+
+    def describe(self) -> dict[str, Json]:
+        return super().describe() | {"tokens": self.tokens}
+
+    def factor(self, lm: LanguageModel, optimised: Optimised) -> Factor:
+        key = (self.layer, canonical_json([self.source.describe(), self.tokens]))
+        if key not in optimised.factors:
+            with edits_in_force(lm, []):
+                measured = covariances(lm, [self.layer], self.source, self.tokens, progress=optimised.progress)
+            optimised.factors[key] = factorise(measured[self.layer].C, measured[self.layer].tokens)
+        return optimised.factors[key]

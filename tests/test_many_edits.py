@@ -1,0 +1,209 @@
+"""Many edits in one model: who is edited in which order, that each state is what its edits make it, resumed and broken."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from bench import QUICK, UNRELATED, case, small
+from tiny import tiny_model
+
+from rome_lab import many_edits as module
+from rome_lab.changes import Change
+from rome_lab.judging import judge
+from rome_lab.many_edits import chains_of, many_edits
+from rome_lab.methods import Proposal
+from rome_lab.metrics import METRICS, summarise
+from rome_lab.optimised import Optimised
+
+CASES = [case(i, subject) for i, subject in enumerate(("Paris", "Japan", "Warsaw", "France", "Curie", "Eiffel"))]
+SIZES = (1, 2, 5)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("ROME_LAB_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_model("llama")
+
+
+def run(lm, names=("rome", "joint", "ft-linf"), cases=CASES, sizes=SIZES, **options) -> pd.DataFrame:
+    methods = [small(name) if isinstance(name, str) else name for name in names]
+    default = {"least": 4, "progress": False, "settings": QUICK, "unrelated": UNRELATED}
+    return many_edits(lm, cases, methods, sizes, **(default | options))
+
+
+def numbers(table: pd.DataFrame) -> np.ndarray:
+    return table[[name for name in METRICS if name in table]].to_numpy(float)
+
+
+# Chains
+
+
+@pytest.mark.parametrize(("least", "chains"), [(4, 1), (1, 1), (6, 2), (7, 3)])
+def test_every_size_has_enough_chains_for_enough_cases_and_none_too_many(least, chains):
+    plan = chains_of(CASES, SIZES, least, chains)
+    for size in SIZES:
+        assert sum(len(chain) >= size for chain in plan) == max(chains, -(-least // size))
+    assert all(len(chain) in SIZES for chain in plan)
+    assert [len(chain) for chain in plan] == sorted((len(chain) for chain in plan), reverse=True)
+
+
+def test_chains_differ_depend_on_the_seed_and_edit_no_subject_twice():
+    cases = [*CASES, *(replace(one, id=f"{one.id} again") for one in CASES)]
+    plan = chains_of(cases, (6,), 1, 4)
+    for chain in plan:
+        assert len({one.fact.subject for one in chain}) == len(chain) == 6
+    assert len({tuple(one.id for one in chain) for chain in plan}) == 4
+    assert chains_of(cases[::-1], (6,), 1, 4) == plan
+    assert chains_of(cases, (6,), 1, 4, seed=1) != plan
+
+
+def test_sizes_for_which_there_are_too_few_subjects_are_left_out_with_a_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        plan = chains_of(CASES, (1, 7), 2)
+    assert [len(chain) for chain in plan] == [1, 1]
+    assert "cases of 6 subjects" in caplog.text
+    with pytest.raises(ValueError, match="6 cases of 6 subjects are too few for 7, 9 edits"):
+        chains_of(CASES, (7, 9))
+    with pytest.raises(ValueError, match="0 cases of 0 subjects are too few"):
+        chains_of([], SIZES)
+
+
+# States
+
+
+def test_all_cases_of_a_chain_are_judged_after_its_last_edit(tiny):
+    table = run(tiny)
+    for place, chain in enumerate(chains_of(CASES, SIZES, 4)):
+        rows = table[(table["chain"] == place) & (table["method"] == "rome")]
+        expected = [(size, one.id) for size in SIZES if size <= len(chain) for one in chain[:size]]
+        assert list(zip(rows["edits"], rows["case"], strict=True)) == expected
+    damaged = table[table["nll"].notna()]
+    assert len(damaged) == len(table.groupby(["method", "edits", "chain"]))
+    assert (damaged["known"].notna()).all()
+    n = summarise(table, ["method", "edits"]).set_index(["method", "edits", "metric"])["n"]
+    assert (n["rome", 1, "ES"], n["rome", 2, "ES"], n["rome", 5, "ES"]) == (4, 4, 5)
+    assert (n["rome", 1, "nll"], n["rome", 2, "nll"], n["rome", 5, "nll"]) == (4, 2, 1)
+
+
+def test_one_after_the_other_is_each_edit_on_the_model_that_the_others_have_left(tiny):
+    chain = chains_of(CASES, SIZES, 4)[0]
+    rows = run(tiny, ["ft-linf"], sizes=(1, 2, 5)).query("chain == 0 and edits == 2")
+    first = small("ft-linf").change(tiny, [(chain[0].fact, chain[0].target)], None)
+    with first.applied(tiny):
+        second = small("ft-linf").change(tiny, [(chain[1].fact, chain[1].target)], None)
+    total = Change(1, first.delta + second.delta)
+    for one, row in zip(chain[:2], rows.to_dict("records"), strict=True):
+        (expected,) = judge(tiny, one, [total], QUICK)
+        assert row["EM"] == pytest.approx(expected["EM"], rel=1e-3)
+        assert row["NM"] == pytest.approx(expected["NM"], rel=1e-3)
+
+
+def test_together_is_one_closed_form_of_all_requests(tiny):
+    chain = chains_of(CASES, SIZES, 4)[0]
+    rows = run(tiny, ["joint"]).query("chain == 0 and edits == 5").to_dict("records")
+    requests = [(one.fact, one.target) for one in chain]
+    change = small("joint").change(tiny, requests, Optimised(tiny, progress=False))
+    (expected,) = judge(tiny, chain[3], [change], QUICK)
+    assert rows[3]["EM"] == pytest.approx(expected["EM"], rel=1e-3)
+    assert rows[3]["PM"] == pytest.approx(expected["PM"], rel=1e-3)
+
+
+def test_one_edit_is_the_same_in_sequence_and_together(tiny):
+    table = run(tiny, ["rome", "joint"]).query("edits == 1")
+    sequence, joint = (numbers(table[table["method"] == name]) for name in ("rome", "joint"))
+    np.testing.assert_allclose(sequence, joint, rtol=1e-4)
+
+
+def test_the_model_is_left_as_it_was(tiny):
+    before = tiny.fingerprint
+    run(tiny)
+    assert tiny.fingerprint == before
+
+
+# Resuming, and models that break
+
+
+@dataclass(frozen=True)
+class Stepping:
+    """A method that adds a little, counts its calls, and fails from a call on."""
+
+    calls: list = field(default_factory=list)
+    name: str = "stepping"
+    fails_at: int = 100
+    error: type[BaseException] = ValueError
+
+    def settled(self, lm):
+        return self
+
+    def describe(self):
+        return {"method": "stepping"}
+
+    def change(self, lm, requests, optimised):
+        self.calls.append(requests[0][0].subject)
+        if len(self.calls) >= self.fails_at:
+            raise self.error("stepping: the loss is nan at step 1, because tiny-llama overflows.")
+        return Proposal(1, torch.full((32, 48), 1e-3))
+
+
+def test_interrupted_it_goes_on_where_it_was(tiny, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, [Stepping(fails_at=4, error=KeyboardInterrupt)], store=tmp_path)
+    assert len(list(tmp_path.glob("many_edits/*"))) == 2  # after one edit and after two
+    table = run(tiny, [Stepping()], store=tmp_path)
+    pd.testing.assert_frame_equal(table, run(tiny, [Stepping()]))
+    idle = Stepping()
+    pd.testing.assert_frame_equal(run(tiny, [idle], store=tmp_path), table)
+    assert idle.calls == []
+
+
+def test_values_found_on_the_edited_model_are_found_again_after_an_interruption(tiny, tmp_path, monkeypatch):
+    first = run(tiny, ["rome"], store=tmp_path)
+    for file in tmp_path.glob("many_edits/*"):
+        file.unlink()
+    monkeypatch.setattr(Optimised, "optimise", lambda *args: pytest.fail("v* was optimised again"))
+    pd.testing.assert_frame_equal(run(tiny, ["rome"], store=tmp_path), first)
+
+
+@pytest.mark.parametrize("other", [{"settings": replace(QUICK, text_tokens=9)}, {"unrelated": UNRELATED[:2]}])
+def test_other_settings_are_judged_anew(tiny, tmp_path, other):
+    run(tiny, ["ft-linf"], store=tmp_path)
+    before = len(list(tmp_path.glob("many_edits/*")))
+    run(tiny, ["ft-linf"], store=tmp_path, **other)
+    assert len(list(tmp_path.glob("many_edits/*"))) > before
+
+
+def test_where_a_method_fails_the_chain_ends_and_its_missing_edits_are_remarked_on(tiny):
+    chain = chains_of(CASES, (1, 5), 1)[0]
+    rows = run(tiny, [Stepping(fails_at=3)], sizes=(1, 5), least=1).query("edits == 5").to_dict("records")
+    assert [bool(row["remark"]) for row in rows] == [False, False, True, True, True]
+    assert "the loss is nan" in rows[2]["remark"]
+    (expected,) = judge(tiny, chain[4], [Change(1, torch.full((32, 48), 2e-3))], QUICK)  # the two edits before
+    assert rows[4]["judged"]
+    assert rows[4]["EM"] == pytest.approx(expected["EM"], rel=1e-4)
+
+
+def test_known_facts_of_an_edited_subject_are_not_asked_about(tiny):
+    facts = tuple(replace(fact, subject=one.fact.subject) for fact, one in zip(UNRELATED, CASES, strict=False))
+    bench = module.Bench(tiny, QUICK, (*facts, *UNRELATED), Optimised(tiny), None, {})
+    assert set(module.untouched(CASES, bench)) == set(UNRELATED)
+    assert set(module.untouched(CASES[:2], bench)) == {*UNRELATED, *facts[2:]}
+
+
+def test_bad_input_is_refused_in_one_sentence(tiny, tmp_path):
+    with pytest.raises(ValueError, match="there is no method 'romee'; choose from"):
+        many_edits(tiny, CASES, ["romee"])
+    with pytest.raises(ValueError, match="are too few for 1, 3 edits"):
+        many_edits(tiny, [], "none", (1, 3))
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(OSError, match="Cannot write to the folder"):
+        run(tiny, store=blocked / "results")
