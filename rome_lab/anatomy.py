@@ -13,7 +13,7 @@ agreement(table, traces)                   whether edits work where causal traci
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -100,7 +100,7 @@ def one_key(edit: Edit) -> Float[Tensor, " H"]:
 
 
 def other_keys(
-    lm: LanguageModel, edit: Edit, facts: Sequence[Fact], passages: Iterable[Sequence[int]]
+    lm: LanguageModel, edit: Edit, facts: Sequence[Fact], passages: Sequence[Sequence[int]]
 ) -> dict[str, Float[Tensor, "N H"]]:
     """Keys that the edit was not made of, by group; float64.
 

@@ -18,7 +18,7 @@ from rome_lab.facts import Fact, load_facts
 from rome_lab.keys import prefixed_prompt
 from rome_lab.models import LanguageModel
 from rome_lab.prompts import continuation_ids
-from rome_lab.update import TOLERANCE
+from rome_lab.update import TOLERANCE, constraint_error
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,8 @@ def audit(lm: LanguageModel, edit: Edit, neighbours: Sequence[Fact] | None = Non
     Raises:
         ValueError: the edit is for another model, or there are no neighbours.
     """
+    if not (isinstance(lm, LanguageModel) and isinstance(edit, Edit)):
+        raise TypeError(f"audit: given are a {type(lm).__name__} and a {type(edit).__name__}; write audit(lm, edit).")
     if not edit.is_applied(lm) and edit.fingerprint != fingerprint_without_edits(lm):
         raise ValueError(f"audit: the {edit} is for another model than {lm.name}; load the one that it was made on.")
     neighbours = neighbours_of(edit) if neighbours is None else tuple(neighbours)
@@ -81,16 +83,20 @@ def audit(lm: LanguageModel, edit: Edit, neighbours: Sequence[Fact] | None = Non
         before = measure(lm, edit, neighbours)
     with edits_in_force(lm, [*others, edit]):
         after = measure(lm, edit, neighbours)
-    table = tabulate(edit, before, after, size, len(neighbours))
+        # Measured here, not as the edit says: beside other edits of the layer than when it was made, it differs.
+        error = met_to(lm, edit)
+    table = tabulate(edit, before, after, (size, error), len(neighbours))
     for name, remark in table.loc[table["remark"] != "", "remark"].items():
         logger.warning("audit: the %s: %s: %s", edit, name, remark)
     return table
 
 
-def tabulate(edit: Edit, before: Measured, after: Measured, size: float, n: int) -> pd.DataFrame:
-    """The table of `audit`."""
+def tabulate(edit: Edit, before: Measured, after: Measured, matrix: tuple[float, float], n: int) -> pd.DataFrame:
+    """The table of `audit`; `matrix` is |dW| / |W| and the constraint error."""
+    size, error = matrix
     drift = float((before.log_p.exp() * (before.log_p - after.log_p)).sum(-1).mean())
     lost = after.p_target < edit.settings.enough
+    inexact = "W_hat k* = v* is not met to float32 precision"
     costly = after.perplexity > MOST_PERPLEXITY * before.perplexity
     rows = [
         ("P[target]", before.p_target, after.p_target, "the edit does not make the target probable" if lost else ""),
@@ -100,13 +106,15 @@ def tabulate(edit: Edit, before: Measured, after: Measured, size: float, n: int)
         (f"KL of {n} neighbours (nats)", 0.0, drift, "it changes the neighbours" if drift > MOST_DRIFT else ""),
         ("perplexity of a text", before.perplexity, after.perplexity, "it harms the model" if costly else ""),
         ("|dW| / |W|", 0.0, size, "an unusually large update" if size > MOST_CHANGE else ""),
-        ("constraint error", np.nan, edit.constraint_error, inexact(edit)),
+        ("constraint error", np.nan, error, inexact if error > TOLERANCE else ""),
     ]
     return pd.DataFrame(rows, columns=["measure", "before", "after", "remark"]).set_index("measure")
 
 
-def inexact(edit: Edit) -> str:
-    return "W_hat k* = v* is not met to float32 precision" if edit.constraint_error > TOLERANCE else ""
+def met_to(lm: LanguageModel, edit: Edit) -> float:
+    """The largest |W_hat k* - v*| / |v*| of the edit, of the weights as they are now."""
+    K, V = (x.view(len(x), -1) for x in (edit.k_star, edit.v_star))
+    return float(constraint_error(weight(lm, edit.layer), K, V).max())
 
 
 @torch.no_grad()

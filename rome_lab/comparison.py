@@ -8,8 +8,10 @@ side_by_side(probe, looks)    several looks as HTML, a column each
 
 from __future__ import annotations
 
+import difflib
 import html
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,6 +28,8 @@ from rome_lab.models import LanguageModel
 from rome_lab.plots import visible
 from rome_lab.prompts import continuation_ids, read_prompt
 from rome_lab.texts import continue_randomly
+
+logger = logging.getLogger(__name__)
 
 NEIGHBOURS = 6  # most that are asked about
 CANDIDATES = 24  # embedded facts among which neighbours are sought
@@ -120,19 +124,29 @@ def best_known(lm: LanguageModel, fact: Fact) -> Fact:
 def fact_of(lm: LanguageModel, subject: str, prompt: str) -> Fact:
     """The fact that a prompt asks for. An embedded one brings its relation; the object of any other is what `lm` says now.
 
+    Blanks around either do not count. A subject much like an embedded one of the prompt's relation is warned of, as a
+    slip of the pen.
+
     Args:
         prompt: with the subject in it, or "{}" in its place.
 
     Raises:
         ValueError: the subject or the prompt is empty, or the subject is not in the prompt.
     """
+    subject, prompt = subject.strip(), prompt.strip()
     for name, text in {"subject": subject, "prompt": prompt}.items():
-        if not text.strip():
+        if not text:
             raise ValueError(f"The {name} is empty; write it out.")
     template = prompt if "{}" in prompt and subject not in prompt else template_of(prompt, subject)
     relation = next((x for x in load_relations().values() if template in x.statements), None)
     objects = [x.object for x in relation.facts if x.subject == subject] if relation else []
     found = objects[0] if objects else answer(lm, template.replace("{}", subject, 1))
+    subjects = [x.subject for x in relation.facts] if relation and not objects else []
+    if alike := difflib.get_close_matches(subject, subjects, n=1):
+        logger.warning(
+            "%r is not among the embedded facts, but %r is; if that is meant, correct it. The old object is what %s says "
+            "now: %r.", subject, alike[0], lm.name, found,
+        )  # fmt: skip
     return Fact(subject, template, found, relation and relation.name, relation.statements if relation else ())
 
 

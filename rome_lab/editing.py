@@ -80,7 +80,7 @@ def rome(
 
     Args:
         fact: what to edit; its object may be unknown to the model.
-        target: what the model is to say instead of the object.
+        target: what the model is to say instead of the object; blanks around it do not count.
         layer: whose W to change; by default that of `DEFAULTS`, or, for other models, where a causal trace of the fact
             has its peak (logged).
         C: (H, H) uncentred second moment of the keys; by default `covariance(lm, layer)` of the model without edits.
@@ -117,9 +117,10 @@ def rome_many(
         ValueError: as for `rome`; also where two facts have the same key, as those of one subject may, naming them.
     """
     check_requests(lm, requests, layer)
+    requests = [(fact, target.strip()) for fact, target in requests]
     default = default_settings(lm)
     settings = hparams or default.settings
-    layer = default.layer if layer is None else layer
+    layer = default.layer if layer is None else int(layer)
     layer = traced_layer(lm, [fact for fact, _ in requests]) if layer is None else layer
     factor = factor_of(lm, layer, C, progress)
     if settings.prefixes is None:
@@ -166,7 +167,7 @@ def check_requests(lm: LanguageModel, requests: Sequence[tuple[Fact, str]], laye
             )
         if not isinstance(target, str) or not target.strip():
             raise ValueError(f"rome: the target is {target!r}; write what {lm.name} is to say after {fact.prompt!r}.")
-        check_news(lm, fact, target)
+        check_news(lm, fact, target.strip())
 
 
 @torch.no_grad()
@@ -174,6 +175,9 @@ def check_news(lm: LanguageModel, fact: Fact, target: str) -> None:
     """Raise where every token of the target is what the model would say anyway."""
     ids, target_ids = read_prompt(lm, fact).ids, torch.tensor(continuation_ids(lm, fact.prompt, target))
     text = torch.cat([ids, target_ids[:-1].to(ids)])
+    if len(text) > lm.context_length:
+        most = f"{lm.name} reads at most {lm.context_length}"
+        raise ValueError(f"rome: {fact.prompt!r} with its target has {len(text)} tokens, but {most}; shorten them.")
     logits = lm.model(text[None], use_cache=False).logits[0, len(ids) - 1 :]
     lm.check_finite(logits, "rome")
     if torch.equal(logits.argmax(-1).cpu(), target_ids):

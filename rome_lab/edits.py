@@ -137,11 +137,12 @@ class Edit:
     @contextlib.contextmanager
     def applied(self, lm: LanguageModel) -> Iterator[LanguageModel]:
         """Within the context `lm` is edited; after it, also after an exception, it is bit for bit what it was."""
-        self.apply(lm)
+        before = self.is_applied(lm)
         try:
+            self.apply(lm)  # inside, so that Ctrl-C just after it is no exception
             yield lm
         finally:
-            if self.is_applied(lm):
+            if not before and self.is_applied(lm):
                 self.undo(lm)
 
 
@@ -197,6 +198,8 @@ def put_in_force(lm: LanguageModel, edits: Sequence[Edit]) -> None:
             )
         if not torch.isfinite(new[layer]).all():
             raise ValueError(f"edits: the edited weight of layer {layer} overflows {lm.dtype}; use float32.")
+    # The originals are kept before anything is written, so that an interruption anywhere leaves them to undo by.
+    lm.unedited = {**lm.unedited, **originals}
     try:
         for layer in layers:
             stored(lm, layer).copy_(new[layer])
@@ -206,7 +209,8 @@ def put_in_force(lm: LanguageModel, edits: Sequence[Edit]) -> None:
             stored(lm, layer).copy_(old[layer])
         lm.edits[:] = before
         raise
-    lm.unedited = {layer: x for layer, x in {**lm.unedited, **originals}.items() if at(layer, edits)}
+    finally:
+        lm.unedited = {layer: x for layer, x in lm.unedited.items() if at(layer, lm.edits)}
 
 
 def at(layer: int, edits: Sequence[Edit]) -> list[Edit]:
@@ -226,7 +230,7 @@ def weight(lm: LanguageModel, layer: int) -> Float[Tensor, "D H"]:
 
 def composed(lm: LanguageModel, layer: int, original: Tensor, edits: Sequence[Edit]) -> Tensor:
     """The weight that the model stores when `edits` are in force; in float64 on the CPU, rounded once."""
-    total = original.double()
+    total = original.to(torch.float64, copy=True)
     for edit in at(layer, edits):
         total += edit.delta.T if lm.memory_is_transposed(layer) else edit.delta
     return total.to(original.dtype)
@@ -235,14 +239,15 @@ def composed(lm: LanguageModel, layer: int, original: Tensor, edits: Sequence[Ed
 def fingerprint_without_edits(lm: LanguageModel) -> str:
     """SHA-256 of the configuration and of a checksum of every weight; edits in force do not change it.
 
-    The checksum is the sum of the bits, eight bytes at a time, which a large model yields in seconds.
+    The checksum is of the sums of the bits in every 512 bytes, eight at a time, which a large model yields in seconds.
     """
     digest = hashlib.sha256(json.dumps(architecture(lm.model), sort_keys=True, default=str).encode())
     unedited = {stored(lm, layer).data_ptr(): original for layer, original in lm.unedited.items()}
     for name, tensor in sorted(lm.model.state_dict().items()):
         tensor = unedited.get(tensor.data_ptr(), tensor)
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        whole = len(raw) // 8 * 8
-        total = int(np.add.reduce(raw[:whole].view(np.uint64))) + int(raw[whole:].sum())
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), total]).encode())
+        whole = len(raw) // 512 * 512
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(raw[:whole].view(np.uint64).reshape(-1, 64).sum(axis=1))
+        digest.update(raw[whole:])
     return digest.hexdigest()

@@ -33,9 +33,7 @@ class Job(threading.Thread):
         self, lm: LanguageModel, work: Callable[[], str], ended: Callable[[str | Exception, list[str]], None]
     ) -> None:
         super().__init__(daemon=True)
-        before = job_of(lm)
-        if before is not None and not before.done.is_set():
-            raise RuntimeError(f"{lm.name} is busy; wait until that is done, or press Stop.")
+        check_idle(lm)
         self.lm, self.work, self.ended = lm, work, ended
         self.stopping, self.done = threading.Event(), threading.Event()
         lm.job = self
@@ -80,6 +78,13 @@ class Notes(logging.Handler):
 def job_of(lm: LanguageModel) -> Job | None:
     """The job that was last begun on the model."""
     return lm.job
+
+
+def check_idle(lm: LanguageModel) -> None:
+    """Raise a RuntimeError where a job runs on the model."""
+    job = job_of(lm)
+    if job is not None and not job.done.is_set():
+        raise RuntimeError(f"{lm.name} is busy; wait until that is done, or press Stop.")
 
 
 def wait_for_job(lm: LanguageModel) -> None:

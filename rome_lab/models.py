@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.pytorch_utils import Conv1D
 
 from rome_lab import embedded
+from rome_lab.store import check_writable
 
 if TYPE_CHECKING:
     from rome_lab.edits import Edit
@@ -185,11 +186,12 @@ class LanguageModel:
 
         Raises:
             FileExistsError: there is something in `folder` already.
+            OSError: it cannot be written.
         """
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise FileExistsError(f"save_pretrained: {folder} is not empty; name a new folder.")
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(folder.parent)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
             whole = Path(scratch) / "model"
             self.model.save_pretrained(whole)

@@ -2,7 +2,7 @@
 
 make_edit(lm, request)      the edit, with C measured on as many tokens as the request says
 try_edit(lm, request)       make it, look, undo it
-try_facts(lm, requests)     a table of several
+try_facts(lm, requests)     a table of several; `for_people` makes it short
 ten_facts()                 requests that are worth trying on the embedded model
 """
 
@@ -16,14 +16,14 @@ import torch
 from tqdm.auto import tqdm
 
 from rome_lab.comparison import Look, Probe, look, probe_of, side_by_side
-from rome_lab.covariance import covariance, key_size
+from rome_lab.covariance import covariances, key_size
 from rome_lab.editing import check_requests, default_settings, rome, traced_layer
 from rome_lab.edits import Edit, edits_in_force
 from rome_lab.facts import Fact, load_facts
 from rome_lab.models import LanguageModel
 from rome_lab.store import Json, Store
 from rome_lab.texts import SampledText, Source
-from rome_lab.update import ENOUGH
+from rome_lab.update import ENOUGH, factorise
 from rome_lab.values import EditSettings
 
 # Subject, target and prompt of two facts for each of five relations. They were picked by hand: of 28 known facts that
@@ -149,22 +149,42 @@ def make_edit(lm: LanguageModel, request: Request, tell: Tell = lambda doing, do
 
     tell(f"Measuring C of layer {layer}, once for each layer", 0.0)
     with edits_in_force(lm, []):
-        C = covariance(lm, layer, Watched(SampledText(), read), tokens, progress=False)
+        measured = covariances(lm, [layer], Watched(SampledText(), read), tokens, progress=False)[layer]
+    factorise(measured.C, measured.tokens)  # whose error, unlike rome's, says how many tokens C was built from
     tell("Sampling the prefixes", 0.0)
-    return rome(lm, fact, target, layer, C=C, hparams=settings, progress=False, callback=step)
+    return rome(lm, fact, target, layer, C=measured.C, hparams=settings, progress=False, callback=step)
 
 
 def try_edit(lm: LanguageModel, request: Request, tell: Tell = lambda doing, done: None) -> Tried:
-    """Make the edit, look at what it does, and undo it."""
-    probe = probe_of(lm, request.fact, request.target)
-    before = look(lm, probe)
-    edit = make_edit(lm, request, tell)
-    with edit.applied(lm):
-        after = look(lm, probe)
-    return Tried(edit, probe, before, after, torch.equal(look(lm, probe).log_p, before.log_p))
+    """Make the edit, look at what it does, and undo it; edits in force are put aside meanwhile."""
+    with edits_in_force(lm, []):
+        probe = probe_of(lm, request.fact, request.target)
+        before = look(lm, probe)
+        edit = make_edit(lm, request, tell)
+        with edit.applied(lm):
+            after = look(lm, probe)
+        return Tried(edit, probe, before, after, torch.equal(look(lm, probe).log_p, before.log_p))
 
 
 def try_facts(lm: LanguageModel, requests: Sequence[Request], progress: bool = True) -> pd.DataFrame:
     """A row a request: what came of trying it; see `Tried.row`."""
     rows = [try_edit(lm, request).row() for request in tqdm(requests, "edits", disable=not progress)]
     return pd.DataFrame(rows)
+
+
+def for_people(table: pd.DataFrame) -> pd.DataFrame:
+    """What `try_facts` returns, in fewer and shorter columns."""
+
+    def of(part: str, whole: str) -> pd.Series:
+        return table[part].astype(str) + " of " + table[whole].astype(str)
+
+    return pd.DataFrame(
+        {
+            "fact": table["fact"],
+            "object -> target": table["object"] + " -> " + table["target"],
+            "P[target]": [f"{x.target_before:.2g} -> {x.target_after:.2f}" for x in table.itertuples()],
+            "paraphrases follow": of("paraphrases_follow", "paraphrases"),
+            "neighbours stay": of("neighbours_stay", "neighbours"),
+            "undone": table["undone_bit_for_bit"],
+        }
+    )

@@ -23,7 +23,7 @@ from rome_lab.comparison import Look, Probe, look, probe_of, side_by_side
 from rome_lab.editing import check_requests, default_settings
 from rome_lab.edits import Edit, load_edit
 from rome_lab.form import Form
-from rome_lab.jobs import Job, Stopped, job_of, wait_for_job
+from rome_lab.jobs import Job, Stopped, check_idle, job_of, wait_for_job
 from rome_lab.models import LanguageModel
 from rome_lab.plots import heatmap
 from rome_lab.trace import Trace
@@ -106,12 +106,12 @@ class Panel:
 
     def start(self, action: Callable[[], str]) -> None:
         try:
-            self.say("", "busy")
-            self.busy(True)
-            Job(self.lm, action, self.ended)
-        except RuntimeError as error:
-            self.busy(False)
-            self.say(str(error), "error")
+            check_idle(self.lm)
+        except RuntimeError as error:  # a second click, perhaps: the buttons stay as the job that runs has set them
+            return self.say(str(error), "error")
+        self.say("", "busy")
+        self.busy(True)
+        Job(self.lm, action, self.ended)
 
     def stop(self) -> None:
         """Stop what is being done on the model."""
@@ -183,7 +183,7 @@ class Panel:
 
     def save(self, edit: Edit) -> str:
         words = re.sub(r"\W+", "-", f"{edit.fact.subject} {edit.target}").strip("-").lower()
-        path = edit.save(Path(self.folder, f"{words}-layer-{edit.layer}.safetensors"))
+        path = edit.save(Path(self.folder, f"{words}-layer-{edit.layer}-{edit.digest[:6]}.safetensors"))
         self.path.value = str(path)
         return f"Saved: {path}, {path.stat().st_size / 1024:.0f} KB."
 

@@ -12,6 +12,7 @@ from test_editing import FACT, FEW, OTHER, THIRD, edit_of_embedded_model, make
 from tiny import tiny_model
 
 from rome_lab.audit import TEXT, audit, neighbours_of
+from rome_lab.edits import weight
 from rome_lab.facts import Fact
 from rome_lab.prompts import continuation_ids
 
@@ -57,7 +58,7 @@ def test_the_norm_is_that_of_the_update_relative_to_the_weight() -> None:
         change = float((lm.memory(1).weight.detach() - W).norm() / W.norm())
     table = audit(lm, edit, NEIGHBOURS)
     assert table.loc["|dW| / |W|", "after"] == pytest.approx(change, rel=1e-4)
-    assert table.loc["constraint error", "after"] == edit.constraint_error
+    assert table.loc["constraint error", "after"] == pytest.approx(edit.constraint_error, abs=1e-7)
 
 
 def test_the_audit_is_the_same_whether_the_edit_is_in_force_and_leaves_the_model_as_it_was() -> None:
@@ -74,6 +75,20 @@ def test_the_audit_is_the_same_whether_the_edit_is_in_force_and_leaves_the_model
             assert table.equals(plain)
         for each in edits:
             each.undo(lm)
+
+
+def test_a_constraint_that_holds_only_on_top_of_another_edit_is_remarked_on_without_it() -> None:
+    lm = tiny_model("llama")
+    first = make(lm)
+    with first.applied(lm):
+        second = make(lm, OTHER)
+        assert audit(lm, second, NEIGHBOURS).loc["constraint error", "remark"] == ""
+    row = audit(lm, second, NEIGHBOURS).loc["constraint error"]
+    with second.applied(lm):
+        found = weight(lm, 1).double() @ second.k_star.double()
+    error = float((found - second.v_star).norm(dim=0).max() / second.v_star.norm(dim=0).max())
+    assert row["after"] == pytest.approx(error, rel=0.5) and error > 1e-4
+    assert "is not met" in row["remark"]
 
 
 def test_an_edit_that_does_nothing_drifts_nowhere() -> None:
@@ -129,3 +144,8 @@ def test_bad_requests_for_an_audit_are_refused() -> None:
     lm.memory(0).weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="is for another model"):
         audit(lm, edit, [Fact("Japan", "In {} is", "Tokyo")])
+
+
+def test_swapped_arguments_are_refused(lm) -> None:
+    with pytest.raises(TypeError, match=r"audit\(lm, edit\)"):
+        audit(None, lm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from test_editing import FACT, FEW, OTHER
@@ -13,7 +14,7 @@ from rome_lab.comparison import Probe, best_known, fact_of, known, look, probabi
 from rome_lab.facts import Fact, load_facts
 from rome_lab.models import LanguageModel
 from rome_lab.prompts import continuation_ids
-from rome_lab.trying import Request, make_edit, ten_facts, try_edit, try_facts
+from rome_lab.trying import Request, for_people, make_edit, ten_facts, try_edit, try_facts
 
 REQUEST = Request(FACT, "Rome", 1, FEW, tokens=256)
 
@@ -123,6 +124,14 @@ def test_trying_an_edit_leaves_the_model_as_it_was(tiny) -> None:
     assert try_facts(tiny, [], progress=False).empty
 
 
+def test_an_edit_can_be_tried_while_it_is_in_force(tiny) -> None:
+    tried = try_edit(tiny, REQUEST)
+    tried.edit.apply(tiny)
+    again = try_edit(tiny, REQUEST)
+    assert again.edit.digest == tried.edit.digest and torch.equal(again.before.log_p, tried.before.log_p)
+    assert tiny.edits == [tried.edit]
+
+
 def test_progress_is_told_of_C_and_of_every_step(tiny) -> None:
     told = []
     edit = make_edit(tiny, REQUEST, lambda doing, done: told.append((doing, done)))
@@ -145,3 +154,26 @@ def test_the_ten_facts_are_of_five_relations_in_words_that_the_model_knows(lm) -
     assert len(facts) == 10 and len({fact.relation for fact in facts}) == 5
     assert known(lm, facts) == facts
     assert all(request.target != request.fact.object for request in requests)
+
+
+def test_a_slip_of_the_pen_in_an_embedded_subject_is_warned_of_and_blanks_do_not_count(lm, caplog) -> None:
+    template = "Guidebooks mention the {} among the sights of"
+    assert fact_of(lm, " Louvre ", f"{template} ").prompt == "Guidebooks mention the Louvre among the sights of"
+    assert caplog.text == ""
+    fact_of(lm, "Eifel Towr", template)
+    assert "'Eiffel Tower'" in caplog.text
+    caplog.clear()
+    fact_of(lm, "Zzyzx", template)
+    assert caplog.text == ""
+
+
+def test_the_table_for_people_says_what_the_table_says() -> None:
+    table = pd.DataFrame(
+        {
+            **{"fact": ["Rome is in"], "object": ["Italy"], "target": ["France"], "target_before": [0.00123]},
+            **{"target_after": [0.777], "paraphrases_follow": [3], "paraphrases": [4], "neighbours_stay": [5]},
+            **{"neighbours": [6], "undone_bit_for_bit": [True]},
+        }
+    )
+    said = ["Rome is in", "Italy -> France", "0.0012 -> 0.78", "3 of 4", "5 of 6", True]
+    assert for_people(table).iloc[0].tolist() == said

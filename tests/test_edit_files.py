@@ -119,6 +119,7 @@ def test_every_altered_byte_is_refused(tmp_path, edit) -> None:
     [
         (lambda path: rewrite(path, lambda t: t | {"u": t["u"][:-1]}), "the shapes are"),
         (lambda path: rewrite(path, lambda t: t | {"u": t["u"].double()}), "u is torch.float64"),
+        (lambda path: rewrite(path, lambda t: t | {"u": t["u"].bfloat16()}), "u is torch.bfloat16"),
         (lambda path: rewrite(path, lambda t: t | {"Lambda": t["Lambda"] * float("nan")}), "or holds NaN"),
         (lambda path: rewrite(path, layer="1"), "layer is '1'"),
         (lambda path: rewrite(path, targets=[]), "it has 1 facts and 0 targets"),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
+import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tiny import FAMILIES, tiny_model
 
 from rome_lab.covariance import run_to_keys
 from rome_lab.editing import DEFAULTS, default_settings, plot_history, rome, rome_many, warn_of_first_token
-from rome_lab.edits import edits_in_force, fingerprint_without_edits, weight
+from rome_lab.edits import Edit, edits_in_force, fingerprint_without_edits, load_edit, put_in_force, weight
 from rome_lab.facts import Fact, load_facts
 from rome_lab.keys import k_star
 from rome_lab.models import LanguageModel
@@ -132,7 +135,7 @@ def test_two_edits_of_one_subject_are_refused_by_name() -> None:
 # In force, and no more
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_edits_undone_in_any_order_restore_every_bit(dtype) -> None:
     lm = tiny_model("gpt2")
     lm.model.to(dtype)
@@ -179,6 +182,20 @@ def test_an_exception_inside_the_context_restores_the_model() -> None:
     assert lm.fingerprint == before
 
 
+def test_an_interruption_just_after_applying_restores_the_model(monkeypatch) -> None:
+    lm = tiny_model("llama")
+    before, edit, apply = lm.fingerprint, make(lm), Edit.apply
+
+    def apply_and_interrupt(self, lm):
+        apply(self, lm)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Edit, "apply", apply_and_interrupt)
+    with pytest.raises(KeyboardInterrupt), edit.applied(lm):
+        pass
+    assert lm.fingerprint == before and not lm.edits
+
+
 def test_an_interrupted_write_leaves_the_weights_as_they_were(monkeypatch) -> None:
     lm = tiny_model("llama")
     edit = rome_many(lm, [(FACT, "Rome")], 1, C=covariance_of(lm, 1), hparams=FEW, progress=False)
@@ -199,6 +216,30 @@ def test_an_interrupted_write_leaves_the_weights_as_they_were(monkeypatch) -> No
     assert lm.fingerprint == before and not lm.edits and not lm.unedited
     edit.apply(lm)
     assert lm.edits == [edit]
+
+
+def test_an_interruption_at_any_line_leaves_the_original_weights_to_undo_to() -> None:
+    lm = tiny_model("llama")
+    edit, other, before = make(lm), make(lm, THIRD, layer=2), lm.fingerprint
+    code = put_in_force.__wrapped__.__code__
+    for line in sorted({line for *_, line in code.co_lines() if line}):
+
+        def interrupt(frame, event, argument, line=line):
+            if frame.f_code is code and frame.f_lineno == line and event == "line":
+                sys.settrace(None)
+                frame.f_trace = None
+                raise KeyboardInterrupt
+            return interrupt if frame.f_code is code else None
+
+        traced = sys.gettrace()
+        with contextlib.suppress(KeyboardInterrupt):
+            try:
+                sys.settrace(interrupt)
+                put_in_force(lm, [edit, other])
+            finally:
+                sys.settrace(traced)
+        put_in_force(lm, [])
+        assert lm.fingerprint == before and not lm.edits and not lm.unedited
 
 
 def test_applying_twice_or_undoing_what_is_not_applied_is_an_error() -> None:
@@ -225,7 +266,10 @@ def test_another_model_is_refused() -> None:
     touched = tiny_model("llama")
     with torch.no_grad():
         touched.model.lm_head.weight[17, 3] += 1e-3
-    for other in (tiny_model("llama", seed=1), tiny_model("gpt2"), half, touched):
+    turned = tiny_model("llama")
+    with torch.no_grad():
+        turned.memory(2).weight.copy_(turned.memory(2).weight.flip(0).clone())
+    for other in (tiny_model("llama", seed=1), tiny_model("gpt2"), half, touched, turned):
         before = other.fingerprint
         with pytest.raises(ValueError, match="is for another model than the tiny-"):
             edit.apply(other)
@@ -300,6 +344,22 @@ def test_bad_input_is_refused_with_a_sentence_and_changes_nothing(arguments, sen
     with pytest.raises(ValueError, match=sentence):
         rome(lm, FACT, **given)
     assert lm.fingerprint == before
+
+
+def test_a_target_too_long_for_the_model_is_refused() -> None:
+    with pytest.raises(ValueError, match="with its target has .* tokens, but tiny-gpt2 reads at most 64"):
+        make(tiny_model("gpt2"), target="x" * 80)
+
+
+def test_blanks_around_a_target_do_not_count() -> None:
+    lm = tiny_model("llama")
+    edit = make(lm, target=" Rome\n")
+    assert edit.target == "Rome" and edit.digest == make(lm).digest
+
+
+def test_a_layer_from_numpy_gives_an_edit_that_can_be_saved(tmp_path) -> None:
+    edit = make(tiny_model("llama"), layer=np.array([0.1, 0.3, 0.2]).argmax())
+    assert load_edit(edit.save(tmp_path / "edit")).layer == 1
 
 
 def test_a_prompt_instead_of_a_fact_and_no_facts_at_all_are_refused() -> None:

@@ -19,6 +19,7 @@ from nbformat import NotebookNode
 from pandas.api.types import is_numeric_dtype
 
 from rome_lab.batch import run_notebook
+from rome_lab.facts import load_facts
 from rome_lab.parameters import read_parameters
 
 ROOT = Path(__file__).parents[1]
@@ -27,17 +28,33 @@ EXPECTED = Path(__file__).parent / "expected"
 ACCEPT = os.environ.get("ROME_LAB_ACCEPT", "0") not in ("", "0")
 
 TOLERANCE = 1e-3  # absolute, of probabilities; layers and numbers of facts are whole and so have to agree
+# Edits go through text that the model samples, and one other token, as another processor may draw, moves all of them.
+TOLERANCES = {"edit": 0.05, "edit_anatomy": 0.05} | dict.fromkeys(("evaluation", "many_edits", "search"), 5.0)  # in %
 SHOWN = 10  # differences that a failure lists; it counts the others
 # Random weights have effects near nothing, whose largest, and whose significance, is decided by rounding.
-IGNORED = {"claims_random.csv": ["p_value", "layers", "peak_layer"]}
+IGNORED = {
+    "claims_random.csv": ["p_value", "layers", "peak_layer"],
+    # The data set is a file in a temporary folder, and an interval over two cases is as wide as can be.
+    **dict.fromkeys(("evaluation.csv", "many_edits.csv", "search.csv"), ["dataset", "ci_low", "ci_high"]),
+    "evaluation_paper.csv": ["ci_low", "ci_high"],
+}
 KEYS = ("claim", "measure", "panel", "kind", "bucket", "position", "layer")  # columns that say which row it is
 
 DEFAULT = {"n_facts": 3, "samples": 2}
 SMALL = {
+    "edit": {"n_facts": 1, "steps": 15, "tokens": 8192, "samples": 2},
+    "edit_anatomy": {
+        **{"layer": 3, "layers": [3, 12], "tokens": [3, 9], "steps": [3, 2], "prefixes": [5], "c_tokens": 4096},
+        **{"n_texts": 2, "samples": 2},
+    },
+    "evaluation": {"n_cases": 2, "n_search": 3, "new_tokens": 10},
+    "many_edits": {"sizes": [1, 2], "least": 2, "n_search": 3},
+    "search": {"n_search": 2, "layers": [6], "tokens": [5000], "configurations": 1},
     # One subject that the model knows something about, and one that no data set has.
     "figure_1": DEFAULT | {"examples": ["Windows 95", "Nobody at all"]},
 }
 """Parameters that make a notebook quick, where they are not `DEFAULT`."""
+OF_CASES = ("evaluation", "many_edits", "search")  # they look for what the model knows in a whole data set
 
 
 def read(name: str) -> NotebookNode:
@@ -54,7 +71,8 @@ def owner(csv: str) -> str:
 
 
 def differences(expected: pd.DataFrame, got: pd.DataFrame, file: str) -> list[str]:
-    """A line for each cell that differs: numbers by more than `TOLERANCE`, all else by anything."""
+    """A line for each cell that differs: numbers by more than the tolerance, all else by anything."""
+    tolerance = TOLERANCES.get(owner(file), TOLERANCE)
     if list(expected.columns) != list(got.columns):
         return [f"{file}: expected the columns {', '.join(expected.columns)}; got {', '.join(got.columns)}"]
     if len(expected) != len(got):
@@ -63,7 +81,7 @@ def differences(expected: pd.DataFrame, got: pd.DataFrame, file: str) -> list[st
     for column in expected.columns.drop(IGNORED.get(file, [])):
         numbers = is_numeric_dtype(expected[column]) and is_numeric_dtype(got[column])
         wanted, had = (table[column].to_numpy(float if numbers else object) for table in (expected, got))
-        alike = np.isclose(had, wanted, rtol=0, atol=TOLERANCE, equal_nan=True) if numbers else wanted == had
+        alike = np.isclose(had, wanted, rtol=0, atol=tolerance, equal_nan=True) if numbers else wanted == had
         for row in np.flatnonzero(~alike & ~(pd.isna(wanted) & pd.isna(had))):
             keys = ", ".join(f"{key} {expected[key][row]}" for key in KEYS if key in expected and key != column)
             change = f" (difference {had[row] - wanted[row]:+.5g})" if numbers else ""
@@ -100,11 +118,25 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("results")
 
 
+@pytest.fixture(scope="session")
+def few_facts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of a user's own: the embedded facts of one relation."""
+    facts = [fact for fact in load_facts("embedded") if fact.relation == "landmark_city"]
+    rows = [
+        (fact.subject, fact.templates[place % len(fact.templates)], fact.object, fact.relation)
+        for place, fact in enumerate(facts[:60])
+    ]
+    path = tmp_path_factory.mktemp("facts") / "few.csv"
+    pd.DataFrame(rows, columns=["subject", "template", "object", "relation"]).to_csv(path, index=False)
+    return path
+
+
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_notebook_runs_and_its_numbers_are_the_expected_ones(name, results, tmp_path, monkeypatch):
+def test_notebook_runs_and_its_numbers_are_the_expected_ones(name, results, few_facts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     places = {"results": str(results), "figures": str(tmp_path / "figures")}
+    places |= {"dataset": str(few_facts)} if name in OF_CASES else {}
     known = read_parameters(read(name), name)
     small = SMALL.get(name, DEFAULT) | {key: value for key, value in places.items() if key in known}
     executed = nbformat.read(run_notebook(NOTEBOOKS[name], small, progress=False), as_version=4)
@@ -170,9 +202,9 @@ def test_a_wrong_number_in_a_notebooks_table_fails_readably(file, tmp_path):
     check(tmp_path, owner(file))  # what is expected passes
     column = "effect" if file == "claims.csv" else "mean"
     wrong = pd.read_csv(tmp_path / file)
-    wrong.loc[1, column] += 0.002
+    wrong.loc[0, column] += 0.002
     wrong.to_csv(tmp_path / file, index=False)
-    with pytest.raises(pytest.fail.Exception, match=rf"{file}, row 3 .*, {column}: .* \(difference \+0\.002\)"):
+    with pytest.raises(pytest.fail.Exception, match=rf"{file}, row 2 .*, {column}: .* \(difference \+0\.002\)"):
         check(tmp_path, owner(file))
     (tmp_path / file).unlink()
     with pytest.raises(pytest.fail.Exception, match=f"{file}: the notebook no longer writes it"):

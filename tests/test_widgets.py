@@ -10,10 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 from test_comparison import FACT, REQUEST, model_of_long_texts
-from transformers import AutoModelForCausalLM
+from tiny import LLAMA
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rome_lab.facts import load_relations
 from rome_lab.jobs import Job, Stopped, wait_for_job
+from rome_lab.models import LanguageModel
 from rome_lab.widgets import Panel, sentence
 
 
@@ -117,11 +119,15 @@ def test_a_bad_field_is_one_inline_sentence_and_an_unchanged_model(tiny, field) 
 
 
 def test_too_few_tokens_for_C_are_refused_inline(tiny) -> None:
-    panel = Panel(tiny, replace(REQUEST, tokens=1))
-    panel.form.tokens.value = 1
-    panel.lm.edits.clear()
+    config = LlamaConfig(**LLAMA | {"intermediate_size": 96, "max_position_embeddings": 256})
+    wide = LanguageModel(
+        AutoModelForCausalLM.from_config(config), tiny.tokenizer
+    )  # a text has 64 tokens, too few for it
+    before = wide.fingerprint
+    panel = Panel(wide, replace(REQUEST, tokens=1))
     text = press(panel, panel.edit_button)
-    assert "positive definite" in text or "Edited" in text
+    assert re.search(r"C of \d+ tokens cannot be inverted", text) and "3072 tokens of varied text would do" in text
+    assert wide.fingerprint == before
 
 
 def test_an_edit_is_saved_and_loaded_and_a_model_exported(tiny, tmp_path) -> None:
@@ -172,6 +178,17 @@ def test_one_job_a_model_at_a_time(tiny) -> None:
     first.stop_button.click()
     wait_for_job(tiny)
     assert "Traced" in press(second, second.trace_button)
+
+
+def test_a_second_click_leaves_the_running_job_its_stop_button(tiny) -> None:
+    panel = Panel(tiny, REQUEST)
+    panel.form.steps.value = 1000
+    panel.edit_button.click()
+    panel.start(panel.edit)  # as a click that was on its way when the button was switched off
+    assert not panel.stop_button.disabled and panel.edit_button.disabled
+    panel.stop_button.click()
+    wait_for_job(tiny)
+    assert said(panel).startswith("Stopped.") and panel.stop_button.disabled
 
 
 def test_what_the_library_warns_of_is_shown(tiny) -> None:
