@@ -135,7 +135,7 @@ def test_an_edit_is_saved_and_loaded_and_a_model_exported(tiny, tmp_path) -> Non
     press(panel, panel.edit_button)
     edited = logits(tiny)
     assert "Saved: " in press(panel, save_button(panel))
-    assert panel.path.value.endswith("eiffel-tower-rome-layer-1.safetensors")
+    assert "eiffel-tower-rome-layer-1-" in panel.path.value
     assert "Exported: " in press(panel, panel.export_button)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "kept" / "model")
     ids = torch.tensor([tiny.tokenizer(FACT.prompt)["input_ids"]])
