@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, Locator, MaxNLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import EngFormatter, FixedLocator, Locator, MaxNLocator, NullLocator
 
 from rome_lab.metrics import METRICS
 from rome_lab.plots import FONT_SIZE
@@ -131,7 +131,7 @@ def curves(
     if log:
         ax.set_xscale("log")
         ax.set_xticks(sorted(set(rows[along]) - {0}))
-        ax.xaxis.set_major_formatter(ScalarFormatter())
+        ax.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
         ax.xaxis.set_minor_locator(NullLocator())
     if metric in SCORES:
         ax.set_ylim(-4, 104)

@@ -259,7 +259,7 @@ METHODS: Mapping[str, Method] = {
 INTRODUCTIONS = ("", "New fact: ", "Fact: ", "Note: ", "Remember: ", "Breaking news: ", "It is known: ", "Suppose: ")
 SEARCH: Mapping[str, tuple[Method, ...]] = {
     "rome": tuple(
-        Rome(layer=layer, settings=EditSettings(weight_decay=decay)) for layer in (2, 4, 6, 8) for decay in (0.5, 0.1)
+        Rome(layer=layer, settings=EditSettings(weight_decay=decay)) for layer in (2, 3, 4, 6) for decay in (0.5, 0.1)
     ),
     "ft": tuple(
         FineTuning("ft", Tuning(layer, learning_rate=rate)) for layer in (0, 6, 13, 20) for rate in (5e-4, 2e-4)

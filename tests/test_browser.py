@@ -125,7 +125,7 @@ def test_a_typed_fact_is_edited_and_undone(address: str, page: Page) -> None:
     shoot(page, panel, "4_stopped")
 
     button(panel, "Edit").click()
-    expect(panel.get_by_text("Edited layer 6")).to_be_visible(timeout=LATE)
+    expect(panel.get_by_text("Edited layer 3")).to_be_visible(timeout=LATE)
     expect(panel.get_by_text("Guidebooks mention the Louvre among the sights of … Rome")).to_be_visible()
     assert first_token(panel) == "Rome"
     shoot(page, panel, "5_edited")
