@@ -328,7 +328,7 @@ def test_a_description_says_all_that_was_chosen_and_is_json() -> None:
     texts = {name: json.dumps(description, sort_keys=True) for name, description in described.items()}
     assert texts["rome"] == texts["rome-both"] == texts["joint"], "what does the same is to be found under one key"
     assert len(set(texts.values())) == len(METHODS) - 2
-    assert described["rome"]["layer"] == 6 and described["rome-bare"]["key"] == "bare"
+    assert described["rome"]["layer"] == 3 and described["rome-bare"]["key"] == "bare"
     for name, text in texts.items():
         if isinstance(METHODS[name], Rome | FineTuning):
             assert asdict(METHODS[name].settled(lm)) != asdict(METHODS[name])
