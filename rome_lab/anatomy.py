@@ -24,8 +24,8 @@ from scipy import stats
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rome_lab.answers import continuation_p
 from rome_lab.averaging import buckets
-from rome_lab.blocks import at_least_float32
 from rome_lab.covariance import run_to_keys
 from rome_lab.editing import rome
 from rome_lab.edits import Edit, weight
@@ -233,25 +233,9 @@ def judge(lm: LanguageModel, fact: Fact, target: str, neighbours: Sequence[Fact]
             f"sweep: {fact} has {len(others)} other templates and {len(neighbours)} neighbours; give at least one of each."
         )
     asked = [(fact.prompt, target), *((x, target) for x in others), *((x.prompt, x.object) for x in neighbours)]
-    p = continuation_p(lm, asked)
+    pairs = [(lm.tokenizer(prompt)["input_ids"], continuation_ids(lm, prompt, said)) for prompt, said in asked]
+    p, _ = continuation_p(lm, pairs, "sweep")
     return p[0], float(np.mean(p[1 : 1 + len(others)])), float(np.mean(p[1 + len(others) :]))
-
-
-@torch.no_grad()
-def continuation_p(lm: LanguageModel, asked: Sequence[tuple[str, str]]) -> list[float]:
-    """For each prompt and continuation, the probability of all tokens of the continuation; in one batch."""
-    prompts = [lm.tokenizer(prompt)["input_ids"] for prompt, _ in asked]
-    said = [continuation_ids(lm, *pair) for pair in asked]
-    texts = [torch.tensor(ids + more[:-1]) for ids, more in zip(prompts, said, strict=True)]
-    # Padding right of a text cannot reach it in a causal model.
-    batch = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(lm.device)
-    logits = lm.model(batch, use_cache=False).logits
-    found = []
-    for row, ids, more in zip(logits, prompts, said, strict=True):
-        read = row[len(ids) - 1 : len(ids) - 1 + len(more)]
-        log_p = at_least_float32(read).log_softmax(-1)[range(len(more)), more]
-        found.append(float(log_p.sum().exp()))
-    return found
 
 
 def agreement(table: pd.DataFrame, traces: Sequence[Trace]) -> pd.DataFrame:

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from rome_lab.blocks import at_least_float32
+from rome_lab.answers import continuation_p, next_log_p
 from rome_lab.corruption import seed_from
 from rome_lab.edits import Edit, edits_in_force, fingerprint_without_edits, weight
 from rome_lab.facts import Fact, load_facts
@@ -122,32 +122,25 @@ def measure(lm: LanguageModel, edit: Edit, neighbours: Sequence[Fact]) -> Measur
     """Measure the model as it is now."""
     edited = list(zip(edit.facts, edit.targets, strict=True))
     prefixes = edit.settings.prefixes or ("",)
-    own = [continuation_p(lm, fact, fact.object) for fact in neighbours]
+    own = [asked_p(lm, fact, fact.object) for fact in neighbours]
     ids = torch.tensor(lm.tokenizer(TEXT)["input_ids"][: lm.context_length], device=lm.device)
-    text = next_log_p(lm, ids)[:-1].gather(1, ids[1:, None])
+    (log_p,) = next_log_p(lm, [ids.tolist()], "audit")
+    text = log_p[:-1].gather(1, ids[1:, None])
     return Measured(
-        p_target=np.mean([continuation_p(lm, fact, target)[0] for fact, target in edited]),
-        p_original=np.mean([continuation_p(lm, fact, fact.object)[0] for fact, _ in edited]),
-        p_behind=np.mean([continuation_p(lm, fact, target, x)[0] for fact, target in edited for x in prefixes]),
+        p_target=np.mean([asked_p(lm, fact, target)[0] for fact, target in edited]),
+        p_original=np.mean([asked_p(lm, fact, fact.object)[0] for fact, _ in edited]),
+        p_behind=np.mean([asked_p(lm, fact, target, x)[0] for fact, target in edited for x in prefixes]),
         p_neighbours=np.mean([p for p, _ in own]),
         log_p=torch.stack([log_p for _, log_p in own]),
         perplexity=float((-text.mean()).exp()),
     )
 
 
-def continuation_p(lm: LanguageModel, fact: Fact, continuation: str, prefix: str = "") -> tuple[float, Tensor]:
+def asked_p(lm: LanguageModel, fact: Fact, continuation: str, prefix: str = "") -> tuple[float, Tensor]:
     """The probability of all tokens of `continuation` after the fact's prompt, and the (V,) next-token log p there."""
-    ids = prefixed_prompt(lm, fact, prefix).ids
-    said = torch.tensor(continuation_ids(lm, fact.prompt, continuation), device=lm.device)
-    log_p = next_log_p(lm, torch.cat([ids, said[:-1]]))[len(ids) - 1 :]
-    return float(log_p.gather(1, said[:, None]).sum().exp()), log_p[0]
-
-
-def next_log_p(lm: LanguageModel, ids: Tensor) -> Tensor:
-    """(T, V) log probabilities of the next token after each of ids (T,)."""
-    logits = lm.model(ids[None], use_cache=False).logits[0]
-    lm.check_finite(logits, "audit")
-    return at_least_float32(logits).log_softmax(-1)
+    ids = prefixed_prompt(lm, fact, prefix).ids.tolist()
+    (p,), (log_p,) = continuation_p(lm, [(ids, continuation_ids(lm, fact.prompt, continuation))], "audit")
+    return p, log_p
 
 
 def neighbours_of(edit: Edit) -> tuple[Fact, ...]:

@@ -8,9 +8,7 @@ in it says what produced it. Of a run that failed or was interrupted, runs/<name
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -31,6 +29,7 @@ from papermill.execute import ERROR_MARKER_TAG
 
 from rome_lab.parameters import fit_parameters, read_parameters
 from rome_lab.store import Json, canonical_json, check_writable, write_atomically
+from rome_lab.versions import versions
 
 MIME = "application/vnd.rome_lab+json"
 PACKAGES = ("rome_lab", "torch", "transformers", "numpy")
@@ -119,7 +118,7 @@ def prepare(path: Path, parameters: Mapping[str, object]) -> tuple[NotebookNode,
     used = {name: parameter.default for name, parameter in known.items()} | values
     started = datetime.now(UTC).isoformat(timespec="seconds")
     about = {"notebook": str(path), "parameters": used, "seed": used.get("seed"), "started": started}
-    return notebook, about | {"versions": versions()}
+    return notebook, about | {"versions": versions(PACKAGES)}
 
 
 def read_notebook(path: Path) -> NotebookNode:
@@ -130,17 +129,6 @@ def read_notebook(path: Path) -> NotebookNode:
     except (ValueError, AttributeError, nbformat.ValidationError) as error:
         reason = str(error).splitlines()[0][:120]
         raise ValueError(f"{path} is not a notebook ({reason}); give the path of an .ipynb file.") from None
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that determine the numbers; None for one that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 def execute(executed: Path, bar: str | None) -> None:

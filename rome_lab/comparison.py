@@ -10,30 +10,27 @@ from __future__ import annotations
 
 import difflib
 import html
-import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from rome_lab.blocks import at_least_float32
+from rome_lab.answers import continuation_p, next_log_p
 from rome_lab.corruption import seed_from
 from rome_lab.facts import Fact, load_facts, load_relations, template_of
 from rome_lab.models import LanguageModel
 from rome_lab.plots import visible
 from rome_lab.prompts import continuation_ids, read_prompt
-from rome_lab.texts import continue_randomly
+from rome_lab.texts import continue_randomly, uniform
 
 logger = logging.getLogger(__name__)
 
 NEIGHBOURS = 6  # most that are asked about
 CANDIDATES = 24  # embedded facts among which neighbours are sought
-BATCH = 8  # texts that are run together
 BARS = 6  # next tokens that are shown
 WORD = 5  # tokens in which the first word of an answer is sought
 SAMPLES, LENGTH, CHOICES = 3, 20, 10  # continuations, their tokens, and the tokens among which each is drawn
@@ -100,20 +97,8 @@ class Look:
 def known(lm: LanguageModel, facts: Sequence[Fact]) -> list[Fact]:
     """Those of the facts whose object's first token is what the model finds most probable next."""
     ids = [read_prompt(lm, fact).ids.tolist() for fact in facts]
-    said = [int(log_p[-1].argmax()) for log_p in next_log_p(lm, ids)]
+    said = [int(log_p[-1].argmax()) for log_p in next_log_p(lm, ids, "comparison")]
     return [x for x, token in zip(facts, said, strict=True) if continuation_ids(lm, x.prompt, x.object)[0] == token]
-
-
-@torch.no_grad()
-def next_log_p(lm: LanguageModel, texts: Sequence[Sequence[int]]) -> Iterator[Float[Tensor, "T V"]]:
-    """For each text the log probabilities of the next token after each of its tokens."""
-    for begin in range(0, len(texts), BATCH):
-        batch = texts[begin : begin + BATCH]
-        # Padding right of a text cannot reach it in a causal model.
-        ids = pad_sequence([torch.tensor(text, device=lm.device) for text in batch], batch_first=True)
-        for text, logits in zip(batch, lm.model(ids, use_cache=False).logits, strict=True):
-            lm.check_finite(logits[: len(text)], "comparison")
-            yield at_least_float32(logits[: len(text)]).log_softmax(-1)
 
 
 def best_known(lm: LanguageModel, fact: Fact) -> Fact:
@@ -201,25 +186,15 @@ def look(lm: LanguageModel, probe: Probe) -> Look:
 
 def probabilities(lm: LanguageModel, asked: Sequence[tuple[Fact, str]]) -> tuple[list[float], Float[Tensor, "Q V"]]:
     """Of each text behind its fact's prompt: the probability of all its tokens; and the log probabilities of the first."""
-    prompts = [read_prompt(lm, fact).ids.tolist() for fact, _ in asked]
-    said = [continuation_ids(lm, fact.prompt, text) for fact, text in asked]
-    p, following = [], []
-    texts = [prompt + tokens[:-1] for prompt, tokens in zip(prompts, said, strict=True)]
-    for tokens, log_p in zip(said, next_log_p(lm, texts), strict=True):
-        behind = log_p[len(log_p) - len(tokens) :]
-        p.append(float(behind[range(len(tokens)), tokens].sum().exp()))
-        following.append(behind[0])
-    return p, torch.stack(following)
+    pairs = [(read_prompt(lm, fact).ids.tolist(), continuation_ids(lm, fact.prompt, text)) for fact, text in asked]
+    return continuation_p(lm, pairs, "comparison")
 
 
 def continuations(lm: LanguageModel, prompt: str) -> tuple[str, ...]:
     """`SAMPLES` texts that follow the prompt, each drawn with a seed of its own number and the prompt alone."""
     ids = lm.tokenizer(prompt)["input_ids"]
-    draws = []
-    for number in range(SAMPLES):
-        generator = torch.Generator().manual_seed(seed_from(json.dumps(["continuation", number, prompt])))
-        draws.append(torch.rand(len(ids) + LENGTH, dtype=torch.float64, generator=generator))
-    texts = continue_randomly(lm, [ids] * SAMPLES, torch.stack(draws), CHOICES)
+    draws = torch.stack([uniform(len(ids) + LENGTH, "continuation", number, prompt) for number in range(SAMPLES)])
+    texts = continue_randomly(lm, [ids] * SAMPLES, draws, CHOICES)
     return tuple(lm.tokenizer.decode(text[len(ids) :], skip_special_tokens=True).rstrip("\ufffd") for text in texts)
 
 

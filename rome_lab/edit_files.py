@@ -8,9 +8,7 @@ describe_edit(path)                 what an edit says, without a model
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rome_lab.store import Json, canonical_json, write_atomically
+from rome_lab.versions import versions
 
 FORMAT = "rome_lab edit 1"  # raised when the layout of the files changes
 VECTORS = ("k_star", "v_star", "Lambda", "u")
@@ -47,7 +46,7 @@ def write_edit(path: str | Path, vectors: Mapping[str, Tensor], about: Mapping[s
         OSError: the folder cannot be written; the message says why and what to do.
     """
     path = Path(path).expanduser()
-    text = canonical_json({**about, "versions": versions()}, "the edit")
+    text = canonical_json({**about, "versions": versions(PACKAGES)}, "the edit")
     tensors = {name: vectors[name].contiguous() for name in VECTORS}
     data = save(tensors, metadata={"format": FORMAT, "about": text, "sha256": checksum(tensors, text)})
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
@@ -130,14 +129,3 @@ def checksum(tensors: Mapping[str, Tensor], about: str) -> str:
     for name in names:
         digest.update(tensors[name].flatten().view(torch.uint8).numpy())  # whatever its dtype
     return digest.hexdigest()
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of `PACKAGES`; None for one that runs from a checkout without being installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found

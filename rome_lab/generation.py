@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from rome_lab.changes import Change, side_by_side
-from rome_lab.corruption import seed_from
 from rome_lab.models import LanguageModel
-from rome_lab.texts import continue_randomly, rows_with_cache
+from rome_lab.texts import continue_randomly, rows_with_cache, uniform
 
 
 def generate(
@@ -44,7 +40,7 @@ def generate(
             f"generate: {new_tokens} tokens after a prompt of {longest - new_tokens} are more than {lm.name} reads, "
             f"{lm.context_length}; ask for fewer tokens."
         )
-    luck = [uniform(new_tokens, seed, place, prompt) for place, prompt in enumerate(prompts)]
+    luck = [uniform(new_tokens, "generation", seed, place, prompt) for place, prompt in enumerate(prompts)]
     size = rows_with_cache(lm, longest)
     texts: list[list[int]] = []
     for begin in range(0, len(rows), size):
@@ -66,9 +62,3 @@ def after(lm: LanguageModel, prompt: list[int], text: list[int]) -> str:
         return lm.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     return decode(text)[len(decode(prompt)) :]
-
-
-def uniform(length: int, seed: int, place: int, prompt: str) -> Float[Tensor, " T"]:
-    """(T,) uniform numbers in [0, 1) for the tokens that follow `prompt`."""
-    generator = torch.Generator().manual_seed(seed_from(json.dumps(["generation", seed, place, prompt])))
-    return torch.rand(length, dtype=torch.float64, generator=generator)

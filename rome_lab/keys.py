@@ -7,19 +7,17 @@ k_star(lm, fact, layer, ...)          the key or keys that an edit of the fact m
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rome_lab.corruption import seed_from
 from rome_lab.covariance import run_to_keys
 from rome_lab.facts import Fact
 from rome_lab.models import LanguageModel
 from rome_lab.prompts import Prompt
-from rome_lab.texts import continue_randomly
+from rome_lab.texts import continue_randomly, uniform
 
 KEYS = ("both", "averaged", "bare")
 # Differs: the authors' code begins its prefixes with an end-of-text token, which not every model begins its texts with.
@@ -40,18 +38,12 @@ def sample_prefixes(lm: LanguageModel, lengths: Sequence[int], seed: int = 0) ->
         return ()
     lead = len(lm.tokenizer(LEAD)["input_ids"])
     starts = [lm.tokenizer(LEAD + OPENINGS[place % len(OPENINGS)])["input_ids"] for place in range(len(lengths))]
-    draws = torch.stack([uniform(lead + max(lengths), seed, place) for place in range(len(lengths))])
+    draws = torch.stack([uniform(lead + max(lengths), "prefix", seed, place) for place in range(len(lengths))])
     texts = continue_randomly(lm, starts, draws, CHOICES)
     return tuple(
         as_sentence(lm.tokenizer.decode(text[: lead + length], skip_special_tokens=True))
         for text, length in zip(texts, lengths, strict=True)
     )
-
-
-def uniform(length: int, seed: int, place: int) -> Float[Tensor, " T"]:
-    """(T,) uniform numbers in [0, 1) that depend on `seed` and `place` alone."""
-    generator = torch.Generator().manual_seed(seed_from(json.dumps(["prefix", seed, place])))
-    return torch.rand(length, dtype=torch.float64, generator=generator)
 
 
 def as_sentence(text: str) -> str:

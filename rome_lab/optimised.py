@@ -83,12 +83,12 @@ class Optimised:
     def common(self) -> dict[str, Json]:
         return dict(self.lm.key) if self.store else {}
 
-    def factor(self, layer: int, source: Source) -> Factor:
-        """The Cholesky factor of C of the text in `source`, measured without the edits in force."""
-        key = (layer, canonical_json(source.describe()))
+    def factor(self, layer: int, source: Source, tokens: int | None = None) -> Factor:
+        """The Cholesky factor of C of so many tokens of `source`, by default enough; measured without edits in force."""
+        key = (layer, canonical_json([source.describe(), tokens]))
         if key not in self.factors:
             with edits_in_force(self.lm, []):
-                measured = covariances(self.lm, [layer], source, progress=self.progress)[layer]
+                measured = covariances(self.lm, [layer], source, tokens, progress=self.progress)[layer]
             self.factors[key] = factorise(measured.C, measured.tokens)
         return self.factors[key]
 

@@ -17,8 +17,6 @@ import pandas as pd
 
 from rome_lab.case import Case, Cases
 from rome_lab.cases import known_cases
-from rome_lab.covariance import covariances
-from rome_lab.edits import edits_in_force
 from rome_lab.evaluation import evaluate
 from rome_lab.judging import JudgeSettings
 from rome_lab.methods import SEARCH, Method, Rome
@@ -26,7 +24,7 @@ from rome_lab.metrics import summarise
 from rome_lab.models import LanguageModel
 from rome_lab.optimised import Optimised
 from rome_lab.store import Json, Store, canonical_json
-from rome_lab.update import Factor, factorise
+from rome_lab.update import Factor
 
 logger = logging.getLogger(__name__)
 
@@ -153,9 +151,4 @@ class MeasuredRome(Rome):
         return super().describe() | {"tokens": self.tokens}
 
     def factor(self, lm: LanguageModel, optimised: Optimised) -> Factor:
-        key = (self.layer, canonical_json([self.source.describe(), self.tokens]))
-        if key not in optimised.factors:
-            with edits_in_force(lm, []):
-                measured = covariances(lm, [self.layer], self.source, self.tokens, progress=optimised.progress)
-            optimised.factors[key] = factorise(measured[self.layer].C, measured[self.layer].tokens)
-        return optimised.factors[key]
+        return optimised.factor(self.layer, self.source, self.tokens)

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from rome_lab.blocks import at_least_float32, last_logits_only
@@ -209,6 +210,12 @@ def cut(lm: LanguageModel, text: str, length: int) -> Iterator[list[int]]:
     ids = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     step = min(length, lm.context_length) - len(start)
     return (start + ids[begin : begin + step] for begin in range(0, len(ids), step))
+
+
+def uniform(length: int, *about: Json) -> Float[Tensor, " T"]:
+    """(T,) uniform numbers in [0, 1), float64, that depend on `about` alone."""
+    generator = torch.Generator().manual_seed(seed_from(json.dumps(about)))
+    return torch.rand(length, dtype=torch.float64, generator=generator)
 
 
 @torch.no_grad()

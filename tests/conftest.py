@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import pytest
 import transformers
 from hypothesis import settings
+from tiny import tiny_model
 
 from rome_lab import load_model
 
@@ -22,3 +23,15 @@ settings.load_profile("rome_lab")
 def lm():
     """The embedded model."""
     return load_model()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A random model, made anew for each module."""
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def shared_cache(tmp_path_factory, monkeypatch):
+    """A cache of the tests' own, which they share, so that C of a tiny model is measured once."""
+    monkeypatch.setenv("ROME_LAB_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

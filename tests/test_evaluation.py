@@ -32,14 +32,7 @@ ALL = [small(name) for name in METHODS]
 NUMBERS = list(METRICS)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("ROME_LAB_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return tiny_model("llama")
+pytestmark = pytest.mark.usefixtures("shared_cache")
 
 
 def numbers(table: pd.DataFrame) -> np.ndarray:

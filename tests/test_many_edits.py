@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 import torch
 from bench import QUICK, UNRELATED, case, small
-from tiny import tiny_model
 
 from rome_lab import many_edits as module
 from rome_lab.changes import Change
@@ -24,14 +23,7 @@ CASES = [case(i, subject) for i, subject in enumerate(("Paris", "Japan", "Warsaw
 SIZES = (1, 2, 5)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("ROME_LAB_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return tiny_model("llama")
+pytestmark = pytest.mark.usefixtures("shared_cache")
 
 
 def run(lm, names=("rome", "joint", "ft-linf"), cases=CASES, sizes=SIZES, **options) -> pd.DataFrame:

@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 import torch
 from bench import EDITING, QUICK, case
-from tiny import tiny_model
 
 from rome_lab import covariance, rome
 from rome_lab.evaluation import evaluate
@@ -22,14 +21,7 @@ CASES = [case(i, subject) for i, subject in enumerate(("Paris", "Japan", "Warsaw
 OPTIONS = {"progress": False, "settings": QUICK}
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("ROME_LAB_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return tiny_model("llama")
+pytestmark = pytest.mark.usefixtures("shared_cache")
 
 
 def rome_at(layer: int, **settings) -> Rome:
