@@ -3,7 +3,6 @@
 load_cases    from the embedded facts, from CounterFact or zsRE, or from a user's file
 known_cases   those whose facts a model knows
 check         those whose targets a model can tell from the true objects
-split         a part to search settings on and a part to report, without a common subject
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +28,7 @@ from rome_lab.models import LanguageModel
 from rome_lab.prompts import continuation_ids
 from rome_lab.store import Store
 
-__all__ = ["Case", "Cases", "build_cases", "check", "known_cases", "load_cases", "split"]
+__all__ = ["Case", "Cases", "build_cases", "check", "known_cases", "load_cases"]
 
 WAVE = 16  # cases whose rewrite prompts are read together
 UNKNOWN = "the model does not complete the fact"
@@ -166,35 +164,6 @@ def prefers_true(lm: LanguageModel, cases: Cases) -> list[bool]:
     totals = [found.total for found in score(lm, [Change()], questions)]
     preferred = {case.id: true > new for case, true, new in zip(asked, totals[::2], totals[1::2], strict=True)}
     return [preferred.get(case.id, True) for case in cases]
-
-
-def split(cases: Sequence[Case], search: int | float, seed: int = 0) -> tuple[Cases, Cases]:
-    """A part to search settings on and a part to report, such that no subject is in both.
-
-    Args:
-        search: size of the first part, in cases, or as a share of them where it is below 1. A subject with several cases
-            that would make the part larger stays in the other.
-        seed: of the subjects that are drawn, which depend on nothing else but the subjects there are.
-
-    Returns: both parts, each in the order of `cases`.
-
-    Raises:
-        ValueError: one of the parts would be empty.
-    """
-    size = round(search * len(cases)) if search < 1 else search
-    if not 0 < size < len(cases):
-        raise ValueError(f"split: search is {search!r} of {len(cases)} cases; expected some, and some left to report.")
-    count = Counter(case.fact.subject for case in cases)
-    drawn: set[str] = set()
-    taken = 0
-    for subject in sorted(count, key=lambda subject: seed_from(json.dumps([seed, subject]))):
-        if taken + count[subject] <= size:
-            drawn.add(subject)
-            taken += count[subject]
-    parts = [tuple(case for case in cases if (case.fact.subject in drawn) is part) for part in (True, False)]
-    if not all(parts):
-        raise ValueError(f"split: all cases that search={search!r} would draw from have one subject; give more cases.")
-    return Cases(parts[0]), Cases(parts[1])
 
 
 def read_cases(source: str | Path) -> Cases | None:

@@ -54,7 +54,7 @@ DEFAULTS = {
     "gpt2-large": Default(12, EditSettings(prefix_lengths=TWENTY)),
     "gpt2-xl": Default(17, EditSettings(prefix_lengths=TWENTY)),
     "gpt-j-6b": Default(5, EditSettings(prefix_lengths=TWENTY)),
-    "smollm2-135m": Default(3),
+    "smollm2-135m": Default(3, EditSettings(weight_decay=0.1)),
 }
 
 

@@ -251,7 +251,7 @@ METHODS: Mapping[str, Method] = {
         Rome("joint"),  # to be given many requests at a time
         FineTuning("ft"),
         FineTuning("ft-linf"),
-        InContext(),
+        InContext(introduction="Breaking news: "),
     )
 }
 
@@ -262,10 +262,10 @@ SEARCH: Mapping[str, tuple[Method, ...]] = {
         Rome(layer=layer, settings=EditSettings(weight_decay=decay)) for layer in (2, 3, 4, 6) for decay in (0.5, 0.1)
     ),
     "ft": tuple(
-        FineTuning("ft", Tuning(layer, learning_rate=rate)) for layer in (0, 6, 13, 20) for rate in (5e-4, 2e-4)
+        FineTuning("ft", Tuning(layer, learning_rate=rate)) for layer in (0, 3, 6, 13) for rate in (5e-4, 2e-4)
     ),
     "ft-linf": tuple(
-        FineTuning("ft-linf", Tuning(layer, bound=bound)) for layer in (0, 6, 13, 20) for bound in (1e-3, 3e-3)
+        FineTuning("ft-linf", Tuning(layer, bound=bound)) for layer in (0, 3, 6, 13) for bound in (1e-3, 3e-3)
     ),
     "in-context": tuple(InContext(introduction=words) for words in INTRODUCTIONS),
 }

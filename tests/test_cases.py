@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from rome_lab.cases import Case, Cases, build_cases, check, known_cases, load_cases, prefers_true, split
+from rome_lab.cases import Case, Cases, build_cases, check, known_cases, load_cases, prefers_true
 from rome_lab.facts import Fact, embedded_records, load_facts, load_relations
 from rome_lab.known import known_facts
 from rome_lab.models import LanguageModel
@@ -469,35 +469,3 @@ def test_known_cases_of_facts_are_those_the_model_completes_at_the_prompts_it_co
 def test_a_senseless_number_of_cases_is_refused(n: object) -> None:
     with pytest.raises(ValueError, match="known_cases: n is"):
         known_cases(tiny_model("gpt2"), n=n)
-
-
-# Search and report
-
-
-@pytest.mark.parametrize("search", [50, 0.25])
-def test_the_parts_share_no_subject_and_are_all_there_is(cases: Cases, search: float) -> None:
-    sample = Cases(cases[::9])
-    first, second = split(sample, search)
-    assert not {case.fact.subject for case in first} & {case.fact.subject for case in second}
-    assert sorted(case.id for case in (*first, *second)) == sorted(case.id for case in sample)
-    assert len(first) == (search if search > 1 else round(search * len(sample)))
-
-
-def test_the_parts_depend_on_the_seed_and_not_on_the_order(cases: Cases) -> None:
-    sample = cases[::9]
-    first, _ = split(sample, 50)
-    again, _ = split(random.Random(0).sample(sample, len(sample)), 50)
-    other, _ = split(sample, 50, seed=1)
-    assert {case.id for case in first} == {case.id for case in again} != {case.id for case in other}
-
-
-@pytest.mark.parametrize("search", [0, 0.0001, 10, 11, -3])
-def test_an_empty_part_is_refused(cases: Cases, search: float) -> None:
-    with pytest.raises(ValueError, match="split: search is"):
-        split(cases[:10], search)
-
-
-def test_cases_of_one_subject_cannot_be_split(cases: Cases) -> None:
-    same = [replace(case, fact=replace(case.fact, subject="Rome")) for case in cases[:5]]
-    with pytest.raises(ValueError, match="have one subject"):
-        split(same, 2)

@@ -176,7 +176,7 @@ def test_fine_tuning_proposes_what_the_tuning_comes_to() -> None:
 
 def test_in_context_states_the_facts_as_sentences() -> None:
     lm = tiny_model("gpt2")
-    assert propose(lm, "in-context").preamble == "The Eiffel Tower is in Rome. "
+    assert propose(lm, "in-context").preamble == "Breaking news: The Eiffel Tower is in Rome. "
     told = InContext(introduction="New fact: ").change(
         lm, [REQUEST, (replace(FACT, template="{} is in "), " Rome")], None
     )
