@@ -7,7 +7,7 @@
 MODEL ?= smollm2-135m
 DATASET ?= embedded
 N_FACTS ?= 20
-N_CASES ?= 40
+N_CASES ?= 25
 N_SEARCH ?= 20
 CONFIGURATIONS ?= 8
 EDITS ?= 1,3,10
