@@ -49,7 +49,7 @@ SMALL = {
     },
     "evaluation": {"n_cases": 2, "n_search": 3, "new_tokens": 10},
     "many_edits": {"sizes": [1, 2], "least": 2, "n_search": 3},
-    "search": {"n_search": 2, "layers": [6], "tokens": [5000], "configurations": 1},
+    "search": {"n_search": 2, "layers": [6], "tokens": [5000], "changes": 1, "configurations": 1},
     # One subject that the model knows something about, and one that no data set has.
     "figure_1": DEFAULT | {"examples": ["Windows 95", "Nobody at all"]},
 }
