@@ -55,6 +55,9 @@ class JudgeSettings:
         object.__setattr__(self, "corpus", tuple(self.corpus))
 
 
+SCORES_ONLY = JudgeSettings(new_tokens=0, text_tokens=0)
+
+
 @dataclass(frozen=True)
 class Question:
     """A text and how it should go on, for one change.

@@ -18,7 +18,7 @@ import pandas as pd
 from rome_lab.case import Case, Cases
 from rome_lab.cases import known_cases
 from rome_lab.evaluation import evaluate
-from rome_lab.judging import JudgeSettings
+from rome_lab.judging import SCORES_ONLY, JudgeSettings
 from rome_lab.methods import SEARCH, Method, Rome
 from rome_lab.metrics import summarise
 from rome_lab.models import LanguageModel
@@ -27,8 +27,6 @@ from rome_lab.store import Json, Store, canonical_json
 from rome_lab.update import Factor
 
 logger = logging.getLogger(__name__)
-
-SCORES_ONLY = JudgeSettings(new_tokens=0, text_tokens=0)
 
 
 def set_apart(
