@@ -2,6 +2,8 @@
 
     many_edits(lm, cases, methods)      a row a method, number of edits, chain and case; resumable
     chains_of(cases, sizes, ...)        which cases are edited one after the other
+    cases_needed(sizes, ...)            how many cases it takes that no two chains share one
+    caption(table)                      what the numbers are of, in words
 
 A chain is a sequence of cases whose edits come into one model. There are many short chains and few long ones, so that
 every number of edits is judged on enough cases.
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import product
@@ -102,7 +105,8 @@ def chains_of(
     """The cases of each chain in the order in which they are edited, long chains first; no subject twice in one chain.
 
     There are max(chains, least / size) chains of at least each size. A size for which there are too few subjects is left
-    out, with a warning.
+    out, with a warning. No case is in two chains as long as there are cases that are in none; where there are too few,
+    those come again first that are judged least often, with a warning.
     """
     cases = list(cases)
     subjects = len({case.fact.subject for case in cases})
@@ -114,15 +118,38 @@ def chains_of(
         )
     if len(possible) < len(sizes):
         logger.warning("many_edits: there are cases of %d subjects, so at most as many edits are made", subjects)
-    wanted = {size: max(chains, -(-least // size)) for size in possible}
-    lengths = [max(size for size in possible if wanted[size] > place) for place in range(max(wanted.values()))]
-    return [in_order(cases, place, seed)[:length] for place, length in enumerate(lengths)]
+    plan: list[list[Case]] = []
+    share: Counter[str] = Counter()  # of each case in what is judged so far
+    for length in lengths_of(possible, least, chains):
+        rank = {case.id: seed_from(json.dumps(["chain", seed, len(plan), case.id])) for case in cases}
+        order = sorted(cases, key=lambda case: (share[case.id], rank[case.id]))
+        first_of_each = {case.fact.subject: case for case in reversed(order)}
+        chain = list(first_of_each.values())[::-1][:length]
+        share.update({case.id: sum(1 / size for size in possible if place < size) for place, case in enumerate(chain)})
+        plan.append(chain)
+    places = Counter(case.id for chain in plan for case in chain)
+    if again := sum(times > 1 for times in places.values()):
+        logger.warning(
+            "many_edits: the chains take %d cases, and there are %d: %d of them are in more than one chain, so the "
+            "intervals are too narrow; give cases_needed(sizes, least, chains) cases, or a smaller least.",
+            places.total(), len(cases), again,
+        )  # fmt: skip
+    return plan
 
 
-def in_order(cases: Sequence[Case], chain: int, seed: int) -> list[Case]:
-    """The cases in random order by the seed and the chain, the first of each subject only."""
-    order = sorted(cases, key=lambda case: seed_from(json.dumps(["chain", seed, chain, case.id])))
-    return list({case.fact.subject: case for case in reversed(order)}.values())[::-1]
+def cases_needed(sizes: Sequence[int], least: int = 30, chains: int = 1) -> int:
+    """How many cases `chains_of` takes, each for one chain; somewhat more where several are about one subject.
+
+    >>> cases_needed((1, 3), least=4)  # two chains of three, and two of one
+    8
+    """
+    return sum(lengths_of(sizes, least, chains))
+
+
+def lengths_of(sizes: Sequence[int], least: int, chains: int) -> list[int]:
+    """The length of each chain, the longest first, so that each size is reached by max(chains, least / size) of them."""
+    wanted = {size: max(chains, -(-least // size)) for size in sizes}
+    return [max(size for size in sizes if wanted[size] > place) for place in range(max(wanted.values()))]
 
 
 def chain_rows(
@@ -201,3 +228,14 @@ def state_inputs(bench: Bench, chain: Sequence[Case], method: Method, together: 
         "method": method.describe(),
         "together": together,
     }
+
+
+def caption(table: pd.DataFrame) -> str:
+    """How many cases and models stand behind each number of edits, in sentences for a figure."""
+    counted = table.groupby("edits")[["case", "chain"]].nunique()
+    said = [f"{cases} in {models} after {edits}" for edits, cases, models in counted.itertuples()]
+    alone = [str(edits) for edits, models in counted["chain"].items() if models == 1]
+    sentences = [f"Cases, and models that they are in: {', '.join(said)}."]
+    if alone:
+        sentences.append(f"One model has no interval of perplexity and known: after {', '.join(alone)}.")
+    return "\n".join(sentences)

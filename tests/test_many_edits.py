@@ -14,7 +14,7 @@ from bench import QUICK, UNRELATED, case, small
 from rome_lab import many_edits as module
 from rome_lab.changes import Change
 from rome_lab.judging import judge
-from rome_lab.many_edits import chains_of, many_edits
+from rome_lab.many_edits import caption, cases_needed, chains_of, many_edits
 from rome_lab.methods import Proposal
 from rome_lab.metrics import METRICS, summarise
 from rome_lab.optimised import Optimised
@@ -56,6 +56,21 @@ def test_chains_differ_depend_on_the_seed_and_edit_no_subject_twice():
     assert len({tuple(one.id for one in chain) for chain in plan}) == 4
     assert chains_of(cases[::-1], (6,), 1, 4) == plan
     assert chains_of(cases, (6,), 1, 4, seed=1) != plan
+
+
+@pytest.mark.parametrize(("least", "chains"), [(4, 1), (6, 2)])
+def test_no_case_is_in_two_chains_while_there_are_enough(least, chains, caplog):
+    cases = [case(i, f"Town {i}") for i in range(cases_needed(SIZES, least, chains))]
+    plan = chains_of(cases, SIZES, least, chains)
+    assert sorted(one.id for chain in plan for one in chain) == sorted(one.id for one in cases)
+    assert caplog.text == ""
+
+
+def test_where_there_are_too_few_cases_those_come_again_that_are_judged_least_often_and_it_is_said(caplog):
+    plan = chains_of(CASES, (2, 4), least=8)  # 2 chains of four and 2 of two: 12 places for 6 cases
+    assert cases_needed((2, 4), least=8) == 12
+    assert len({one.id for chain in plan for one in chain[:2]}) == 6  # after two edits all cases are judged
+    assert "take 12 cases, and there are 6:  than one chain" in caplog.text
 
 
 def test_sizes_for_which_there_are_too_few_subjects_are_left_out_with_a_warning(caplog):
@@ -119,6 +134,12 @@ def test_the_model_is_left_as_it_was(tiny):
     before = tiny.fingerprint
     run(tiny)
     assert tiny.fingerprint == before
+
+
+def test_the_caption_says_of_how_many_models_each_number_is_and_which_have_no_interval(tiny):
+    said = caption(run(tiny, ["ft-linf"]))
+    assert "4 in 4 after 1, 4 in 2 after 2, 5 in 1 after 5." in said
+    assert "One model has no interval of perplexity and known: after 5." in said
 
 
 # Resuming, and models that break
