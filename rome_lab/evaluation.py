@@ -8,7 +8,6 @@ remarks(table)                  what was remarked on, with counts
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,17 +27,17 @@ from rome_lab.metrics import METRICS
 from rome_lab.models import LanguageModel
 from rome_lab.optimised import Optimised
 from rome_lab.store import Json, Store, canonical_json
+from rome_lab.touched import spared, unrelated_to
 
 if TYPE_CHECKING:
     from distributed import Client
 
 logger = logging.getLogger(__name__)
 
-NUMERICS = 1  # raised when a change here or in judging moves any number, so that stored results are made again
-UNRELATED = 12  # known facts that a case does not touch, of which "known" is the share that stays
-POOL = 200  # known facts among which they are chosen
+NUMERICS = 2  # raised when a change here or in judging moves any number, so that stored results are made again
+POOL = 400  # known facts, among which those are chosen that a case does not touch
+POOL_SEED = -1  # which no evaluation has: facts drawn by its own seed would be those of its cases
 CORPUS = 500  # texts that are enough to tell rare words from frequent ones; all of them would be slow
-TOGETHER: Mapping[str, int] = {"joint": 10}  # requests that a method is given at once, where that is not one
 SAID = ("form", "relation", "subject", "prompt", "object", "target")
 
 Question: TypeAlias = tuple[Case, Sequence[Method], Sequence[Sequence[Request]]]  # of each method, what it is given
@@ -53,23 +52,22 @@ def evaluate(
     progress: bool = True,
     settings: JudgeSettings | None = None,
     unrelated: Sequence[Fact] | None = None,
-    together: Mapping[str, int] = TOGETHER,
     client: Client | None = None,
 ) -> pd.DataFrame:
     """Judge one or several methods by the metrics of `rome_lab.metrics`, a row a case and method.
 
     All methods of a case are judged side by side. Results are kept by case and method, so another run goes on where one
     was interrupted, and adding a method judges only that one. A row says the same whichever methods it stands among.
+    A method is given `Method.together` requests at once: those of the cases that come together in `groups`, each of which
+    is judged with all of them in force. No neighbour is judged that another of them edits; a case with no other has no NS.
 
     Args:
         method: a name of `METHODS`, a Method, or several; no two of one name.
         store: folder of results, written after every case.
         progress: show a bar over the cases.
         settings: of the judging; `known` in them is set for each case. `new_tokens=0` writes no texts, which is faster.
-        unrelated: known facts, of which each case is given those that it does not touch, `UNRELATED` at most; by default
-            `known_pool(lm)`.
-        together: how many requests the methods of these names are given at once: those of the cases that come together
-            in `groups`. Each case is judged with all of them in force.
+        unrelated: known facts, of which each case is given those that nothing edited with it touches, see `unrelated_to`; by
+            default `known_pool(lm)`.
         client: of a Dask cluster, whose workers make what the store does not hold; see `rome_lab.cluster`.
 
     Returns: DataFrame: case, method, form, relation, subject, prompt, object, target, the metrics, generations, judged,
@@ -101,7 +99,7 @@ def evaluate(
     pool = known_pool(lm, store, progress) if unrelated is None else tuple(unrelated)
     optimised = Optimised(lm, store, progress)
     bench = Bench(lm, settings or JudgeSettings(), pool, optimised, store, optimised.common)
-    asked = [requests_by_case(cases, together.get(chosen.name, 1)) for chosen in methods]
+    asked = [requests_by_case(cases, chosen.together) for chosen in methods]
     questions = [(case, methods, [requests[case.id] for requests in asked]) for case in cases]
     if client is not None:
         judge_on_workers(workers, bench, questions, progress)
@@ -130,19 +128,7 @@ def known_pool(
     lm: LanguageModel, store: Store | str | Path | None = None, progress: bool = True, n: int = POOL
 ) -> tuple[Fact, ...]:
     """Embedded facts that the model knows: the same ones whatever it is evaluated on."""
-    return known_facts(lm, load_facts("embedded"), n=n, seed=0, progress=progress, store=store).facts
-
-
-def unrelated_to(case: Case, pool: Iterable[Fact], seed: int) -> tuple[Fact, ...]:
-    """`UNRELATED` facts of the pool, at random by the seed and the case, that share nothing with it: not the relation, and
-    none of its subjects and objects."""
-    named = {case.fact.subject, case.fact.object, case.target, *case.neighbour_subjects, *case.neighbour_answers}
-    free = [
-        fact
-        for fact in pool
-        if not {fact.subject, fact.object} & named and (fact.relation is None or fact.relation != case.fact.relation)
-    ]
-    return tuple(sorted(free, key=lambda fact: seed_from(json.dumps([seed, case.id, fact.prompt])))[:UNRELATED])
+    return known_facts(lm, load_facts("embedded"), n=n, seed=POOL_SEED, progress=progress, store=store).facts
 
 
 def groups(cases: Iterable[Case], size: int) -> list[list[Case]]:
@@ -177,20 +163,21 @@ class Bench:
         """The same for this model in another process, and a store there; for None it can travel."""
         return replace(self, lm=lm, store=store, optimised=self.optimised.at(lm, store))
 
-    def settings_of(self, case: Case) -> JudgeSettings:
-        """How the case is judged: with known facts that it does not touch."""
-        return replace(self.settings, known=unrelated_to(case, self.pool, self.settings.seed))
+    def sheet(self, case: Case, requests: Sequence[Request]) -> tuple[Case, JudgeSettings]:
+        """What is judged, and how: no neighbour that is edited itself, and known facts that no request touches."""
+        known = unrelated_to(case, requests, self.pool, self.settings.seed)
+        return spared(case, requests), replace(self.settings, known=known)
 
     def inputs(
         self, case: Case, methods: Sequence[Method], requests: Sequence[Sequence[Request]]
     ) -> list[dict[str, Json]]:
         """What the row of each method for one case is stored under."""
-        settings = self.settings_of(case)
-        return [evaluation_inputs(self.common, case, settings, *asked) for asked in zip(methods, requests, strict=True)]
+        asked = zip(methods, requests, strict=True)
+        return [evaluation_inputs(self.common, *self.sheet(case, given), method, given) for method, given in asked]
 
     def rows(self, case: Case, methods: Sequence[Method], requests: Sequence[Sequence[Request]]) -> list[dict]:
-        """A row of each method for one case, from the store where it has them; the others are judged in one batch."""
-        settings, inputs = self.settings_of(case), self.inputs(case, methods, requests)
+        """A row of each method for one case, from the store where it has them; the others are judged side by side."""
+        inputs = self.inputs(case, methods, requests)
         keys = [canonical_json(x) for x in inputs]
         asked = dict(
             zip(keys, zip(inputs, methods, requests, strict=True), strict=True)
@@ -199,7 +186,11 @@ class Bench:
         found = {key: dict(record.meta) for key, record in records.items() if record}
         missing = {key: self.propose(*request) for key, (_, *request) in asked.items() if key not in found}
         made = {key: proposal for key, proposal in missing.items() if isinstance(proposal, Proposal)}
-        judged = dict(zip(made, judged_or_why(self.lm, case, list(made.values()), settings), strict=True))
+        sheets = {key: self.sheet(case, asked[key][2]) for key in made}
+        judged: dict[str, dict] = {}
+        for sheet in dict.fromkeys(sheets.values()):
+            alike = [key for key in made if sheets[key] == sheet]
+            judged |= dict(zip(alike, judged_or_why(self.lm, sheet, [made[key] for key in alike]), strict=True))
         for key, proposal in missing.items():
             found[key] = judged.get(key) or {"judged": False, "remark": proposal}
             if self.store:
@@ -216,17 +207,18 @@ class Bench:
             return str(error)
 
 
-def judged_or_why(lm: LanguageModel, case: Case, proposals: Sequence[Proposal], settings: JudgeSettings) -> list[dict]:
+def judged_or_why(lm: LanguageModel, sheet: tuple[Case, JudgeSettings], proposals: Sequence[Proposal]) -> list[dict]:
     """What `judge` says of each, or why it can't; a change that breaks the model spoils its own row only."""
     if not proposals:
         return []
+    case, settings = sheet
     try:
         found = judge(lm, case, proposals, settings)
         return [{"judged": True, "remark": p.remark} | row for p, row in zip(proposals, found, strict=True)]
     except ValueError as error:
         if len(proposals) == 1:
             return [{"judged": False, "remark": str(error)}]
-    return [judged_or_why(lm, case, [proposal], settings)[0] for proposal in proposals]
+    return [judged_or_why(lm, sheet, [proposal])[0] for proposal in proposals]
 
 
 def evaluation_inputs(

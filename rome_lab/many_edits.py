@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -30,12 +30,13 @@ from rome_lab.judging import JudgeSettings
 from rome_lab.methods import Method, Proposal, sequence
 from rome_lab.metrics import METRICS
 from rome_lab.models import LanguageModel
-from rome_lab.optimised import Optimised
+from rome_lab.optimised import Optimised, Request
 from rome_lab.store import Json, Store
+from rome_lab.touched import spared, touched
 
 logger = logging.getLogger(__name__)
 
-NUMERICS = 1  # raised when a change here or in judging moves any number, so that stored results are made again
+NUMERICS = 2  # raised when a change here or in judging moves any number, so that stored results are made again
 SIZES = (1, 3, 10, 30, 100)
 KEPT = 50  # known facts, of which "known" is the share that stays
 
@@ -52,10 +53,11 @@ def many_edits(
     progress: bool = True,
     settings: JudgeSettings | None = None,
     unrelated: Sequence[Fact] | None = None,
-    together: Collection[str] = ("joint",),
 ) -> pd.DataFrame:
     """Edit case after case in one model, and judge all of them so far at each of `sizes`, without generation.
 
+    A method whose `together` is above 1 is given all requests at once; the others edit what the edits before have made.
+    No neighbour is judged that another edit of the chain is about; a case with no other neighbour has no NS and NM.
     The scores ES to NM have a value for each case, nll and "known" one for each edited model, which stands in the row of
     the chain's first case. `summarise(table, ["method", "edits"])` gives the means: of scores over cases, of damage over
     models. Cases of one chain share a model, so the intervals of the scores are somewhat too narrow where it breaks.
@@ -67,9 +69,8 @@ def many_edits(
         store: folder of results, written whenever a number of edits has been judged; v* is kept in it too, so that a chain
             that was interrupted comes quickly to where it was.
         settings: of the judging; its seed is that of the order of the cases in each chain, and no texts are written.
-        unrelated: known facts, of which those are asked about that have no subject of the chain, `KEPT` at most; by
-            default `known_pool(lm)`.
-        together: names of the methods that are given all requests at once; the others edit what the edits before have made.
+        unrelated: known facts, of which `KEPT` are asked about: those that the chain touches least, see `untouched`; by
+            default `known_pool(lm)`. Where there are fewer, it is said in a warning.
 
     Returns: DataFrame: method, edits, chain, case, the metrics, judged, remark.
 
@@ -90,7 +91,7 @@ def many_edits(
     with tqdm(total=total, desc="editing", unit="edit", disable=not progress) as bar:
         for (place, chain), chosen in product(enumerate(plan), methods):
             here = [size for size in sizes if size <= len(chain)]
-            found = chain_rows(bench, chain, here, chosen, chosen.name in together, bar)
+            found = chain_rows(bench, chain, here, chosen, bar)
             rows += [{"method": chosen.name, "chain": place} | row for row in found]
             ends += len(chain)
             bar.update(ends - bar.n)  # what the store held, too
@@ -152,15 +153,13 @@ def lengths_of(sizes: Sequence[int], least: int, chains: int) -> list[int]:
     return [max(size for size in sizes if wanted[size] > place) for place in range(max(wanted.values()))]
 
 
-def chain_rows(
-    bench: Bench, chain: Sequence[Case], sizes: Sequence[int], method: Method, together: bool, bar: tqdm
-) -> list[dict]:
+def chain_rows(bench: Bench, chain: Sequence[Case], sizes: Sequence[int], method: Method, bar: tqdm) -> list[dict]:
     """The rows of one method at each of `sizes`, from the store where it has them."""
-    inputs = {size: state_inputs(bench, chain[:size], method, together) for size in sizes}
+    inputs = {size: state_inputs(bench, chain[:size], method) for size in sizes}
     records = {size: bench.store.load(x) if bench.store else None for size, x in inputs.items()}
     found = {size: list(record.meta["rows"]) for size, record in records.items() if record}
     missing = [size for size in sizes if size not in found]
-    for size, proposal, remarks in states(bench, chain, missing, method, together, bar):
+    for size, proposal, remarks in states(bench, chain, missing, method, bar):
         found[size] = judge_state(bench, chain[:size], proposal, remarks)
         if bench.store:
             bench.store.save(inputs[size], {}, {"rows": found[size]})
@@ -168,15 +167,15 @@ def chain_rows(
 
 
 def states(
-    bench: Bench, chain: Sequence[Case], sizes: Sequence[int], method: Method, together: bool, bar: tqdm
+    bench: Bench, chain: Sequence[Case], sizes: Sequence[int], method: Method, bar: tqdm
 ) -> Iterator[tuple[int, Proposal, list[str]]]:
     """At each of `sizes`: the number of edits, what they come to, and a remark for each of them.
 
     Where a method fails in the middle of a chain, as it may in a broken model, the chain ends there: what is judged at
     larger sizes is the model as it was before, and the edits that are missing are remarked on.
     """
-    requests = [(case.fact, case.target) for case in chain[: max(sizes, default=0)]]
-    if together:
+    requests = requests_of(chain[: max(sizes, default=0)])
+    if method.together > 1:
         for size in sizes:
             try:
                 proposal = method.change(bench.lm, requests[:size], bench.optimised)
@@ -199,10 +198,17 @@ def states(
 
 def judge_state(bench: Bench, chain: Sequence[Case], proposal: Proposal, remarks: Sequence[str]) -> list[dict]:
     """A row a case of the chain, all of them edited; the first one also has the damage."""
-    settings = replace(bench.settings, known=untouched(chain, bench))
+    known = untouched(chain, bench)
+    if bench.pool and len(known) < KEPT:
+        logger.warning(
+            "many_edits: after %d edits %d known facts are asked about, not %d, since the other %d of those given name an "
+            "edited subject; give more.", len(chain), len(known), KEPT, len(bench.pool) - len(known),
+        )  # fmt: skip
+    settings = replace(bench.settings, known=known)
+    requests = requests_of(chain)
     rows = []
     for case, remark in zip(chain, remarks, strict=True):
-        (row,) = judged_or_why(bench.lm, case, [proposal], settings)
+        (row,) = judged_or_why(bench.lm, (spared(case, requests), settings), [proposal])
         row.pop("generations", None)
         said = remark if row["judged"] else row["remark"]
         rows.append({"edits": len(chain), "case": case.id} | row | {"remark": said})
@@ -210,14 +216,28 @@ def judge_state(bench: Bench, chain: Sequence[Case], proposal: Proposal, remarks
     return rows
 
 
+def requests_of(chain: Sequence[Case]) -> list[Request]:
+    return [(case.fact, case.target) for case in chain]
+
+
 def untouched(chain: Sequence[Case], bench: Bench) -> tuple[Fact, ...]:
-    """`KEPT` facts of the pool, at random by the seed, that have no subject of the chain."""
+    """`KEPT` facts of the pool, at random by the seed, that share nothing with the chain.
+
+    Many edits touch all relations. Where there are too few other facts, such follow as share a relation with the chain,
+    and then such as share an object or a target. None has an edited subject.
+    """
+    names, relations = touched(requests_of(chain))
     edited = {case.fact.subject for case in chain}
-    free = (fact for fact in bench.pool if fact.subject not in edited)
-    return tuple(sorted(free, key=lambda fact: seed_from(json.dumps([bench.settings.seed, fact.prompt])))[:KEPT])
+
+    def rank(fact: Fact) -> tuple[bool, bool, int]:
+        at_random = seed_from(json.dumps([bench.settings.seed, fact.prompt]))
+        return bool({fact.subject, fact.object} & names), fact.relation in relations, at_random
+
+    free = (fact for fact in bench.pool if not {fact.subject, fact.object} & edited)
+    return tuple(sorted(free, key=rank)[:KEPT])
 
 
-def state_inputs(bench: Bench, chain: Sequence[Case], method: Method, together: bool) -> dict[str, Json]:
+def state_inputs(bench: Bench, chain: Sequence[Case], method: Method) -> dict[str, Json]:
     """Everything that determines the rows of one method after the edits of `chain`."""
     return {
         **bench.common,
@@ -226,7 +246,7 @@ def state_inputs(bench: Bench, chain: Sequence[Case], method: Method, together: 
         "cases": [asdict(case) for case in chain],
         "settings": asdict(replace(bench.settings, known=untouched(chain, bench))),
         "method": method.describe(),
-        "together": together,
+        "together": method.together > 1,
     }
 
 

@@ -45,15 +45,19 @@ class Method(Protocol):
     """A way to make a model say something else.
 
     A method may leave choices to the model's defaults; `settled` makes them.
+
+    Attributes:
+        together: how many requests `evaluate` gives it at once. Where that is more than one, `many_edits` gives it all.
     """
 
     name: str
+    together: int
 
     def settled(self, lm: LanguageModel) -> Method:
         """The same method with nothing left to choose for this model."""
 
     def describe(self) -> dict[str, Json]:
-        """All that determines the Change, of a settled method, besides `lm.key` and the requests; the name does not."""
+        """All that determines the Change, of a settled method, besides `lm.key` and the requests; name and together don't."""
 
     def change(self, lm: LanguageModel, requests: Sequence[Request], optimised: Optimised) -> Proposal:
         """The one Change that meets all requests; `lm` is unchanged."""
@@ -74,6 +78,7 @@ class Rome:
         key: "both", "averaged" (the paper's) or "bare"; by default that of the settings.
         layer, settings: by default those of `default_settings`.
         source: text that C is measured on.
+        together: see `Method`.
     """
 
     solution: ClassVar[str] = "exact"
@@ -82,6 +87,7 @@ class Rome:
     layer: int | None = None
     settings: EditSettings | None = None
     source: Source = field(default_factory=SampledText)
+    together: int = 1
 
     def settled(self, lm: LanguageModel) -> Rome:
         """Raises a ValueError where no layer is known for the model, or it has no such layer."""
@@ -180,6 +186,7 @@ class FineTuning:
         tuning: by default that of `default_tuning`.
     """
 
+    together: ClassVar[int] = 1
     name: str = "ft"
     tuning: Tuning | None = None
 
@@ -203,6 +210,7 @@ class InContext:
         introduction: words before each of these sentences, with the blank that parts them.
     """
 
+    together: ClassVar[int] = 1
     name: str = "in-context"
     introduction: str = ""
 
@@ -221,6 +229,7 @@ class InContext:
 class NoEdit:
     """Nothing is changed."""
 
+    together: ClassVar[int] = 1
     name: str = "none"
 
     def settled(self, lm: LanguageModel) -> NoEdit:
@@ -248,7 +257,7 @@ METHODS: Mapping[str, Method] = {
         Rome("rome-both", key="both"),
         IdentityRome("rome-identity"),
         MismatchedRome("rome-mismatched"),
-        Rome("joint"),  # to be given many requests at a time
+        Rome("joint", together=10),
         FineTuning("ft"),
         FineTuning("ft-linf"),
         InContext(introduction="Breaking news: "),

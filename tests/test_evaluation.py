@@ -21,10 +21,13 @@ from tiny import tiny_model
 from rome_lab import evaluation, evaluation_plots, paper
 from rome_lab.cases import known_cases, load_cases
 from rome_lab.changes import Change
-from rome_lab.evaluation import evaluate, groups, reference_corpus, remarks, story, unrelated_to
+from rome_lab.evaluation import evaluate, groups, reference_corpus, remarks, story
 from rome_lab.judging import judge
+from rome_lab.known import KnownFacts
 from rome_lab.methods import METHODS, Proposal, Rome
 from rome_lab.metrics import METRICS, summarise
+from rome_lab.touched import UNRELATED as MOST
+from rome_lab.touched import spared, unrelated_to
 
 SUBJECTS = ("Paris", "Japan", "Warsaw", "France")
 CASES = [case(i, subject) for i, subject in enumerate(SUBJECTS)]
@@ -52,6 +55,7 @@ class Spy:
     name: str = "spy"
     failing: tuple[str, ...] = ()
     error: type[BaseException] = ValueError
+    together: int = 1
 
     def settled(self, lm):
         return self
@@ -72,7 +76,7 @@ def test_a_row_holds_what_judge_says_of_the_change(tiny):
     assert table["judged"].all()
     for one, (_, rows) in zip(CASES, table.groupby("case", sort=False), strict=True):
         delta = small("ft").change(tiny, [(one.fact, one.target)], None).delta
-        settings = replace(JUDGING, known=unrelated_to(one, UNRELATED, 0))
+        settings = replace(JUDGING, known=unrelated_to(one, [], UNRELATED, 0))
         for change, (_, row) in zip((Change(), Change(1, delta)), rows.iterrows(), strict=True):
             (expected,) = judge(tiny, one, [change], settings)
             for name in expected.keys() - {"generations"}:
@@ -205,8 +209,8 @@ def test_an_edit_that_did_not_converge_is_judged_and_remarked_on(tiny):
 
 
 def test_requests_are_met_together_and_every_case_is_judged_with_all_of_them(tiny):
-    spy = Spy([])
-    run(tiny, method=[spy], together={"spy": 3})
+    spy = Spy([], together=3)
+    run(tiny, method=[spy])
     assert spy.asked == [["Paris", "Japan", "Warsaw"]] * 3 + [["France"]]
     joint = run(tiny, CASES[:2], ["joint"])
     delta = (
@@ -215,7 +219,7 @@ def test_requests_are_met_together_and_every_case_is_judged_with_all_of_them(tin
         .delta
     )
     for one, (_, row) in zip(CASES, joint.iterrows(), strict=False):
-        (expected,) = judge(tiny, one, [Change(1, delta)], replace(QUICK, known=unrelated_to(one, UNRELATED, 0)))
+        (expected,) = judge(tiny, one, [Change(1, delta)], replace(QUICK, known=unrelated_to(one, [], UNRELATED, 0)))
         assert row["EM"] == pytest.approx(expected["EM"], rel=1e-3)
 
 
@@ -245,12 +249,48 @@ def test_facts_of_damage_share_nothing_with_the_case():
         replace(known(one), subject="Tokyo", relation="x"),
         replace(known(one), subject="Oslo", relation="x"),
     )
-    chosen = unrelated_to(one, (*UNRELATED, *others), 0)
+    chosen = unrelated_to(one, [], (*UNRELATED, *others), 0)
     assert set(chosen) == set(UNRELATED) - {UNRELATED[2]}  # its object is the case's
-    assert unrelated_to(one, (*others, *UNRELATED[::-1]), 0) == chosen
+    assert unrelated_to(one, [], (*others, *UNRELATED[::-1]), 0) == chosen
     many = [Fact_(i) for i in range(40)]
-    assert len(unrelated_to(one, many, 0)) == evaluation.UNRELATED
-    assert unrelated_to(one, many, 0) != unrelated_to(case(1, "Paris"), many, 0)
+    assert len(unrelated_to(one, [], many, 0)) == MOST
+    assert unrelated_to(one, [], many, 0) != unrelated_to(case(1, "Paris"), [], many, 0)
+
+
+def test_facts_of_damage_share_nothing_with_what_is_edited_together_with_the_case():
+    one = case(0, "Paris")
+    mate = (replace(UNRELATED[0], object="Krakow"), "Colosseum")  # Marie, another object, a target that is a subject
+    chosen = unrelated_to(one, [(one.fact, one.target), mate], UNRELATED, 0)
+    assert set(chosen) == {UNRELATED[1], UNRELATED[3]}
+    related = replace(UNRELATED[1], relation="birth")
+    assert related not in unrelated_to(one, [mate], (*UNRELATED, related), 0)
+
+
+def test_the_pool_is_drawn_by_a_seed_that_no_cases_are_drawn_by(tiny, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(
+        evaluation, "known_facts", lambda lm, facts, **options: asked.update(options) or KnownFacts((), None)
+    )
+    evaluation.known_pool(tiny)
+    with pytest.raises(ValueError, match="seed"):
+        replace(QUICK, seed=asked["seed"])
+
+
+def test_neighbours_that_are_edited_themselves_are_not_judged(tiny):
+    first, second = case(0, "Paris"), case(1, "Oslo")
+    requests = [(one.fact, one.target) for one in (first, second)]
+    left = spared(first, requests)
+    assert (left.neighbours, left.neighbour_subjects) == (("The town is",), ("town",))
+    assert spared(second, requests) == second  # about itself: not for this to say
+    assert spared(replace(first, neighbour_subjects=()), requests).neighbours == ("The town is",)
+    (alone,) = judge(tiny, left, [Change()], QUICK)
+    table = run(tiny, [first, second], ["none", Spy([], together=2)])
+    by_method = table[table["case"] == first.id].set_index("method")["NM"]
+    assert by_method["spy"] == pytest.approx(alone["NM"], rel=1e-4)
+    assert by_method["none"] != pytest.approx(alone["NM"], rel=1e-2)
+    town = case(2, "town")
+    table = run(tiny, [first, second, town], [Spy([], together=3)])
+    assert table["NS"].isna().tolist() == [True, False, False]
 
 
 def Fact_(number: int):

@@ -70,7 +70,7 @@ def test_where_there_are_too_few_cases_those_come_again_that_are_judged_least_of
     plan = chains_of(CASES, (2, 4), least=8)  # 2 chains of four and 2 of two: 12 places for 6 cases
     assert cases_needed((2, 4), least=8) == 12
     assert len({one.id for chain in plan for one in chain[:2]}) == 6  # after two edits all cases are judged
-    assert "take 12 cases, and there are 6:  than one chain" in caplog.text
+    assert "take 12 cases, and there are 6: 4 of them are in more than one chain" in caplog.text
 
 
 def test_sizes_for_which_there_are_too_few_subjects_are_left_out_with_a_warning(caplog):
@@ -124,6 +124,12 @@ def test_together_is_one_closed_form_of_all_requests(tiny):
     assert rows[3]["PM"] == pytest.approx(expected["PM"], rel=1e-3)
 
 
+def test_whether_requests_are_met_together_goes_by_the_method_not_by_its_name(tiny):
+    named = replace(small("joint"), name="all at once")
+    table = run(tiny, ["joint", named], sizes=(2,)).groupby("method")
+    np.testing.assert_array_equal(numbers(table.get_group("joint")), numbers(table.get_group("all at once")))
+
+
 def test_one_edit_is_the_same_in_sequence_and_together(tiny):
     table = run(tiny, ["rome", "joint"]).query("edits == 1")
     sequence, joint = (numbers(table[table["method"] == name]) for name in ("rome", "joint"))
@@ -152,6 +158,7 @@ class Stepping:
     calls: list = field(default_factory=list)
     name: str = "stepping"
     fails_at: int = 100
+    together: int = 1
     error: type[BaseException] = ValueError
 
     def settled(self, lm):
@@ -204,11 +211,30 @@ def test_where_a_method_fails_the_chain_ends_and_its_missing_edits_are_remarked_
     assert rows[4]["EM"] == pytest.approx(expected["EM"], rel=1e-4)
 
 
-def test_known_facts_of_an_edited_subject_are_not_asked_about(tiny):
-    facts = tuple(replace(fact, subject=one.fact.subject) for fact, one in zip(UNRELATED, CASES, strict=False))
-    bench = module.Bench(tiny, QUICK, (*facts, *UNRELATED), Optimised(tiny), None, {})
-    assert set(module.untouched(CASES, bench)) == set(UNRELATED)
-    assert set(module.untouched(CASES[:2], bench)) == {*UNRELATED, *facts[2:]}
+def test_known_facts_are_those_that_the_chain_touches_least_and_never_of_an_edited_subject(tiny):
+    chain = [replace(one, target=f"Target {i}") for i, one in enumerate(CASES)]
+    edited = tuple(replace(UNRELATED[0], subject=one.fact.subject) for one in chain)
+    far = tuple(replace(UNRELATED[0], subject=f"Far {i}") for i in range(20))
+    same_relation = tuple(replace(one, relation="city") for one in far)
+    same_object = tuple(replace(one, object=f"Target {i % 6}") for i, one in enumerate(far))
+
+    def asked(*facts):
+        return module.untouched(chain, module.Bench(tiny, QUICK, facts, Optimised(tiny), None, {}))
+
+    assert set(asked(*same_object, *edited, *same_relation, *far)[:20]) == set(far)
+    assert set(asked(*same_object, *edited, *same_relation, *far)[20:40]) == set(same_relation)
+    assert set(asked(*same_object, *edited)) == set(same_object)  # none is lost that can be asked about
+
+
+def test_known_facts_that_are_lacking_are_told(tiny, caplog):
+    run(tiny, ["ft-linf"], sizes=(1,), least=1)
+    assert "after 1 edits 4 known facts are asked about, not 50" in caplog.text
+
+
+def test_neighbours_that_the_chain_edits_are_not_judged(tiny):
+    cases = [case(0, "Paris"), case(1, "Oslo"), case(2, "town")]
+    rows = run(tiny, ["ft-linf"], cases, sizes=(3,), least=1).set_index("case")
+    assert rows["NS"].isna().to_dict() == {"case/0": True, "case/1": False, "case/2": False}
 
 
 def test_bad_input_is_refused_in_one_sentence(tiny, tmp_path):
