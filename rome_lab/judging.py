@@ -1,6 +1,7 @@
 """Judge: what a model says of a case under many changes at once, side by side.
 
 judge(lm, case, changes, settings)   the metrics of `rome_lab.metrics.METRICS` for one case, a dictionary a change
+damage(lm, change, settings)         nll and known of one change, whatever the case
 score(lm, changes, questions)        log probabilities of given continuations, each under a change of its own
 """
 
@@ -119,17 +120,24 @@ def judge(
     return [x | generation_marks(texts, case, settings) for x, texts in zip(found, written, strict=True)]
 
 
+def damage(lm: LanguageModel, change: Change, settings: JudgeSettings) -> dict[str, float]:
+    """The metrics of one change that no case has a part in: nll and known, as in `judge`; `lm` is left as it is.
+
+    Raises: ValueError: a text is too long for the model, or the model gives what is not a number.
+    """
+    sheet = questions_of_damage(lm, 0, change.preamble, settings)
+    scores = iter(score(lm, [change], [x for asked in sheet.values() for x in asked]))
+    return marks_of_damage({name: [next(scores) for _ in asked] for name, asked in sheet.items()})
+
+
 def questions_of(
     lm: LanguageModel, case: Case, owner: int, preamble: str, settings: JudgeSettings
 ) -> dict[str, list[Question]]:
     """All that is asked about one change, by what it is asked for."""
 
     def ask(prompt: str, continuation: str) -> Question:
-        text = preamble + prompt
-        return Question(owner, tuple(lm.tokenizer(text)["input_ids"]), tuple(continuation_ids(lm, text, continuation)))
+        return question(lm, owner, preamble + prompt, continuation)
 
-    first, _, rest = TEXT.partition(" ")
-    text = ask(first, rest)
     return {
         "rewrite": [ask(case.fact.prompt, case.target)],
         "rewrite_true": [ask(case.fact.prompt, case.fact.object)],
@@ -137,9 +145,25 @@ def questions_of(
         "paraphrases_true": [ask(prompt, case.fact.object) for prompt in case.paraphrases],
         "neighbours": [ask(*pair) for pair in zip(case.neighbours, case.neighbour_answers, strict=True)],
         "neighbours_target": [ask(prompt, case.target) for prompt in case.neighbours],
-        "known": [ask(fact.prompt, fact.object) for fact in settings.known],
+        **questions_of_damage(lm, owner, preamble, settings),
+    }
+
+
+def questions_of_damage(
+    lm: LanguageModel, owner: int, preamble: str, settings: JudgeSettings
+) -> dict[str, list[Question]]:
+    """What is asked about a change whatever the case."""
+    first, _, rest = TEXT.partition(" ")
+    text = question(lm, owner, preamble + first, rest)
+    return {
+        "known": [question(lm, owner, preamble + fact.prompt, fact.object) for fact in settings.known],
         "text": [Question(owner, text.context, text.said[: settings.text_tokens])] if settings.text_tokens else [],
     }
+
+
+def question(lm: LanguageModel, owner: int, text: str, continuation: str) -> Question:
+    """How a text should go on, in tokens."""
+    return Question(owner, tuple(lm.tokenizer(text)["input_ids"]), tuple(continuation_ids(lm, text, continuation)))
 
 
 def marks_of(form: str, marks: dict[str, list[Score]]) -> dict[str, float]:
@@ -158,6 +182,12 @@ def marks_of(form: str, marks: dict[str, list[Score]]) -> dict[str, float]:
             if marks[wanted]:
                 pair = [x.total for x in marks[wanted]], [x.total for x in marks[other]]
                 found |= {f"{letter}S": metrics.success(*pair), f"{letter}M": metrics.magnitude(*pair)}
+    return found | marks_of_damage(marks)
+
+
+def marks_of_damage(marks: dict[str, list[Score]]) -> dict[str, float]:
+    """nll and known."""
+    found: dict[str, float] = {}
     if marks["text"]:
         found["nll"] = -float(marks["text"][0].log_p.mean())
     if marks["known"]:

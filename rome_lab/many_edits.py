@@ -1,21 +1,18 @@
 """Many edits in one model: what they still do, and what they destroy, after 1, 3, 10, 30, 100 of them.
 
     many_edits(lm, cases, methods)      a row a method, number of edits, chain and case; resumable
-    chains_of(cases, sizes, ...)        which cases are edited one after the other
-    cases_needed(sizes, ...)            how many cases it takes that no two chains share one
     caption(table)                      what the numbers are of, in words
 
-A chain is a sequence of cases whose edits come into one model. There are many short chains and few long ones, so that
-every number of edits is judged on enough cases.
+Cases are edited in chains, see `rome_lab.chains`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -23,14 +20,16 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from rome_lab.case import Case
+from rome_lab.chains import chains_of
 from rome_lab.corruption import seed_from
 from rome_lab.evaluation import Bench, judged_or_why, known_pool, methods_of
 from rome_lab.facts import Fact
-from rome_lab.judging import JudgeSettings
-from rome_lab.methods import Method, Proposal, sequence
+from rome_lab.judging import JudgeSettings, damage
+from rome_lab.methods import Method, Proposal
 from rome_lab.metrics import METRICS
 from rome_lab.models import LanguageModel
 from rome_lab.optimised import Optimised, Request
+from rome_lab.sequence import sequence
 from rome_lab.store import Json, Store
 from rome_lab.touched import spared, touched
 
@@ -57,10 +56,11 @@ def many_edits(
     """Edit case after case in one model, and judge all of them so far at each of `sizes`, without generation.
 
     A method whose `together` is above 1 is given all requests at once; the others edit what the edits before have made.
-    No neighbour is judged that another edit of the chain is about; a case with no other neighbour has no NS and NM.
     The scores ES to NM have a value for each case, nll and "known" one for each edited model, which stands in the row of
-    the chain's first case. `summarise(table, ["method", "edits"])` gives the means: of scores over cases, of damage over
-    models. Cases of one chain share a model, so the intervals of the scores are somewhat too narrow where it breaks.
+    the chain's first case, whether that could be judged or not. No neighbour is judged that another edit of the chain is
+    about; a case with no other has no NS and NM. `summarise(table, ["method", "edits"])` gives the means: of scores over
+    cases, of damage over models. Cases of one chain share a model, so the intervals of the scores are somewhat too narrow
+    where it breaks.
 
     Args:
         sizes: numbers of edits.
@@ -72,7 +72,8 @@ def many_edits(
         unrelated: known facts, of which `KEPT` are asked about: those that the chain touches least, see `untouched`; by
             default `known_pool(lm)`. Where there are fewer, it is said in a warning.
 
-    Returns: DataFrame: method, edits, chain, case, the metrics, judged, remark.
+    Returns: DataFrame: method, edits, chain, case, the metrics, judged, remark. An edit at which a method fails is left out
+        of its chain and remarked on, and the chain goes on; where not one could be made, none of the cases is judged.
 
     Raises:
         ValueError: no cases, fewer than the least of `sizes`, an unknown method, or one that does not fit the model.
@@ -87,133 +88,111 @@ def many_edits(
     pool = known_pool(lm, store, progress) if unrelated is None else tuple(unrelated)
     bench = Bench(lm, settings, pool, Optimised(lm, store, progress), store, dict(lm.key) if store else {})
     rows: list[dict] = []
-    total, ends = len(methods) * sum(map(len, plan)), 0
-    with tqdm(total=total, desc="editing", unit="edit", disable=not progress) as bar:
+    with tqdm(total=len(methods) * sum(map(len, plan)), desc="editing", unit="edit", disable=not progress) as bar:
         for (place, chain), chosen in product(enumerate(plan), methods):
             here = [size for size in sizes if size <= len(chain)]
-            found = chain_rows(bench, chain, here, chosen, bar)
-            rows += [{"method": chosen.name, "chain": place} | row for row in found]
-            ends += len(chain)
-            bar.update(ends - bar.n)  # what the store held, too
+            for found in after_each_edit(bench, chain, here, chosen):
+                rows += [{"method": chosen.name, "chain": place} | row for row in found]
+                bar.update()
     table = pd.DataFrame(rows)
     metrics = [name for name in METRICS if name in table]
     return table[["method", "edits", "chain", "case", *metrics, "judged", "remark"]]
 
 
-def chains_of(
-    cases: Iterable[Case], sizes: Sequence[int], least: int = 30, chains: int = 1, seed: int = 0
-) -> list[list[Case]]:
-    """The cases of each chain in the order in which they are edited, long chains first; no subject twice in one chain.
+@dataclass(frozen=True, eq=False)
+class State:
+    """Where some edits have led.
 
-    There are max(chains, least / size) chains of at least each size. A size for which there are too few subjects is left
-    out, with a warning. No case is in two chains as long as there are cases that are in none; where there are too few,
-    those come again first that are judged least often, with a warning.
+    Attributes:
+        proposal: what they come to; None where not one of them could be made.
+        remarks: on each of them.
     """
-    cases = list(cases)
-    subjects = len({case.fact.subject for case in cases})
-    possible = [size for size in sizes if 1 <= size <= subjects]
-    if not possible:
-        raise ValueError(
-            f"many_edits: {len(cases)} cases of {subjects} subjects are too few for {', '.join(map(str, sizes)) or 'no'} "
-            "edits; give more cases or smaller sizes."
-        )
-    if len(possible) < len(sizes):
-        logger.warning("many_edits: there are cases of %d subjects, so at most as many edits are made", subjects)
-    plan: list[list[Case]] = []
-    share: Counter[str] = Counter()  # of each case in what is judged so far
-    for length in lengths_of(possible, least, chains):
-        rank = {case.id: seed_from(json.dumps(["chain", seed, len(plan), case.id])) for case in cases}
-        order = sorted(cases, key=lambda case: (share[case.id], rank[case.id]))
-        first_of_each = {case.fact.subject: case for case in reversed(order)}
-        chain = list(first_of_each.values())[::-1][:length]
-        share.update({case.id: sum(1 / size for size in possible if place < size) for place, case in enumerate(chain)})
-        plan.append(chain)
-    places = Counter(case.id for chain in plan for case in chain)
-    if again := sum(times > 1 for times in places.values()):
-        logger.warning(
-            "many_edits: the chains take %d cases, and there are %d: %d of them are in more than one chain, so the "
-            "intervals are too narrow; give cases_needed(sizes, least, chains) cases, or a smaller least.",
-            places.total(), len(cases), again,
-        )  # fmt: skip
-    return plan
+
+    proposal: Proposal | None
+    remarks: tuple[str, ...]
 
 
-def cases_needed(sizes: Sequence[int], least: int = 30, chains: int = 1) -> int:
-    """How many cases `chains_of` takes, each for one chain; somewhat more where several are about one subject.
+def after_each_edit(
+    bench: Bench, chain: Sequence[Case], sizes: Collection[int], method: Method
+) -> Iterator[list[dict]]:
+    """For each number of edits up to the chain's length: the rows there, none where it is not one of `sizes`.
 
-    >>> cases_needed((1, 3), least=4)  # two chains of three, and two of one
-    8
+    They come from the store where it has them, and are put into it where it has not.
     """
-    return sum(lengths_of(sizes, least, chains))
-
-
-def lengths_of(sizes: Sequence[int], least: int, chains: int) -> list[int]:
-    """The length of each chain, the longest first, so that each size is reached by max(chains, least / size) of them."""
-    wanted = {size: max(chains, -(-least // size)) for size in sizes}
-    return [max(size for size in sizes if wanted[size] > place) for place in range(max(wanted.values()))]
-
-
-def chain_rows(bench: Bench, chain: Sequence[Case], sizes: Sequence[int], method: Method, bar: tqdm) -> list[dict]:
-    """The rows of one method at each of `sizes`, from the store where it has them."""
     inputs = {size: state_inputs(bench, chain[:size], method) for size in sizes}
     records = {size: bench.store.load(x) if bench.store else None for size, x in inputs.items()}
     found = {size: list(record.meta["rows"]) for size, record in records.items() if record}
     missing = [size for size in sizes if size not in found]
-    for size, proposal, remarks in states(bench, chain, missing, method, bar):
-        found[size] = judge_state(bench, chain[:size], proposal, remarks)
-        if bench.store:
-            bench.store.save(inputs[size], {}, {"rows": found[size]})
-    return [row for size in sizes for row in found[size]]
+    states = (at_once if method.together > 1 else in_turn)(bench, requests_of(chain), method)
+    for done in range(1, len(chain) + 1):
+        if done <= max(missing, default=0):
+            state = next(states)
+        if done in missing:
+            found[done] = judge_state(bench, chain[:done], state())
+            if bench.store:
+                bench.store.save(inputs[done], {}, {"rows": found[done]})
+        yield found.get(done, [])
 
 
-def states(
-    bench: Bench, chain: Sequence[Case], sizes: Sequence[int], method: Method, bar: tqdm
-) -> Iterator[tuple[int, Proposal, list[str]]]:
-    """At each of `sizes`: the number of edits, what they come to, and a remark for each of them.
+def at_once(bench: Bench, requests: Sequence[Request], method: Method) -> Iterator[Callable[[], State]]:
+    """For the first request, the first two, and so on: what makes the State of all these together."""
 
-    Where a method fails in the middle of a chain, as it may in a broken model, the chain ends there: what is judged at
-    larger sizes is the model as it was before, and the edits that are missing are remarked on.
+    def state(several: Sequence[Request]) -> State:
+        found = bench.propose(method, several)
+        if isinstance(found, str):
+            return State(None, (found,) * len(several))
+        return State(found, (found.remark, *[""] * (len(several) - 1)))
+
+    for number in range(1, len(requests) + 1):
+        yield partial(state, requests[:number])
+
+
+def in_turn(bench: Bench, requests: Sequence[Request], method: Method) -> Iterator[Callable[[], State]]:
+    """For the first request, the first two, and so on: the State of these, each an edit of the model with those before.
+
+    Where a method fails, as it may in a broken model, its edit is left out.
     """
-    requests = requests_of(chain[: max(sizes, default=0)])
-    if method.together > 1:
-        for size in sizes:
-            try:
-                proposal = method.change(bench.lm, requests[:size], bench.optimised)
-            except ValueError as error:
-                proposal = Proposal(remark=str(error))
-            yield size, proposal, [proposal.remark] + [""] * (size - 1)
-        return
-    proposal, remarks, failure = Proposal(), [], ""
-    steps = sequence(bench.lm, requests, method, bench.optimised)
-    for done in range(1, len(requests) + 1):
-        try:
-            proposal = proposal if failure else next(steps)
-        except ValueError as error:
-            failure = str(error)
-        remarks.append(failure or proposal.remark)
-        bar.update()
-        if done in sizes:
-            yield done, proposal, list(remarks)
+    remarks: list[str] = []
+    made = False
+    for proposal in sequence(bench.lm, requests, method, bench.optimised):
+        remarks.append(proposal.remark)
+        made = made or not proposal.failed
+        state = State(proposal if made else None, tuple(remarks))
+        yield lambda state=state: state
 
 
-def judge_state(bench: Bench, chain: Sequence[Case], proposal: Proposal, remarks: Sequence[str]) -> list[dict]:
-    """A row a case of the chain, all of them edited; the first one also has the damage."""
+def judge_state(bench: Bench, chain: Sequence[Case], state: State) -> list[dict]:
+    """A row a case of the chain, all of them edited; the first one also has the damage, whether it can be judged or not."""
+    rows = [{"edits": len(chain), "case": case.id, "judged": False} for case in chain]
+    if state.proposal is None:
+        return [row | {"remark": remark} for row, remark in zip(rows, state.remarks, strict=True)]
+    requests = requests_of(chain)
+    settings = replace(bench.settings, known=(), text_tokens=0)
+    for row, case, remark in zip(rows, chain, state.remarks, strict=True):
+        (found,) = judged_or_why(bench.lm, (spared(case, requests), settings), [state.proposal])
+        found.pop("generations", None)
+        row |= found | {"remark": said(remark, "" if found["judged"] else found["remark"])}
+    try:
+        rows[0] |= damage(bench.lm, state.proposal, replace(bench.settings, known=asked_about(chain, bench)))
+    except ValueError as error:
+        rows[0]["remark"] = said(rows[0]["remark"], str(error))
+    return rows
+
+
+def said(*remarks: str) -> str:
+    """Remarks in one line, each once."""
+    return "; ".join(dict.fromkeys(remark for remark in remarks if remark))
+
+
+def asked_about(chain: Sequence[Case], bench: Bench) -> tuple[Fact, ...]:
+    """`untouched`, with a warning where they are fewer than they should be."""
     known = untouched(chain, bench)
     if bench.pool and len(known) < KEPT:
         logger.warning(
             "many_edits: after %d edits %d known facts are asked about, not %d, since the other %d of those given name an "
             "edited subject; give more.", len(chain), len(known), KEPT, len(bench.pool) - len(known),
         )  # fmt: skip
-    settings = replace(bench.settings, known=known)
-    requests = requests_of(chain)
-    rows = []
-    for case, remark in zip(chain, remarks, strict=True):
-        (row,) = judged_or_why(bench.lm, (spared(case, requests), settings), [proposal])
-        row.pop("generations", None)
-        said = remark if row["judged"] else row["remark"]
-        rows.append({"edits": len(chain), "case": case.id} | row | {"remark": said})
-        settings = replace(bench.settings, known=(), text_tokens=0)
-    return rows
+    return known
 
 
 def requests_of(chain: Sequence[Case]) -> list[Request]:
@@ -251,11 +230,19 @@ def state_inputs(bench: Bench, chain: Sequence[Case], method: Method) -> dict[st
 
 
 def caption(table: pd.DataFrame) -> str:
-    """How many cases and models stand behind each number of edits, in sentences for a figure."""
+    """How many cases and models stand behind each number of edits, and what could not be judged, as lines for a figure."""
     counted = table.groupby("edits")[["case", "chain"]].nunique()
     said = [f"{cases} in {models} after {edits}" for edits, cases, models in counted.itertuples()]
     alone = [str(edits) for edits, models in counted["chain"].items() if models == 1]
     sentences = [f"Cases, and models that they are in: {', '.join(said)}."]
     if alone:
         sentences.append(f"One model has no interval of perplexity and known: after {', '.join(alone)}.")
+    lost = table[~table["judged"]].groupby(["method", "edits"], sort=False).size()
+    sentences += [f"{n} cases of {method} could not be judged after {edits}." for (method, edits), n in lost.items()]
+    if "nll" in table:
+        damaged = table.groupby(["method", "edits", "chain"], sort=False)["nll"].count()
+        broken = damaged[damaged == 0].groupby(["method", "edits"], sort=False).size()
+        sentences += [
+            f"{n} models of {method} have no perplexity after {edits}." for (method, edits), n in broken.items()
+        ]
     return "\n".join(sentences)

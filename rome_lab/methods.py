@@ -2,12 +2,11 @@
 
 METHODS                          name -> Method as it is compared: a row each of one table
 SEARCH                           name -> as many configurations of each method that has something to choose
-sequence(lm, requests, method)   one change after the other, each found on the model with those before it
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import ClassVar, Protocol
 
@@ -36,9 +35,11 @@ class Proposal(Change):
 
     Attributes:
         remark: what whoever reads the result should know, such as that v* did not converge; "" where there is nothing.
+        failed: in a `rome_lab.sequence`: whether the last request could not be met; the remark says why.
     """
 
     remark: str = ""
+    failed: bool = False
 
 
 class Method(Protocol):
@@ -57,7 +58,7 @@ class Method(Protocol):
         """The same method with nothing left to choose for this model."""
 
     def describe(self) -> dict[str, Json]:
-        """All that determines the Change, of a settled method, besides `lm.key` and the requests; name and together don't."""
+        """All that determines a settled method's Change besides `lm.key` and the requests; name and together do not."""
 
     def change(self, lm: LanguageModel, requests: Sequence[Request], optimised: Optimised) -> Proposal:
         """The one Change that meets all requests; `lm` is unchanged."""
@@ -278,30 +279,3 @@ SEARCH: Mapping[str, tuple[Method, ...]] = {
     ),
     "in-context": tuple(InContext(introduction=words) for words in INTRODUCTIONS),
 }
-
-
-def sequence(
-    lm: LanguageModel, requests: Sequence[Request], method: Method, optimised: Optimised | None = None
-) -> Iterator[Proposal]:
-    """One change after the other, each found on the model with all before it in place.
-
-    C and the prefixes are measured once, on the model as it is. `lm` is changed only while the next change is found:
-    between two of them, and after the last, after an exception too, it is bit for bit what it was.
-
-    Args:
-        optimised: for `lm` as it is; a new one that stores nothing by default.
-
-    Yields: after each request the sum of the changes so far, with the remark of the last one. Where a change comes to
-        nothing the sum stays as it was.
-    """
-    optimised = optimised or Optimised(lm)
-    method = method.settled(lm)
-    total = Proposal()
-    for request in requests:
-        # The first change that needs C or the prefixes finds nothing in place yet: they are those of `lm` as it is.
-        with total.applied(lm):
-            found = method.change(lm, [request], optimised.anew())
-        deltas = [x.delta for x in (total, found) if x.delta is not None]
-        layer = total.layer if found.layer is None else found.layer
-        total = Proposal(layer, sum(deltas) if deltas else None, total.preamble + found.preamble, found.remark)
-        yield total

@@ -12,9 +12,10 @@ import torch
 from bench import QUICK, UNRELATED, case, small
 
 from rome_lab import many_edits as module
+from rome_lab.chains import cases_needed, chains_of
 from rome_lab.changes import Change
 from rome_lab.judging import judge
-from rome_lab.many_edits import caption, cases_needed, chains_of, many_edits
+from rome_lab.many_edits import caption, many_edits
 from rome_lab.methods import Proposal
 from rome_lab.metrics import METRICS, summarise
 from rome_lab.optimised import Optimised
@@ -158,6 +159,8 @@ class Stepping:
     calls: list = field(default_factory=list)
     name: str = "stepping"
     fails_at: int = 100
+    fails_until: int = 100
+    size: float = 1e-3
     together: int = 1
     error: type[BaseException] = ValueError
 
@@ -169,9 +172,9 @@ class Stepping:
 
     def change(self, lm, requests, optimised):
         self.calls.append(requests[0][0].subject)
-        if len(self.calls) >= self.fails_at:
+        if self.fails_at <= len(self.calls) <= self.fails_until:
             raise self.error("stepping: the loss is nan at step 1, because tiny-llama overflows.")
-        return Proposal(1, torch.full((32, 48), 1e-3))
+        return Proposal(1, torch.full((32, 48), self.size))
 
 
 def test_interrupted_it_goes_on_where_it_was(tiny, tmp_path):
@@ -201,20 +204,53 @@ def test_other_settings_are_judged_anew(tiny, tmp_path, other):
     assert len(list(tmp_path.glob("many_edits/*"))) > before
 
 
-def test_where_a_method_fails_the_chain_ends_and_its_missing_edits_are_remarked_on(tiny):
+def test_where_a_method_fails_the_chain_goes_on_without_that_edit_which_is_remarked_on(tiny):
     chain = chains_of(CASES, (1, 5), 1)[0]
-    rows = run(tiny, [Stepping(fails_at=3)], sizes=(1, 5), least=1).query("edits == 5").to_dict("records")
-    assert [bool(row["remark"]) for row in rows] == [False, False, True, True, True]
+    failing = Stepping(fails_at=3, fails_until=3)
+    rows = run(tiny, [failing], sizes=(1, 5), least=1).query("edits == 5").to_dict("records")
+    assert [bool(row["remark"]) for row in rows] == [False, False, True, False, False]
     assert "the loss is nan" in rows[2]["remark"]
-    (expected,) = judge(tiny, chain[4], [Change(1, torch.full((32, 48), 2e-3))], QUICK)  # the two edits before
-    assert rows[4]["judged"]
+    assert len(failing.calls) == 5
+    (expected,) = judge(tiny, chain[4], [Change(1, torch.full((32, 48), 4e-3))], QUICK)  # the four other edits
+    assert all(row["judged"] for row in rows)
     assert rows[4]["EM"] == pytest.approx(expected["EM"], rel=1e-4)
+
+
+@pytest.mark.parametrize("together", [1, 10])
+def test_where_no_edit_can_be_made_no_case_is_judged_and_all_say_why(tiny, together):
+    table = run(tiny, [Stepping(fails_at=1, together=together), "ft-linf"], sizes=(2,), least=2)
+    rows = table[table["method"] == "stepping"]
+    assert not rows["judged"].any()
+    assert rows["remark"].str.contains("the loss is nan").all()
+    assert np.isnan(numbers(rows)).all()
+    assert "2 cases of stepping could not be judged after 2." in caption(table)
+    assert "1 models of stepping have no perplexity after 2." in caption(table)
+
+
+def test_the_damage_is_told_where_the_first_case_cannot_be_judged(tiny):
+    chain = [replace(CASES[0], paraphrases=("far " * 100,)), CASES[1]]  # more than the model reads
+    state = module.State(Proposal(1, torch.full((32, 48), 1e-3)), ("", ""))
+    bench = module.Bench(tiny, QUICK, UNRELATED, Optimised(tiny), None, {})
+    first, second = module.judge_state(bench, chain, state)
+    (expected,) = judge(tiny, CASES[1], [state.proposal], replace(QUICK, known=UNRELATED))
+    assert (first["judged"], second["judged"]) == (False, True)
+    assert first["nll"] == pytest.approx(expected["nll"], rel=1e-5)
+    assert first["known"] == expected["known"]
+    assert "nll" not in second
+
+
+def test_a_broken_model_is_counted(tiny):
+    broken = Stepping(size=1e38)
+    table = run(tiny, [broken, "ft-linf"], sizes=(1, 2), least=2)
+    assert not table[table["method"] == "stepping"]["judged"].any()
+    assert "2 models of stepping have no perplexity after 1." in caption(table)
+    assert "ft-linf" not in caption(table)
 
 
 def test_known_facts_are_those_that_the_chain_touches_least_and_never_of_an_edited_subject(tiny):
     chain = [replace(one, target=f"Target {i}") for i, one in enumerate(CASES)]
-    edited = tuple(replace(UNRELATED[0], subject=one.fact.subject) for one in chain)
-    far = tuple(replace(UNRELATED[0], subject=f"Far {i}") for i in range(20))
+    edited = tuple(replace(UNRELATED[1], subject=one.fact.subject) for one in chain)
+    far = tuple(replace(UNRELATED[1], subject=f"Far {i}") for i in range(20))
     same_relation = tuple(replace(one, relation="city") for one in far)
     same_object = tuple(replace(one, object=f"Target {i % 6}") for i, one in enumerate(far))
 

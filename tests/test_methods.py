@@ -20,9 +20,10 @@ from rome_lab.edits import weight
 from rome_lab.facts import Fact
 from rome_lab.finetuning import Tuning, fine_tune
 from rome_lab.keys import k_star
-from rome_lab.methods import METHODS, SEARCH, FineTuning, InContext, NoEdit, Rome, sequence
+from rome_lab.methods import METHODS, SEARCH, FineTuning, InContext, NoEdit, Rome
 from rome_lab.models import LanguageModel
 from rome_lab.optimised import NothingToEdit, Optimised
+from rome_lab.sequence import sequence
 from rome_lab.update import constraint_error
 from rome_lab.values import EditSettings
 
@@ -414,6 +415,18 @@ def test_a_sequence_goes_on_where_a_change_comes_to_nothing(convinced) -> None:
     assert ["already goes on" in total.remark for total in totals] == [True, False, True, False]
     assert totals[0].delta is None and torch.equal(totals[1].delta, totals[2].delta)
     assert not torch.equal(totals[2].delta, totals[3].delta)
+
+
+def test_a_sequence_goes_on_where_the_method_fails_and_says_why() -> None:
+    tiny = tiny_model("llama")
+    endless = (Fact("Paris", "{} is " + "far " * 100, "Rome"), "Tokyo")
+    requests = [REQUEST, endless, (THIRD, "Microsoft")]
+    totals = list(sequence(tiny, requests, tiny_method("ft"), Optimised(tiny, progress=False)))
+    assert [total.failed for total in totals] == [False, True, False]
+    assert "shorten it" in totals[1].remark and totals[2].remark == ""
+    without = list(sequence(tiny, requests[::2], tiny_method("ft"), Optimised(tiny, progress=False)))
+    torch.testing.assert_close(totals[1].delta, totals[0].delta, rtol=0, atol=0)
+    torch.testing.assert_close(totals[2].delta, without[-1].delta, rtol=0, atol=0)
 
 
 def test_a_sequence_in_context_tells_one_fact_more_each_time() -> None:
