@@ -28,6 +28,9 @@ from rome_lab.update import Factor
 
 logger = logging.getLogger(__name__)
 
+APART = 0  # seed by which cases are set apart, whatever the seed of those that are reported
+SEARCHED = 20  # cases that the defaults for the embedded model were searched on
+
 
 def set_apart(
     lm: LanguageModel,
@@ -40,27 +43,36 @@ def set_apart(
 ) -> tuple[Cases, Cases]:
     """Cases to search settings on and cases to report, such that no subject is in both.
 
-    The first `n_search` known cases, which are in random order, are for the search: the same whatever is reported.
+    The first `n_search` known cases by the seed `APART` are for the search: the same whatever is reported, and by whatever
+    seed. Fewer than `SEARCHED` would leave some to be reported on which the defaults were found; there is a warning.
 
-    Args: as for `known_cases`.
+    Args: as for `known_cases`; the seed is that of the cases to report.
 
     Returns: both, the second with the counts of what was dropped; it is shorter than `n_cases` where there are too few.
 
     Raises: ValueError: nothing is left to report; see also `known_cases`.
     """
-    # The known facts of the embedded set are looked for all at once in any case; elsewhere each case costs its own.
-    cases = known_cases(
-        lm, source, None if source == "embedded" else 2 * n_search + n_cases, seed, store, known_only=known_only
-    )
-    searched = {case.fact.subject for case in cases[:n_search]}
-    left = tuple(case for case in cases[n_search:] if case.fact.subject not in searched)
+    if source == "embedded" and n_search < SEARCHED:
+        logger.warning(
+            "set_apart: %d cases are set apart, but the embedded model's defaults were searched on the first %d, so some "
+            "of those may be reported; give n_search %d.", n_search, SEARCHED, SEARCHED,
+        )  # fmt: skip
+
+    def known(n: int, seed: int) -> Cases:
+        # The known facts of the embedded set are looked for all at once in any case; elsewhere each case costs its own.
+        return known_cases(lm, source, None if source == "embedded" else n, seed, store, known_only=known_only)
+
+    cases = known(2 * n_search + n_cases, seed)
+    apart = (cases if seed == APART else known(n_search, APART))[:n_search]
+    searched = {case.fact.subject for case in apart}
+    left = tuple(case for case in cases if case.fact.subject not in searched)
     if not left:
         raise ValueError(
             f"set_apart: all {len(cases)} cases would go to the search; give n_search less than {n_search}."
         )
     if len(left) < n_cases:
         logger.warning("set_apart: %d cases were to be reported, but there are only %d", n_cases, len(left))
-    return Cases(cases[:n_search]), Cases(left[:n_cases], cases.dropped)
+    return Cases(apart), Cases(left[:n_cases], cases.dropped)
 
 
 def search(

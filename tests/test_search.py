@@ -11,6 +11,8 @@ import torch
 from bench import EDITING, QUICK, case
 
 from rome_lab import covariance, rome
+from rome_lab import search as module
+from rome_lab.case import Cases
 from rome_lab.evaluation import evaluate
 from rome_lab.finetuning import Tuning
 from rome_lab.methods import SEARCH, FineTuning, Rome
@@ -139,6 +141,28 @@ def test_cases_to_search_on_share_no_subject_with_those_reported_and_are_the_sam
         assert not {one.fact.subject for one in searched} & {one.fact.subject for one in reported}
     assert parts[1][1][:2] == parts[0][1].cases
     assert [len(reported) for _, reported in parts] == [2, 6]
+
+
+def test_cases_to_search_on_are_the_same_by_any_seed_which_orders_the_others(tiny, file):
+    parts = [set_apart(tiny, file, 5, 4, seed, known_only=False) for seed in (0, 1, 2)]
+    assert len({searched.cases for searched, _ in parts}) == 1
+    assert len({reported.cases for _, reported in parts}) == 3
+    for searched, reported in parts:
+        assert len(reported) == 4
+        assert not {one.fact.subject for one in searched} & {one.fact.subject for one in reported}
+
+
+@pytest.mark.parametrize(
+    ("source", "n_search", "warned"), [("embedded", 19, True), ("embedded", 20, False), ("x", 5, False)]
+)
+def test_a_search_on_fewer_cases_than_the_defaults_were_found_on_is_warned_of(
+    tiny, monkeypatch, caplog, source, n_search, warned
+):
+    monkeypatch.setattr(
+        module, "known_cases", lambda *args, **options: Cases(tuple(case(i, f"Town {i}") for i in range(30)))
+    )
+    set_apart(tiny, source, n_search, 1)
+    assert ("defaults were searched on the first 20" in caplog.text) == warned
 
 
 def test_too_few_cases_are_told_or_refused(tiny, file, caplog):
