@@ -11,6 +11,7 @@ import json
 import logging
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,28 +131,41 @@ def select(lm: LanguageModel, cases: Cases, n: int | None, ask: bool, progress: 
     wanted = len(cases) if n is None else n
     with tqdm(total=wanted, desc="known cases", disable=not (progress and ask)) as bar:
         for begin in range(0, len(cases), WAVE):
-            if len(kept) >= wanted:
+            wave = cases[begin : begin + WAVE]
+            for case, reason in zip(wave, objections(lm, wave, ask), strict=True):
+                if len(kept) == wanted:
+                    break  # whatever comes after the last one kept is chance
+                if reason:
+                    dropped[reason] += 1
+                else:
+                    kept.append(case)
+            bar.update(len(kept) - bar.n)
+            if len(kept) == wanted:
                 break
-            wave = check(lm, Cases(cases[begin : begin + WAVE]))
-            known = prefers_true(lm, wave) if ask else [True] * len(wave)
-            kept += [case for case, is_known in zip(wave, known, strict=True) if is_known]
-            dropped += Counter(wave.dropped) + Counter({NOT_PREFERRED: known.count(False)})
-            bar.update(min(len(kept), wanted) - bar.n)
-    return Cases(tuple(kept[:wanted]), dict(dropped))
+    return Cases(tuple(kept), dict(dropped))
+
+
+def objections(lm: LanguageModel, cases: Sequence[Case], ask: bool) -> list[str]:
+    """For each case the reason why the model cannot be judged by it; "" where there is none."""
+    shared = [shares_first_token(lm, case) for case in cases]
+    rest = [case for case, is_shared in zip(cases, shared, strict=True) if not is_shared]
+    known = iter(prefers_true(lm, rest) if ask else [True] * len(rest))
+    return [SHARED_TOKEN if is_shared else "" if next(known) else NOT_PREFERRED for is_shared in shared]
 
 
 def check(lm: LanguageModel, cases: Cases) -> Cases:
     """The cases without those whose target shares its first token with the true object, by the tokenizer of `lm`."""
-    kept = []
-    for case in cases:
-        first = [continuation_ids(lm, case.fact.prompt, said)[0] for said in (case.target, case.fact.object)]
-        if case.form == "zsre" or first[0] != first[1]:
-            kept.append(case)
-    shared = Counter({SHARED_TOKEN: len(cases) - len(kept)})
-    return Cases(tuple(kept), dict(Counter(cases.dropped) + shared))
+    kept = tuple(case for case in cases if not shares_first_token(lm, case))
+    return Cases(kept, dict(Counter(cases.dropped) + Counter({SHARED_TOKEN: len(cases) - len(kept)})))
 
 
-def prefers_true(lm: LanguageModel, cases: Cases) -> list[bool]:
+def shares_first_token(lm: LanguageModel, case: Case) -> bool:
+    """Whether target and true object begin alike, so that it says little which is the more probable one; never in zsRE."""
+    first = [continuation_ids(lm, case.fact.prompt, said)[0] for said in (case.target, case.fact.object)]
+    return case.form != "zsre" and first[0] == first[1]
+
+
+def prefers_true(lm: LanguageModel, cases: Sequence[Case]) -> list[bool]:
     """For each case, whether log P of the true object at the rewrite prompt exceeds that of the target; True in zsRE."""
     asked = [case for case in cases if case.form != "zsre"]
     questions = []

@@ -414,6 +414,15 @@ def test_known_cases_of_a_file_are_those_preferred_and_a_smaller_n_gives_their_b
     assert [case.id for case in everything] != [case.id for case in cases]
 
 
+def test_what_comes_after_the_last_case_kept_does_not_count(tmp_path: Path) -> None:
+    lm, path = tiny_model("gpt2"), pairs_file(tmp_path)
+    everything = known_cases(lm, path, n=None, known_only=False, progress=False)
+    place = next(i for i, is_known in enumerate(prefers_true(lm, everything)) if is_known)
+    (first,) = (known := known_cases(lm, path, n=1, progress=False))
+    assert first == everything[place]
+    assert sum(known.dropped.values()) == place < len(everything) - 1 - place
+
+
 def test_zsre_cases_need_not_be_known(tmp_path: Path) -> None:
     path = write(tmp_path, [zsre(answers=[f"College {i}"]) for i in range(5)])
     assert len(known_cases(tiny_model("gpt2"), path, n=None, progress=False)) == 5
