@@ -35,6 +35,10 @@ logger = logging.getLogger(__name__)
 TWENTY = (5,) * 10 + (10,) * 10  # lengths of the authors' prefixes
 
 
+class NothingToEdit(ValueError):
+    """The model says the target already."""
+
+
 @dataclass(frozen=True)
 class Default:
     """Where and how to edit a model, unless the user says otherwise.
@@ -172,7 +176,7 @@ def check_requests(lm: LanguageModel, requests: Sequence[tuple[Fact, str]], laye
 
 @torch.no_grad()
 def check_news(lm: LanguageModel, fact: Fact, target: str) -> None:
-    """Raise where every token of the target is what the model would say anyway."""
+    """Raise NothingToEdit where every token of the target is what the model would say anyway."""
     ids, target_ids = read_prompt(lm, fact).ids, torch.tensor(continuation_ids(lm, fact.prompt, target))
     text = torch.cat([ids, target_ids[:-1].to(ids)])
     if len(text) > lm.context_length:
@@ -182,7 +186,7 @@ def check_news(lm: LanguageModel, fact: Fact, target: str) -> None:
     lm.check_finite(logits, "rome")
     if torch.equal(logits.argmax(-1).cpu(), target_ids):
         p = logits.double().softmax(-1).cpu()[range(len(target_ids)), target_ids].prod()
-        raise ValueError(
+        raise NothingToEdit(
             f"rome: {lm.name} already goes on from {fact.prompt!r} with {target!r} (p {p:.2f}), so there is nothing to "
             "edit; choose another target, or see with audit(lm, edit) what the edits in force do."
         )

@@ -15,11 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rome_lab.changes import Change
-from rome_lab.editing import check_independent, default_settings, distinct
+from rome_lab.editing import NothingToEdit, check_independent, default_settings, distinct
 from rome_lab.edits import weight
 from rome_lab.finetuning import Tuning, default_tuning, fine_tune
 from rome_lab.models import LanguageModel
-from rome_lab.optimised import NothingToEdit, Optimised, Optimum, Request
+from rome_lab.optimised import Optimised, Optimum, Request
 from rome_lab.store import Json
 from rome_lab.texts import SampledText, Source
 from rome_lab.update import Factor, solve_update

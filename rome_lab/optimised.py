@@ -34,10 +34,6 @@ NUMERICS = 1  # raised when a change here or in what it calls moves any number, 
 Request: TypeAlias = tuple[Fact, str]  # a fact, and what is to be said instead of its object
 
 
-class NothingToEdit(ValueError):
-    """The model says the target already, or, where its weights are broken, nothing that is a number."""
-
-
 @dataclass(frozen=True, eq=False)
 class Optimum:
     """v* of one request, and the keys that may be mapped to it.
@@ -113,14 +109,11 @@ class Optimised:
 
         Raises:
             NothingToEdit: the model says the target already.
-            ValueError: the loss is NaN or infinite, or a text is too long.
+            ValueError: a text is too long, or what the model says, or the loss, is no finite number.
         """
         optimum = self.recall(request, layer, settings)
         if optimum is None:
-            try:
-                check_news(self.lm, *request)
-            except ValueError as reason:
-                raise NothingToEdit(str(reason)) from reason
+            check_news(self.lm, *request)
             settings = self.with_prefixes(settings)
             optimum = self.optimise(request, layer, settings)
             inputs = optimum_inputs(self.common, request, layer, settings)

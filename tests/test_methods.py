@@ -15,14 +15,14 @@ from tiny import FAMILIES, tiny_model
 import rome_lab.optimised as optimised_module
 from rome_lab.changes import Change
 from rome_lab.covariance import covariance
-from rome_lab.editing import rome, rome_many
+from rome_lab.editing import NothingToEdit, rome, rome_many
 from rome_lab.edits import weight
 from rome_lab.facts import Fact
 from rome_lab.finetuning import Tuning, fine_tune
 from rome_lab.keys import k_star
 from rome_lab.methods import METHODS, SEARCH, FineTuning, InContext, NoEdit, Rome
 from rome_lab.models import LanguageModel
-from rome_lab.optimised import NothingToEdit, Optimised
+from rome_lab.optimised import Optimised
 from rome_lab.sequence import sequence
 from rome_lab.update import constraint_error
 from rome_lab.values import EditSettings
@@ -415,6 +415,18 @@ def test_a_sequence_goes_on_where_a_change_comes_to_nothing(convinced) -> None:
     assert ["already goes on" in total.remark for total in totals] == [True, False, True, False]
     assert totals[0].delta is None and torch.equal(totals[1].delta, totals[2].delta)
     assert not torch.equal(totals[2].delta, totals[3].delta)
+
+
+def test_what_cannot_be_read_is_no_lack_of_news() -> None:
+    lm = tiny_model("llama")
+    endless = (Fact("Paris", "{} is " + "far " * 100, "Rome"), "Tokyo")
+    with pytest.raises(ValueError, match="reads at most 64; shorten it") as caught:
+        tiny_method("rome").change(lm, [REQUEST, endless], Optimised(lm, progress=False))
+    assert not isinstance(caught.value, NothingToEdit)
+    with torch.no_grad():
+        lm.memory(1).weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="rome"):
+        tiny_method("rome").change(lm, [REQUEST], Optimised(lm, progress=False))
 
 
 def test_a_sequence_goes_on_where_the_method_fails_and_says_why() -> None:
