@@ -27,12 +27,14 @@ from rome_lab.judging import Question, score
 from rome_lab.known import known_facts
 from rome_lab.models import LanguageModel
 from rome_lab.prompts import continuation_ids
+from rome_lab.rewrite_prompts import rewrite_prompts
 from rome_lab.store import Store
 
 __all__ = ["Case", "Cases", "build_cases", "check", "known_cases", "load_cases"]
 
 WAVE = 16  # cases whose rewrite prompts are read together
 UNKNOWN = "the model does not complete the fact"
+OWN_WORDS = "the model completes the fact only after words that fit no other object"
 NOT_PREFERRED = "the model does not prefer the true object to the target"
 SHARED_TOKEN = "the target shares its first token with the true object"
 
@@ -72,9 +74,10 @@ def known_cases(
 ) -> Cases:
     """A random sample of the cases whose facts `lm` knows and whose targets it can tell from the true objects.
 
-    Where cases are built from facts, those facts are known that `known_facts` finds, the rewrite prompt is the one that the
-    model completes, and neighbours that it knows are preferred. Where a source holds whole cases, as CounterFact, the
-    model knows those at whose rewrite prompt the true object is more probable than the target (log P of the whole text).
+    Where cases are built from facts, those facts are known that `known_facts` finds, the rewrite prompt is one that the
+    model completes (see `rewrite_prompts`), and neighbours that it knows are preferred. Where a source holds whole cases,
+    as CounterFact, the model knows those at whose rewrite prompt the true object is more probable than the target (log P
+    of the whole text).
     zsRE's facts are to be taught, not changed; none of them need be known.
 
     Args:
@@ -112,7 +115,7 @@ def known_cases(
 def build_known(
     lm: LanguageModel, source: str | Path, seed: int, store: Store | str | Path | None, progress: bool
 ) -> Cases:
-    """Cases of all facts that `lm` knows, in random order; the others count as dropped."""
+    """Cases of all facts that `lm` knows and whose prompts fit the target, in random order; the others count as dropped."""
     facts = load_facts(source)
     known = known_facts(lm, facts, n=None, seed=seed, progress=progress, store=store)
     if not known:
@@ -120,8 +123,10 @@ def build_known(
             f"known_cases: {lm.name} knows none of the {len(facts)} facts of {str(source)!r}, so there is nothing to "
             "change; choose another model or other facts, or take all cases with known_only=False."
         )
-    cases = build_cases(known, pool=facts, seed=seed)
-    return Cases(cases.cases, {UNKNOWN: len(facts) - len(known)} | cases.dropped)
+    prompts = rewrite_prompts(lm, known, facts, seed, store, progress)
+    cases = build_cases(prompts, pool=facts, seed=seed)
+    unknown = {UNKNOWN: len(facts) - len(known), OWN_WORDS: len(known) - len(prompts)}
+    return Cases(cases.cases, dict(+Counter(unknown)) | cases.dropped)
 
 
 def select(lm: LanguageModel, cases: Cases, n: int | None, ask: bool, progress: bool) -> Cases:

@@ -17,6 +17,7 @@ from rome_lab.cases import Case, Cases, build_cases, check, known_cases, load_ca
 from rome_lab.facts import Fact, embedded_records, load_facts, load_relations
 from rome_lab.known import known_facts
 from rome_lab.models import LanguageModel
+from rome_lab.rewrite_prompts import FITTING, rewrite_prompts, words_added
 
 FACTS = load_facts("embedded")
 RELATIONS = load_relations()
@@ -465,11 +466,15 @@ def test_known_cases_of_facts_are_those_the_model_completes_at_the_prompts_it_co
     known = known_facts(lm, facts, n=None, progress=False)
     cases = known_cases(lm, path, n=None, store=tmp_path / "results", progress=False)
     assert len(cases) >= 5
-    assert {case.fact for case in cases} <= set(known)
+    of_known = {(fact.subject, fact.object) for fact in known}
+    assert {(case.fact.subject, case.fact.object) for case in cases} <= of_known
+    templates = {fact.template for fact in facts}
+    assert all(FITTING.fullmatch(words_added(case.fact, templates) or "the") for case in cases)
     assert len(cases) + sum(cases.dropped.values()) == len(facts)
-    prompts = {fact.prompt for fact in known}
+    asked = rewrite_prompts(lm, known, facts, progress=False)
+    prompts = {fact.prompt for fact in asked}
     for case in cases:
-        n_known = sum(fact.object == case.fact.object for fact in known) - 1
+        n_known = sum(fact.object == case.fact.object for fact in asked) - 1
         assert sum(neighbour in prompts for neighbour in case.neighbours) >= min(n_known, 5)
     assert known_cases(lm, path, n=2, store=tmp_path / "results", progress=False).cases == cases[:2]
 
