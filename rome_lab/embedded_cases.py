@@ -38,12 +38,14 @@ class Group:
         preferred: (subject, object) of those that are preferred as neighbours, by their own prompt.
         templates: all that state the relation.
         generations: templates that invite free text about the subject.
+        ending: what a whole sentence needs after the object.
     """
 
     facts: tuple[Fact, ...]
     preferred: frozenset[tuple[str, str]]
     templates: tuple[str, ...]
     generations: tuple[str, ...]
+    ending: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ def read_background(facts: Sequence[Fact], pool: Iterable[Fact] | None) -> Backg
             templates=tuple(templates),
             # A relation of the user's own has no such templates: the model may go on from the bare subject.
             generations=embedded[name].generations if name in embedded else ("{}",),
+            ending=embedded[name].ending if name in embedded else "",
         )
     lead_ins = tuple(text_at(record, "sentence") for record in embedded_records("lead_ins.csv"))
     also_true = frozenset(
@@ -126,7 +129,7 @@ def build_case(fact: Fact, background: Background, seed: int) -> Case:
         id=f"{fact.relation}/{fact.subject}/{fact.object}",
         fact=fact,
         target=target,
-        paraphrases=choose_paraphrases(fact, group, background.lead_ins, seed),
+        paraphrases=choose_paraphrases(fact, target, group, background.lead_ins, seed),
         neighbours=tuple(neighbour.prompt for neighbour in neighbours),
         neighbour_answers=(fact.object,) * len(neighbours),
         generation_prompts=tuple(fill(template, fact) for template in group.generations),
@@ -155,13 +158,16 @@ def choose_target(fact: Fact, group: Group, also_true: frozenset[tuple[str, str,
     return shuffled(nearest[: max(3, len(nearest) // 2)], seed, "target", fact)[0]
 
 
-def choose_paraphrases(fact: Fact, group: Group, lead_ins: Sequence[str], seed: int) -> tuple[str, ...]:
-    """The fact's prompt by other templates, the last of them after an unrelated sentence."""
+def choose_paraphrases(fact: Fact, target: str, group: Group, lead_ins: Sequence[str], seed: int) -> tuple[str, ...]:
+    """The fact's prompt by other templates, the last of them after an unrelated sentence, which holds neither object."""
     others = [template for template in group.templates if not same_beginning(template, fact.template)]
     if not others:
         raise Unusable("no other template states the relation")
     others = shuffled(others, seed, "paraphrase", fact)
-    lead_in = shuffled(lead_ins, seed, "lead-in", fact)[0]
+    unrelated = [sentence for sentence in lead_ins if not (holds(sentence, fact.object) or holds(sentence, target))]
+    if not unrelated:
+        raise Unusable("the object or the target stands in every unrelated sentence")
+    lead_in = shuffled(unrelated, seed, "lead-in", fact)[0]
     prefixed = others[PLAIN % len(others)]
     return (*(fill(template, fact) for template in others[:PLAIN]), f"{lead_in} {fill(prefixed, fact)}")
 
@@ -191,7 +197,8 @@ def choose_neighbours(fact: Fact, group: Group, seed: int) -> list[Fact]:
 def choose_references(fact: Fact, target: str, group: Group, seed: int) -> tuple[str, ...]:
     """Sentences that state the target of other subjects, of which it is true."""
     others = shuffled([x for x in group.facts if x.object == target], seed, "reference", fact)
-    sentences = [f"{fill(shuffled(group.templates, seed, 'reference', x)[0], x)} {target}." for x in others]
+    end = f"{target} {group.ending}".rstrip()
+    sentences = [f"{fill(shuffled(group.templates, seed, 'reference', x)[0], x)} {end}." for x in others]
     sentences = [sentence for sentence in sentences if not mentions(sentence, fact.subject)]
     if len(sentences) < LEAST_REFERENCES:
         raise Unusable(f"fewer than {LEAST_REFERENCES} other subjects have the target as their object")
@@ -216,6 +223,11 @@ def fill(template: str, fact: Fact) -> str:
 def mentions(text: str, name: str) -> bool:
     """Whether `name` stands in `text` as whole words, in whatever case."""
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.IGNORECASE) is not None
+
+
+def holds(text: str, name: str) -> bool:
+    """Whether `name` stands in `text`, inside a word too, as "red" in "watered"; short ones, such as "H", as words only."""
+    return mentions(text, name) or (len(name) > 2 and name.casefold() in text.casefold())
 
 
 def begin_alike(a: str, b: str) -> bool:

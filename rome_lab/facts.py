@@ -19,6 +19,7 @@ from rome_lab.datasets import PUBLISHED, Json, parse_csv, published_file, read_r
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+USES = ("statement", "generation", "ending")  # of what stands in templates.csv
 SHOWN = 10  # problems that one message lists; it counts the others
 TOLERATED = 0.01  # share of a published data set's records that may be at fault; no user can repair them
 
@@ -74,6 +75,7 @@ class Relation:
     Attributes:
         statements: templates that the object follows at once.
         generations: templates that invite free text about the subject.
+        ending: what a whole sentence needs after the object, as "mythology" after "Greek"; most need nothing.
         facts: all its facts; each has `statements` as its templates, the first of them as its template.
     """
 
@@ -81,6 +83,7 @@ class Relation:
     statements: tuple[str, ...]
     generations: tuple[str, ...]
     facts: tuple[Fact, ...]
+    ending: str = ""
 
 
 @dataclass(frozen=True)
@@ -136,9 +139,9 @@ def load_relations() -> dict[str, Relation]:
     for number, record in enumerate(embedded_records("templates.csv"), start=1):
         try:
             use = text_at(record, "use")
-            if use not in ("statement", "generation"):
-                raise ValueError(f"use is {use!r}, not 'statement' or 'generation'")
-            uses = templates.setdefault(text_at(record, "relation"), {"statement": [], "generation": []})
+            if use not in USES:
+                raise ValueError(f"use is {use!r}, not one of {', '.join(USES)}")
+            uses = templates.setdefault(text_at(record, "relation"), {use: [] for use in USES})
             uses[use].append(text_at(record, "template"))
         except ValueError as error:
             raise ValueError(f"load_relations: templates.csv, record {number}: {error}.") from None
@@ -154,7 +157,11 @@ def load_relations() -> dict[str, Relation]:
     facts = read_facts(embedded_records("facts.csv"), form, "facts.csv")
     return {
         name: Relation(
-            name, tuple(uses["statement"]), tuple(uses["generation"]), tuple(x for x in facts if x.relation == name)
+            name,
+            tuple(uses["statement"]),
+            tuple(uses["generation"]),
+            tuple(x for x in facts if x.relation == name),
+            " ".join(uses["ending"]),
         )
         for name, uses in templates.items()
     }

@@ -84,6 +84,20 @@ def test_paraphrases_are_other_templates_and_the_last_follows_an_unrelated_sente
         assert len(set(prompts)) == len(prompts)
 
 
+def test_no_paraphrase_holds_the_object_or_the_target_even_inside_a_word(cases: Cases) -> None:
+    for case in cases:
+        said = [text.replace(case.fact.subject, "").lower() for text in case.paraphrases]
+        names = [name.lower() for name in (case.fact.object, case.target) if len(name) > 2]
+        assert not any(name in text for name in names for text in said), case
+
+
+def test_references_of_adjectives_are_whole_sentences(cases: Cases) -> None:
+    by_relation = {case.fact.relation: case for case in cases}
+    for relation, ending in (("mythology_of_figure", "mythology."), ("language_family_or_script", "languages.")):
+        case = by_relation[relation]
+        assert all(sentence.endswith(f"{case.target} {ending}") for sentence in case.references)
+
+
 def test_neighbours_are_about_other_subjects_that_share_relation_and_object(cases: Cases) -> None:
     for case in cases:
         fact = case.fact
@@ -105,7 +119,9 @@ def test_there_are_five_or_more_different_neighbours_without_the_subject(cases: 
 def test_references_state_the_target_of_subjects_of_which_it_is_true(cases: Cases) -> None:
     for case in cases:
         assert len(case.references) >= 3
-        prompts = [sentence.removesuffix(f" {case.target}.") for sentence in case.references]
+        end = f" {case.target} {RELATIONS[case.fact.relation].ending}".rstrip() + "."
+        assert all(sentence.endswith(end) for sentence in case.references)
+        prompts = [sentence.removesuffix(end) for sentence in case.references]
         subjects = {SUBJECT_OF[case.fact.relation, prompt] for prompt in prompts}
         assert len(subjects) == len(case.references)
         assert {TRUE[case.fact.relation, subject] for subject in subjects} == {case.target}
