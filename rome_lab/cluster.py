@@ -118,7 +118,8 @@ class Workers:
                 bar.update()
         finally:
             finished = {future for future in places if future.status == "finished"}
-            self.client.cancel([future for future in places if future not in finished])
+            if self.client.status == "running":  # without a connection the scheduler forgets what is outstanding
+                self.client.cancel([future for future in places if future not in finished])
             for future in finished:
                 self.keep(future)
         return [results[place] for place in range(len(items))]
