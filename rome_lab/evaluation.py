@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 import pandas as pd
 from tqdm.auto import tqdm
@@ -28,6 +29,9 @@ from rome_lab.models import LanguageModel
 from rome_lab.optimised import Optimised
 from rome_lab.store import Json, Store, canonical_json
 
+if TYPE_CHECKING:
+    from distributed import Client
+
 logger = logging.getLogger(__name__)
 
 NUMERICS = 1  # raised when a change here or in judging moves any number, so that stored results are made again
@@ -36,6 +40,8 @@ POOL = 200  # known facts among which they are chosen
 CORPUS = 500  # texts that are enough to tell rare words from frequent ones; all of them would be slow
 TOGETHER: Mapping[str, int] = {"joint": 10}  # requests that a method is given at once, where that is not one
 SAID = ("form", "relation", "subject", "prompt", "object", "target")
+
+Question: TypeAlias = tuple[Case, Sequence[Method], Sequence[Sequence[Request]]]  # of each method, what it is given
 
 
 def evaluate(
@@ -48,6 +54,7 @@ def evaluate(
     settings: JudgeSettings | None = None,
     unrelated: Sequence[Fact] | None = None,
     together: Mapping[str, int] = TOGETHER,
+    client: Client | None = None,
 ) -> pd.DataFrame:
     """Judge one or several methods by the metrics of `rome_lab.metrics`, a row a case and method.
 
@@ -63,6 +70,7 @@ def evaluate(
             `known_pool(lm)`.
         together: how many requests the methods of these names are given at once: those of the cases that come together
             in `groups`. Each case is judged with all of them in force.
+        client: of a Dask cluster, whose workers make what the store does not hold; see `rome_lab.cluster`.
 
     Returns: DataFrame: case, method, form, relation, subject, prompt, object, target, the metrics, generations, judged,
         remark. Where `judged` is False the method could not edit the case, or the outcome could not be judged: the
@@ -73,6 +81,7 @@ def evaluate(
         ValueError: no cases, an unknown method, two of one name, a method that does not fit the model, or no case at all
             that could be judged.
         OSError: the store cannot be written; found before any work is done.
+        RuntimeError: the cluster has failed; what was finished is in the store.
     """
     cases, methods = list(cases), methods_of(method)
     if not cases:
@@ -83,14 +92,22 @@ def evaluate(
     store = Store(store) if isinstance(store, str | Path) else store
     if store:
         store.check_writable()
+    if client is not None:
+        from rome_lab.cluster import Workers  # needs dask.distributed, which is an optional extra
+        from rome_lab.cluster_evaluation import judge_on_workers
+
+        workers = Workers(client, lm, store)
+        store = workers.store
     pool = known_pool(lm, store, progress) if unrelated is None else tuple(unrelated)
-    bench = Bench(
-        lm, settings or JudgeSettings(), pool, Optimised(lm, store, progress), store, dict(lm.key) if store else {}
-    )
+    optimised = Optimised(lm, store, progress)
+    bench = Bench(lm, settings or JudgeSettings(), pool, optimised, store, optimised.common)
     asked = [requests_by_case(cases, together.get(chosen.name, 1)) for chosen in methods]
+    questions = [(case, methods, [requests[case.id] for requests in asked]) for case in cases]
+    if client is not None:
+        judge_on_workers(workers, bench, questions, progress)
     rows: list[dict] = []
-    for case in tqdm(cases, desc="judging", unit="case", disable=not progress):
-        rows += bench.rows(case, methods, [requests[case.id] for requests in asked])
+    for question in tqdm(questions, desc="judging", unit="case", disable=not progress or client is not None):
+        rows += bench.rows(*question)
     table = as_table(rows)
     report(table, lm.name)
     return table
@@ -156,12 +173,24 @@ class Bench:
     store: Store | None
     common: dict[str, Json]
 
+    def at(self, lm: LanguageModel | None, store: Store | None) -> Bench:
+        """The same for this model in another process, and a store there; for None it can travel."""
+        return replace(self, lm=lm, store=store, optimised=self.optimised.at(lm, store))
+
+    def settings_of(self, case: Case) -> JudgeSettings:
+        """How the case is judged: with known facts that it does not touch."""
+        return replace(self.settings, known=unrelated_to(case, self.pool, self.settings.seed))
+
+    def inputs(
+        self, case: Case, methods: Sequence[Method], requests: Sequence[Sequence[Request]]
+    ) -> list[dict[str, Json]]:
+        """What the row of each method for one case is stored under."""
+        settings = self.settings_of(case)
+        return [evaluation_inputs(self.common, case, settings, *asked) for asked in zip(methods, requests, strict=True)]
+
     def rows(self, case: Case, methods: Sequence[Method], requests: Sequence[Sequence[Request]]) -> list[dict]:
         """A row of each method for one case, from the store where it has them; the others are judged in one batch."""
-        settings = replace(self.settings, known=unrelated_to(case, self.pool, self.settings.seed))
-        inputs = [
-            evaluation_inputs(self.common, case, settings, *asked) for asked in zip(methods, requests, strict=True)
-        ]
+        settings, inputs = self.settings_of(case), self.inputs(case, methods, requests)
         keys = [canonical_json(x) for x in inputs]
         asked = dict(
             zip(keys, zip(inputs, methods, requests, strict=True), strict=True)

@@ -101,6 +101,9 @@ class LanguageModel:
         self.job: Thread | None = None  # what a panel does with the model beside the kernel's own thread
         self.edits: list[Edit] = []
         self.unedited: dict[int, torch.Tensor] = {}  # by layer: W as it was before the edits in force
+        self.origin: dict[str, object] | None = (
+            None  # what `load_model` got, but for the device: others load it by that
+        )
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         attention = getattr(model.config, "_attn_implementation", "eager")
         if attention not in ("sdpa", "eager"):
@@ -274,7 +277,11 @@ def load_model(
         model = model.to(best_device() if device == "auto" else torch.device(device))
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ValueError(explain_failure(name, error, unsafe_weights)) from error
-    return LanguageModel(model, tokenizer, name=Path(name).name if Path(name).is_dir() else name)
+    is_folder = Path(name).is_dir()
+    lm = LanguageModel(model, tokenizer, name=Path(name).name if is_folder else name)
+    where = str(Path(name).resolve()) if is_folder else name
+    lm.origin = {"name": where, "dtype": dtype, "unsafe_weights": unsafe_weights, "remote_code": remote_code}
+    return lm
 
 
 def explain_failure(name: str, error: Exception, unsafe_weights: bool) -> str:

@@ -79,6 +79,13 @@ class Optimised:
         other.prefixes, other.factors = self.prefixes, self.factors
         return other
 
+    def at(self, lm: LanguageModel | None, store: Store | None) -> Optimised:
+        """The same, and all that was found, for this model in another process and a store there; for None it can travel."""
+        other = Optimised(lm, store, self.progress)
+        other.found, other.prefixes, other.factors = dict(self.found), self.prefixes, self.factors
+        other.common = self.common
+        return other
+
     @cached_property
     def common(self) -> dict[str, Json]:
         return dict(self.lm.key) if self.store else {}
@@ -108,24 +115,28 @@ class Optimised:
             NothingToEdit: the model says the target already.
             ValueError: the loss is NaN or infinite, or a text is too long.
         """
-        settings = self.with_prefixes(settings)
-        inputs = optimum_inputs(self.common, request, layer, settings)
-        key = canonical_json(inputs)
-        if key not in self.found:
+        optimum = self.recall(request, layer, settings)
+        if optimum is None:
             try:
                 check_news(self.lm, *request)
             except ValueError as reason:
                 raise NothingToEdit(str(reason)) from reason
-            record = self.store.load(inputs) if self.store else None
-            if record is not None:
-                arrays = {name: torch.from_numpy(array) for name, array in record.arrays.items()}
-                optimum = Optimum(request, **arrays, **record.meta)
-            else:
-                optimum = self.optimise(request, layer, settings)
-                if self.store:
-                    self.store.save(inputs, *to_record(optimum))
-            self.found[key] = optimum
-        return self.found[key]
+            settings = self.with_prefixes(settings)
+            optimum = self.optimise(request, layer, settings)
+            inputs = optimum_inputs(self.common, request, layer, settings)
+            if self.store:
+                self.store.save(inputs, *to_record(optimum))
+            self.found[canonical_json(inputs)] = optimum
+        return optimum
+
+    def recall(self, request: Request, layer: int, settings: EditSettings) -> Optimum | None:
+        """v* and the keys of a request, where memory or the store has them."""
+        inputs = optimum_inputs(self.common, request, layer, self.with_prefixes(settings))
+        key = canonical_json(inputs)
+        if key not in self.found and self.store and (record := self.store.load(inputs)):
+            arrays = {name: torch.from_numpy(array) for name, array in record.arrays.items()}
+            self.found[key] = Optimum(request, **arrays, **record.meta)
+        return self.found.get(key)
 
     def optimise(self, request: Request, layer: int, settings: EditSettings) -> Optimum:
         """v* and the keys, as `rome` finds them with key="both"."""
