@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -122,7 +123,7 @@ def prepare(path: Path, parameters: Mapping[str, object]) -> tuple[NotebookNode,
 
 
 def read_notebook(path: Path) -> NotebookNode:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no notebook {path}; give the path of an .ipynb file.")
     try:
         return nbformat.read(path, as_version=4)
@@ -238,7 +239,7 @@ def take_parameters(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]
 
 def read_parameters_file(path: Path) -> dict[str, object]:
     """A YAML file of `name: value`; every scalar is left as text, to be read by the declared type."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no file {path}; give a YAML file of `name: value` lines.")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}

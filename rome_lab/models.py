@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from dataclasses import dataclass
 from operator import attrgetter
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.pytorch_utils import Conv1D
 
 from rome_lab import embedded
-from rome_lab.store import check_writable
+from rome_lab.store import check_writable, explained
 
 if TYPE_CHECKING:
     from rome_lab.edits import Edit
@@ -192,11 +193,18 @@ class LanguageModel:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise FileExistsError(f"save_pretrained: {folder} is not empty; name a new folder.")
         check_writable(folder.parent)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
+        with explained(folder.parent), tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
             whole = Path(scratch) / "model"
             self.model.save_pretrained(whole)
             self.tokenizer.save_pretrained(whole)
             whole.rename(folder)
+
+    def check_length(self, length: int, doing: str) -> None:
+        """Raise a ValueError where a text of so many tokens is more than the model can read."""
+        if length > self.context_length:
+            raise ValueError(
+                f"{doing}: a text of {length} tokens is more than {self.name} reads, {self.context_length}; shorten it."
+            )
 
     def check_finite(self, logits: torch.Tensor, doing: str) -> None:
         """Raise a ValueError that names the broken weight where `logits` hold NaN or infinity."""
@@ -265,7 +273,7 @@ def load_model(
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError("load_model: dtype must name a floating-point torch dtype, such as 'float32' or 'bfloat16'.")
-    folder = str(embedded.folder()) if name == embedded.NAME else name
+    folder = str(embedded.folder()) if name == embedded.NAME else str(name)
     options = {"trust_remote_code": remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
@@ -274,13 +282,13 @@ def load_model(
         model = model.to(best_device() if device == "auto" else torch.device(device))
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ValueError(explain_failure(name, error, unsafe_weights)) from error
-    return LanguageModel(model, tokenizer, name=Path(name).name if Path(name).is_dir() else name)
+    return LanguageModel(model, tokenizer, name=Path(name).name if os.path.isdir(name) else name)
 
 
 def explain_failure(name: str, error: Exception, unsafe_weights: bool) -> str:
     """One sentence on why `name` could not be loaded and what to do."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         advice = "check that the folder holds config.json, a tokenizer and *.safetensors weights"
     else:
         advice = (
