@@ -126,9 +126,12 @@ def read_notebook(path: Path) -> NotebookNode:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no notebook {path}; give the path of an .ipynb file.")
     try:
+        nbformat.validate(json.loads(path.read_text(encoding="utf-8")))  # reading alone would only log what is wrong
         return nbformat.read(path, as_version=4)
-    except (ValueError, AttributeError, nbformat.ValidationError) as error:
-        reason = str(error).splitlines()[0][:120]
+    except OSError as error:
+        raise OSError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+    except Exception as error:  # nbformat raises whatever it stumbles over
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         raise ValueError(f"{path} is not a notebook ({reason}); give the path of an .ipynb file.") from None
 
 

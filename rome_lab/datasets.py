@@ -99,7 +99,7 @@ def parse_json(text: str, source: str) -> list[Json]:
         raise ValueError(f"load_facts: {source} holds a JSON {type(records).__name__}; expected a list of objects.")
     if re.search(r"\\u[dD][89a-fA-F]", text):  # an escape of half a character: both halves stand there, or one alone
         for number, record in enumerate(records, start=1):
-            check_characters(f"load_facts: {source}: record {number}", json.dumps(record, ensure_ascii=False))
+            check_text(f"load_facts: {source}: record {number}", json.dumps(record, ensure_ascii=False))
     return records
 
 
@@ -113,20 +113,27 @@ def parse_csv(text: str, source: str) -> list[Json]:
     except csv.Error as error:
         raise ValueError(f"load_facts: {source}, line {reader.line_num}: not valid CSV: {error}.") from None
     if len(set(columns)) < len(columns):
-        raise ValueError(f"load_facts: {source} has a column twice ({', '.join(columns)}); rename one of them.")
+        raise ValueError(f"load_facts: {source} has a column twice ({', '.join(map(repr, columns))}); rename one of them.")
     return records
 
 
-def check_characters(name: str, text: str) -> None:
-    """Raise a ValueError where `text` holds half a character, which no tokenizer and no file can take.
+def check_text(name: str, text: object) -> None:
+    """Raise where `text` is no text, or holds half a character, which no tokenizer and no file can take.
 
     Python and JSON write characters beyond U+FFFF as two halves, and let one stand alone.
+
+    Raises:
+        TypeError, ValueError: it is so; the message calls it `name`.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"{name} is {text!r}; expected text.")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         half = ascii(text[error.start])
-        raise ValueError(f"{name} holds half a character, {half}; write the whole character, or leave it out.") from None
+        raise ValueError(
+            f"{name} holds half a character, {half}; write the whole character, or leave it out."
+        ) from None
 
 
 def text_at(record: Json, path: str) -> str:

@@ -100,7 +100,7 @@ def misfit(tensors: Mapping[str, Tensor], about: Any) -> str | None:
     if isinstance(about["layer"], bool) or about["layer"] < 0 or not 0 <= about["constraint_error"] < float("inf"):
         return f"layer is {about['layer']!r}, constraint_error {about['constraint_error']!r}"
     if about["history"].keys() != {"columns", "data"}:
-        return f"the history has the parts {', '.join(about['history'])}"
+        return f"the history has the parts {', '.join(map(repr, about['history']))}"
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32 or tensor.ndim not in (1, 2) or not torch.isfinite(tensor).all():
             return f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, or holds NaN or infinity"

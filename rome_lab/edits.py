@@ -166,7 +166,8 @@ def load_edit(path: str | Path) -> Edit:
             **vectors,
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"load_edit: {path} does not hold a possible edit: {error}; save the edit anew.") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"load_edit: {path} does not hold a possible edit: {reason}; save the edit anew.") from error
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from rome_lab.datasets import PUBLISHED, Json, check_characters, parse_csv, published_file, read_records, text_at
+from rome_lab.datasets import PUBLISHED, Json, check_text, parse_csv, published_file, read_records, text_at
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -44,16 +44,14 @@ class Fact:
     def __post_init__(self) -> None:
         for name in ("subject", "object", "template"):
             value = getattr(self, name)
-            if not isinstance(value, str):
-                raise TypeError(f"Fact: the {name} is {value!r}; expected text.")
-            check_characters(f"Fact: the {name}", value)
+            check_text(f"Fact: the {name}", value)
             if not value.strip():
                 raise ValueError(f"Fact: the {name} is empty; write it out.")
             if name != "template" and value != value.strip():
                 raise ValueError(f"Fact: the {name} {value!r} begins or ends with a blank; remove it.")
         object.__setattr__(self, "templates", tuple(self.templates))
         for template in (self.template, *self.templates):
-            check_characters("Fact: a template", template)
+            check_text("Fact: a template", template)
             if "{}" not in template:
                 raise ValueError(f'Fact: the template {template!r} has no "{{}}"; write it where the subject stands.')
 
@@ -247,7 +245,7 @@ def form_of(records: Sequence[Json], source: str) -> str:
         if mark in fields:
             return form
     raise ValueError(
-        f"load_facts: {source} has the fields {', '.join(sorted(fields)) or '(none)'}; expected subject, object and "
+        f"load_facts: {source} has the fields {', '.join(map(repr, sorted(fields))) or '(none)'}; expected subject, object and "
         "template (or prompt), or the form of known_1000, counterfact or zsre."
     )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rome_lab.datasets import check_characters
+from rome_lab.datasets import check_text
 from rome_lab.facts import Fact
 from rome_lab.models import LanguageModel
 
@@ -65,11 +65,9 @@ def read_prompt(lm: LanguageModel, prompt: str | Fact, subject: str | None = Non
 
 def find_subject(text: str, subject: str | None) -> tuple[int, int]:
     """(begin, end) in characters of the first whole-word occurrence of `subject`, or else of its first occurrence."""
-    for name, value in {"prompt": text, "subject": subject}.items():
-        if not isinstance(value, str | None):
-            raise TypeError(f"the {name} is {value!r}; expected text.")
-        check_characters(f"the {name}", value or "")
-    if not text or not text.strip():
+    check_text("the prompt", text)
+    check_text("the subject", "" if subject is None else subject)
+    if not text.strip():
         raise ValueError("the prompt is empty; write the beginning of a sentence about the subject.")
     if not subject or not subject.strip():
         raise ValueError("the subject is empty; name the part of the prompt that the sentence is about.")
@@ -82,7 +80,8 @@ def find_subject(text: str, subject: str | None) -> tuple[int, int]:
 
 def continuation_ids(lm: LanguageModel, prompt: str, continuation: str) -> list[int]:
     """Ids of the tokens with which the tokens of `prompt` go on to say `continuation`, no special tokens among them."""
-    check_characters("the continuation", continuation)
+    check_text("the prompt", prompt)
+    check_text("the continuation", continuation)
     if not continuation.strip():
         raise ValueError("the continuation is empty; name what the sentence should go on to say.")
     space = "" if prompt[-1:].isspace() else " "

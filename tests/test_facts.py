@@ -202,7 +202,7 @@ def test_a_record_that_is_no_object_is_named(tmp_path: Path) -> None:
         (b"subject,template,object\nLouvre,The {} is in\n", "record 1: the field object is missing"),
         (b'subject,template,object\nLouvre,"The {} is in,Paris\n', "not valid CSV"),
         (b"subject,template,object,subject\nLouvre,The {} is in,Paris,x\n", "has a column twice"),
-        (b"subject;template;object\nLouvre;The {} is in;Paris\n", "has the fields subject;template;object; expected"),
+        (b"subject;template;object\nLouvre;The {} is in;Paris\n", "has the fields 'subject;template;object'; expected"),
         (b"subject,template,object\n", "holds no records"),
         (b"", "holds no records"),
         ("subject,template,object\nMusée,{} is in,Paris\n".encode("latin-1"), "byte 27 is 0xe9"),
@@ -224,7 +224,7 @@ def test_a_bad_csv_file_is_refused_with_the_reason(tmp_path: Path, content: byte
         ("[]", "holds no records"),
         ("[" * 100_000, "is not valid JSON"),
         ("subject,template,object\n", "is not valid JSON"),
-        ('[{"name": "Louvre"}]', "has the fields name; expected subject, object and"),
+        ('[{"name": "Louvre"}]', "has the fields 'name'; expected subject, object and"),
         ("[1, 2]", "has the fields (none); expected"),
     ],
 )
