@@ -113,7 +113,9 @@ def parse_csv(text: str, source: str) -> list[Json]:
     except csv.Error as error:
         raise ValueError(f"load_facts: {source}, line {reader.line_num}: not valid CSV: {error}.") from None
     if len(set(columns)) < len(columns):
-        raise ValueError(f"load_facts: {source} has a column twice ({', '.join(map(repr, columns))}); rename one of them.")
+        raise ValueError(
+            f"load_facts: {source} has a column twice ({', '.join(map(repr, columns))}); rename one of them."
+        )
     return records
 
 

@@ -244,9 +244,10 @@ def form_of(records: Sequence[Json], source: str) -> str:
     for form, mark in {"counterfact": "requested_rewrite", "zsre": "src", "known_1000": "attribute"}.items():
         if mark in fields:
             return form
+    named = ", ".join(map(repr, sorted(fields))) or "(none)"
     raise ValueError(
-        f"load_facts: {source} has the fields {', '.join(map(repr, sorted(fields))) or '(none)'}; expected subject, object and "
-        "template (or prompt), or the form of known_1000, counterfact or zsre."
+        f"load_facts: {source} has the fields {named}; expected subject, object and template (or prompt), or the form of "
+        "known_1000, counterfact or zsre."
     )
 
 

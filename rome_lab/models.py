@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -202,9 +203,8 @@ class LanguageModel:
     def check_length(self, length: int, doing: str) -> None:
         """Raise a ValueError where a text of so many tokens is more than the model can read."""
         if length > self.context_length:
-            raise ValueError(
-                f"{doing}: a text of {length} tokens is more than {self.name} reads, {self.context_length}; shorten it."
-            )
+            most = self.context_length
+            raise ValueError(f"{doing}: a text of {length} tokens is more than {self.name} reads, {most}; shorten it.")
 
     def check_finite(self, logits: torch.Tensor, doing: str) -> None:
         """Raise a ValueError that names the broken weight where `logits` hold NaN or infinity."""
@@ -274,11 +274,12 @@ def load_model(
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError("load_model: dtype must name a floating-point torch dtype, such as 'float32' or 'bfloat16'.")
     folder = str(embedded.folder()) if name == embedded.NAME else str(name)
-    options = {"trust_remote_code": remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        weights = {"dtype": dtype, "use_safetensors": None if unsafe_weights else True}
-        model = AutoModelForCausalLM.from_pretrained(folder, **weights, **options)
+        if not os.path.isdir(folder) and not constants.ENDPOINT.startswith("https://"):
+            raise ValueError(f"the hub's address, {constants.ENDPOINT} (HF_ENDPOINT), is not HTTPS; correct it.")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
+        options = {"dtype": dtype, "use_safetensors": None if unsafe_weights else True}
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote_code, **options)
         model = model.to(best_device() if device == "auto" else torch.device(device))
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ValueError(explain_failure(name, error, unsafe_weights)) from error

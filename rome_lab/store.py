@@ -272,12 +272,12 @@ def _flush(path: Path) -> None:
 def _remove_abandoned(folder: Path) -> None:
     """Remove what processes that were killed while writing have left; files of processes that may be alive stay."""
     for path in folder.glob(".rome_lab-*"):
-        host, pid = path.name.split("-")[1:3]
         try:
+            host, pid = path.name.split("-")[1:3]
             if (host == _host() and not _is_alive(int(pid))) or time.time() - path.stat().st_mtime > ABANDONED_AFTER_S:
                 path.unlink()
-        except OSError:
-            continue  # another process has just removed it, or it belongs to another user
+        except (OSError, ValueError):
+            continue  # another process has just removed it, it belongs to another user, or it is no such file at all
 
 
 def _host() -> str:
