@@ -177,3 +177,22 @@ def test_the_table_for_people_says_what_the_table_says() -> None:
     )
     said = ["Rome is in", "Italy -> France", "0.0012 -> 0.78", "3 of 4", "5 of 6", True]
     assert for_people(table).iloc[0].tolist() == said
+
+
+def test_near_the_end_of_the_context_a_look_says_what_still_fits_and_beyond_it_says_so() -> None:
+    """GPT-2 has no positions beyond its context, so that a text that is too long is an error of its own there."""
+    lm = tiny_model("gpt2")
+    length = len(lm.tokenizer("The Paris is")["input_ids"])
+    words = " a" * (lm.context_length - length - 3)
+    fact = Fact("Paris", f"The{words} {{}} is", "x")
+    ids = lm.tokenizer(fact.prompt)["input_ids"]
+    room = lm.context_length - len(ids)
+    assert 0 < room < 20, "the continuations would not fit"
+    found = look(lm, Probe(fact, "y", (), ()))
+    assert all(len(lm.tokenizer(text)["input_ids"]) <= room for text in found.continuations)
+    with pytest.raises(
+        ValueError, match=r"comparison: a text of \d+ tokens is more than tiny-gpt2 reads, 64; shorten it\."
+    ):
+        look(lm, Probe(fact, "a target of more words than there is room for", (), ()))
+    with pytest.raises(ValueError, match="is more than tiny-gpt2 reads"):
+        fact_of(lm, "Paris", f"{fact.prompt}{words}")

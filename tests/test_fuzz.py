@@ -143,7 +143,7 @@ COUNTERFACT = {
 QUESTION = {"subject": "Lima", "src": "Where is Lima?", "rephrase": "Lima lies where?", "alt": "Chile"}
 ZSRE = QUESTION | {"answers": ["Peru"], "loc": "nq question: who", "loc_ans": "me"}
 PUT = {"subject": "Lima", "attribute": "Peru", "template": "{} is in", "prompt": "Lima is in", "relation_id": "P1"}
-CSV = "subject,template,object\nLima,{} is in,Peru\n\"Big, Ben\",The {} is in,London\n"
+CSV = 'subject,template,object\nLima,{} is in,Peru\n"Big, Ben",The {} is in,London\n'
 FILES = [*(json.dumps(x) for x in (OWN, [COUNTERFACT], [ZSRE], [PUT])), CSV]
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_comparison import FACT, REQUEST, model_of_long_texts
-from tiny import LLAMA
+from tiny import LLAMA, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rome_lab.facts import load_relations
@@ -247,3 +247,11 @@ def test_a_job_hands_over_its_own_warnings_only(tiny) -> None:
 def test_an_unexpected_error_is_named_in_one_line() -> None:
     assert sentence(KeyError("a\nb")) == r"KeyError: 'a\nb'"
     assert sentence(ValueError("rome: this\nand that.")) == "rome: this and that."
+
+
+def test_a_chosen_fact_that_the_model_cannot_read_is_said_so_in_the_panel() -> None:
+    panel = Panel(tiny_model("gpt2"), REQUEST)  # it reads 64 tokens, and its tokens are hardly more than letters
+    panel.form.relation.value = next(name for name in load_relations() if name == "landmark_city")
+    panel.form.chosen.value = 0
+    assert "tokens, but tiny-gpt2 reads at most 64; shorten it." in said(panel)
+    assert panel.form.subject.value == FACT.subject, "the fields are as they were"
