@@ -10,7 +10,18 @@ import torch
 from test_editing import FACT, FEW, OTHER
 from tiny import FAMILIES, tiny_model
 
-from rome_lab.comparison import Probe, best_known, fact_of, known, look, probabilities, probe_of, side_by_side
+from rome_lab.comparison import (
+    LENGTH,
+    SAMPLES,
+    Probe,
+    best_known,
+    fact_of,
+    known,
+    look,
+    probabilities,
+    probe_of,
+    side_by_side,
+)
 from rome_lab.facts import Fact, load_facts
 from rome_lab.models import LanguageModel
 from rome_lab.prompts import continuation_ids
@@ -182,14 +193,13 @@ def test_the_table_for_people_says_what_the_table_says() -> None:
 def test_near_the_end_of_the_context_a_look_says_what_still_fits_and_beyond_it_says_so() -> None:
     """GPT-2 has no positions beyond its context, so that a text that is too long is an error of its own there."""
     lm = tiny_model("gpt2")
-    length = len(lm.tokenizer("The Paris is")["input_ids"])
-    words = " a" * (lm.context_length - length - 3)
+    words = ""
+    while len(lm.tokenizer(f"The{words} Paris is")["input_ids"]) < lm.context_length - 6:
+        words += " a"
     fact = Fact("Paris", f"The{words} {{}} is", "x")
     ids = lm.tokenizer(fact.prompt)["input_ids"]
-    room = lm.context_length - len(ids)
-    assert 0 < room < 20, "the continuations would not fit"
-    found = look(lm, Probe(fact, "y", (), ()))
-    assert all(len(lm.tokenizer(text)["input_ids"]) <= room for text in found.continuations)
+    assert 0 < lm.context_length - len(ids) < LENGTH, "whole continuations would not fit"
+    assert len(look(lm, Probe(fact, "y", (), ())).continuations) == SAMPLES
     with pytest.raises(
         ValueError, match=r"comparison: a text of \d+ tokens is more than tiny-gpt2 reads, 64; shorten it\."
     ):

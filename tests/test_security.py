@@ -317,16 +317,14 @@ def lab(tmp_path: Path) -> Iterator[tuple[dict, psutil.Process]]:
     command = [*shlex.split(command), "--no-browser", f"--port={port}", *as_root]
     server = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(1200):
-            found = list(tmp_path.glob("JUPYTER_RUNTIME_DIR/jpserver-*.json"))
-            if found:
-                break
-            assert server.poll() is None, "JupyterLab ended"
+        until = time.monotonic() + 600
+        while not (found := list(tmp_path.glob("JUPYTER_RUNTIME_DIR/jpserver-*.json"))):
+            assert server.poll() is None and time.monotonic() < until, "JupyterLab did not start"
             time.sleep(0.1)
         yield json.loads(found[0].read_text()), psutil.Process(server.pid)
     finally:
-        server.terminate()
-        server.wait(30)
+        server.kill()
+        server.wait()
 
 
 def test_make_lab_listens_on_this_machine_only_and_asks_for_the_token(lab) -> None:
