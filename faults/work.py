@@ -7,6 +7,7 @@ Task(kind, model, ...)           the same in a process of its own, which can be 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import hashlib
 import json
@@ -166,6 +167,7 @@ def do(task: Task, begun: Connection) -> None:
     time.time = lambda: real() + task.ahead
     lm = load(task.model)
     if task.user is not None:
+        codecs.lookup("utf-8-sig")  # what this user may perhaps not read of the interpreter
         os.setgid(task.user)
         os.setuid(task.user)
     begun.send(True)

@@ -1,4 +1,4 @@
-"""Results on disk, keyed by everything that determines them: `Store`, `Record`, `write_atomically`, `explained`, `user_cache`.
+"""Results on disk, keyed by all that determines them: `Store`, `Record`, `write_atomically`, `explained`, `user_cache`.
 
 A result is one safetensors file, `folder/<what>/<sha256 of the inputs>.safetensors`. Its header carries the inputs
 themselves and a digest of the whole record; a file that fails either check is reported and treated as absent.

@@ -5,14 +5,13 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from faults import damage, kills, long_use
 from faults.outcome import Outcome, Setting
-from faults.work import WORK, load, prepare, results
+from faults.work import WORK, load, prepare
 from rome_lab.store import Store
 
 
@@ -40,27 +39,24 @@ def test_long_use_leaves_the_weights_as_they_were(setting) -> None:
     assert not [wrong for wrong in outcome.wrong if "weights" in wrong]
 
 
-def test_a_wrong_result_a_lost_one_and_an_error_without_a_sentence_are_reported(setting, monkeypatch) -> None:
-    def wrong(lm, model, folder):
-        Store(folder).save({"what": "trace", "number": len(list(results(folder)))}, {}, {})
-        if len(list(results(folder))) > 3:
-            raise KeyError("no sentence")
-        return len(list(results(folder)))
+def test_a_wrong_result_and_an_error_without_a_sentence_are_reported(setting, monkeypatch) -> None:
+    said = iter([1, 2, KeyError("odd"), ValueError("the file was damaged; make it anew.")])
 
-    monkeypatch.setitem(WORK, "trace", wrong)
-    monkeypatch.setattr(Setting, "undisturbed", lambda self, kind: (made(self), 1, 0.1))
-    outcome = damage.damage_store(replace(setting, rounds=30), None, "trace")
-    assert any("the results differ" in wrong for wrong in outcome.wrong)
-    assert any("NO SENTENCE" in wrong and "KeyError" in wrong for wrong in outcome.wrong)
-    assert str(outcome).startswith("WRONG")
+    def work(lm, model, folder):
+        answer = next(said)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
-
-def made(setting: Setting) -> Path:
-    """A folder with one to three results."""
     folder = setting.fresh("trace")
-    for number in range(setting.chance.randint(1, 3)):
-        Store(folder).save({"what": "trace", "number": number}, {}, {})
-    return folder
+    Store(folder).save({"what": "trace"}, {}, {})
+    monkeypatch.setitem(WORK, "trace", work)
+    monkeypatch.setattr(Setting, "undisturbed", lambda self, kind: (folder, 1, 0.1))
+    outcome = damage.damage_store(replace(setting, rounds=4 * damage.SLOW), None, "trace")
+    wrong = [line.split(": ", 1)[1] for line in outcome.wrong]
+    assert wrong[0] == "the results differ from those of whole files" and wrong[1].startswith("NO SENTENCE: Traceback")
+    assert wrong[2:] == ["the file was damaged; make it anew."], "with damaged caches the work is to succeed"
+    assert str(outcome).startswith("WRONG") and outcome.tried == 4
 
 
 def test_growth_of_memory_is_reported_and_noise_is_not() -> None:
