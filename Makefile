@@ -29,7 +29,7 @@ PARAMETERS_search := $(COMMON) -p known_only $(KNOWN_ONLY) -p n_search $(N_SEARC
 SOURCES := $(wildcard rome_lab/*.py rome_lab/data/*.csv)
 NUMBERS := 1 2 3 7
 
-.PHONY: help setup figures anatomy evaluate search bench lab test lint accept clean
+.PHONY: help setup figures anatomy evaluate search bench faults lab test lint accept clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -81,6 +81,9 @@ always:
 
 bench: .venv/ready ## measure edits: speed, covariance, file size, exactness
 	$(BIN)/python -m benchmarks.edit
+
+faults: .venv/ready ## kill, fill, damage and wear out what can be, and see what comes of it (half an hour)
+	$(BIN)/python -m faults
 
 # Kernels start at the top, as they do in batch, so that both share results/ and figures/.
 lab: .venv/ready ## open JupyterLab on the notebooks

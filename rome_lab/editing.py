@@ -206,7 +206,7 @@ def factor_of(lm: LanguageModel, layer: int, C: Tensor | None, progress: bool) -
         with edits_in_force(lm, []):
             measured = covariances(lm, [layer], progress=progress)[layer]
         return factorise(measured.C, measured.tokens)
-    width = weight(lm, layer).shape[1]
+    C, width = torch.as_tensor(C), weight(lm, layer).shape[1]
     if tuple(C.shape) != (width, width):
         raise ValueError(
             f"rome: C has shape {tuple(C.shape)}, but the keys of layer {layer} of {lm.name} have {width} components; "

@@ -113,7 +113,7 @@ class Edit:
         """Put the edit in force, beside those that are.
 
         Raises:
-            ValueError: it is in force already, it is for another model, or the edited weights would overflow.
+            ValueError: it is in force already, it is for another model or does not fit, or the weights would overflow.
         """
         if self.is_applied(lm):
             raise ValueError(f"apply: the {self} is in force already; undo it first to apply it anew.")
@@ -122,6 +122,8 @@ class Edit:
                 f"apply: the {self} is for another model than the {lm.name} that is loaded (in {lm.dtype}); "
                 "load the model that it was made on, in the same dtype, or make the edit anew."
             )
+        if self.layer >= lm.n_layers or weight(lm, self.layer).shape != (len(self.Lambda), len(self.u)):
+            raise ValueError(f"apply: the {self} does not fit the matrices of {lm.name}; make the edit anew.")
         put_in_force(lm, [*lm.edits, self])
 
     def undo(self, lm: LanguageModel) -> None:
@@ -164,7 +166,8 @@ def load_edit(path: str | Path) -> Edit:
             **vectors,
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"load_edit: {path} does not hold a possible edit: {error}; save the edit anew.") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"load_edit: {path} does not hold a possible edit: {reason}; save the edit anew.") from error
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from dataclasses import dataclass
 from operator import attrgetter
@@ -17,13 +18,14 @@ from typing import TYPE_CHECKING
 
 import torch
 import transformers
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from rome_lab import embedded
-from rome_lab.store import check_writable
+from rome_lab.store import check_writable, explained
 
 if TYPE_CHECKING:
     from rome_lab.edits import Edit
@@ -195,11 +197,17 @@ class LanguageModel:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise FileExistsError(f"save_pretrained: {folder} is not empty; name a new folder.")
         check_writable(folder.parent)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
+        with explained(folder.parent), tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
             whole = Path(scratch) / "model"
             self.model.save_pretrained(whole)
             self.tokenizer.save_pretrained(whole)
             whole.rename(folder)
+
+    def check_length(self, length: int, doing: str) -> None:
+        """Raise a ValueError where a text of so many tokens is more than the model can read."""
+        if length > self.context_length:
+            most = self.context_length
+            raise ValueError(f"{doing}: a text of {length} tokens is more than {self.name} reads, {most}; shorten it.")
 
     def check_finite(self, logits: torch.Tensor, doing: str) -> None:
         """Raise a ValueError that names the broken weight where `logits` hold NaN or infinity."""
@@ -268,16 +276,17 @@ def load_model(
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError("load_model: dtype must name a floating-point torch dtype, such as 'float32' or 'bfloat16'.")
-    folder = str(embedded.folder()) if name == embedded.NAME else name
-    options = {"trust_remote_code": remote_code}
+    folder = str(embedded.folder()) if name == embedded.NAME else str(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        weights = {"dtype": dtype, "use_safetensors": None if unsafe_weights else True}
-        model = AutoModelForCausalLM.from_pretrained(folder, **weights, **options)
+        if not os.path.isdir(folder) and not constants.ENDPOINT.startswith("https://"):
+            raise ValueError(f"the hub's address, {constants.ENDPOINT} (HF_ENDPOINT), is not HTTPS; correct it.")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
+        options = {"dtype": dtype, "use_safetensors": None if unsafe_weights else True}
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote_code, **options)
         model = model.to(best_device() if device == "auto" else torch.device(device))
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ValueError(explain_failure(name, error, unsafe_weights)) from error
-    is_folder = Path(name).is_dir()
+    is_folder = os.path.isdir(name)
     lm = LanguageModel(model, tokenizer, name=Path(name).name if is_folder else name)
     where = str(Path(name).resolve()) if is_folder else name
     lm.origin = {"name": where, "dtype": dtype, "unsafe_weights": unsafe_weights, "remote_code": remote_code}
@@ -287,7 +296,7 @@ def load_model(
 def explain_failure(name: str, error: Exception, unsafe_weights: bool) -> str:
     """One sentence on why `name` could not be loaded and what to do."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         advice = "check that the folder holds config.json, a tokenizer and *.safetensors weights"
     else:
         advice = (

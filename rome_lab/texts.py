@@ -230,6 +230,7 @@ def continue_randomly(
     Args:
         draws: (B, T) uniform numbers in [0, 1); number t decides token t of a text of at most T tokens.
     """
+    lm.check_length(draws.shape[1], "continue_randomly")
     stops = stop_tokens(lm)
     texts = [prompt[:] for prompt in prompts]
     going = [True] * len(texts)

@@ -63,11 +63,11 @@ class EditSettings:
             raise ValueError(f"EditSettings: key is {self.key!r}; expected one of {', '.join(map(repr, KEYS))}.")
         check_whole("EditSettings", seed=(self.seed, 0), steps=(self.steps, 1))
         check_whole("EditSettings", **{f"prefix_lengths[{i}]": (x, 1) for i, x in enumerate(self.prefix_lengths)})
-        if isinstance(self.prefixes, str):
-            raise ValueError(f"EditSettings: prefixes is the text {self.prefixes!r}; expected a list of texts.")
+        if isinstance(self.prefixes, str) or not all(isinstance(prefix, str) for prefix in self.prefixes or ()):
+            raise ValueError(f"EditSettings: prefixes is {self.prefixes!r}; expected a list of texts.")
         for name in ("learning_rate", "kl", "weight_decay", "clamp", "enough"):
             value, positive = getattr(self, name), name in ("learning_rate", "clamp")
-            if not 0 <= value < float("inf") or (positive and value == 0):
+            if not (isinstance(value, int | float) and 0 <= value < float("inf")) or (positive and value == 0):
                 expected = "above 0" if positive else "of at least 0"
                 raise ValueError(f"EditSettings: {name} is {value!r}; expected a finite number {expected}.")
         object.__setattr__(self, "prefix_lengths", tuple(self.prefix_lengths))
