@@ -1,6 +1,11 @@
-"""The slow way, written independently of rome_lab.blocks: one full forward of the model for every cell."""
+"""The slow way, written independently of rome_lab.blocks: one full forward of the model for every cell.
+
+The benchmarks time it, too, so it hooks no more modules than it has to.
+"""
 
 from __future__ import annotations
+
+from collections import defaultdict
 
 import numpy as np
 import torch
@@ -26,33 +31,38 @@ class FullForward:
         }
 
     @torch.no_grad()
-    def run(self, corrupt, hold=()):
-        """Probabilities (rows, V) and all outputs; `hold` lists (kind, layer, token, value)."""
-        rows = len(self.noise) if corrupt else 1
+    def run(self, noise=None, hold=(), keep=False):
+        """Probabilities (rows, V) and, with `keep`, all outputs; a clean row without `noise`.
+
+        `hold` lists (kind, layer, rows, token, value).
+        """
+        rows = 1 if noise is None else len(noise)
         ids = self.ids.expand(rows, -1)
-        outputs, handles = {}, []
+        outputs, held, handles = {}, defaultdict(list), []
+        for kind, layer, *change in hold:
+            held[kind, layer].append(change)
 
         def noisy(module, args, output):
             output = output.clone()
-            output[:, self.range[0] : self.range[1]] += self.noise.to(output)
+            output[:, self.range[0] : self.range[1]] += noise.to(output)
             return output
 
         def watch(kind, layer):
             def hook(module, args, output):
                 tensor = first(output).reshape(rows, ids.shape[1], -1).clone()
-                for k, at, token, value in hold:
-                    if (k, at) == (kind, layer):
-                        tensor[:, token] = value
+                for which, token, value in held[kind, layer]:
+                    tensor[which, token] = value
                 outputs[kind, layer] = tensor
                 return changed(output, tensor.reshape(first(output).shape))
 
             return hook
 
-        if corrupt:
+        if noise is not None:
             handles.append(self.lm.embedding.register_forward_hook(noisy))
         for kind, modules in self.modules.items():
             for layer, module in enumerate(modules):
-                handles.append(module.register_forward_hook(watch(kind, layer)))
+                if keep or (kind, layer) in held:
+                    handles.append(module.register_forward_hook(watch(kind, layer)))
         try:
             logits = self.lm.model(ids, use_cache=False).logits[:, -1]
         finally:
@@ -60,25 +70,26 @@ class FullForward:
                 handle.remove()
         return logits.double().softmax(-1), outputs
 
-    def trace(self, kind, severed=None, window=10, answer=None):
-        """(p_clean, p_corrupted, p_restored (T, L)) by one forward a cell."""
-        p_clean, clean = self.run(corrupt=False)
-        p_corrupted, corrupted = self.run(corrupt=True)
+    def restored(self, kind, layer, window=10):
+        """Layers of which the cell at `layer` restores outputs."""
+        if kind == "state":
+            return [layer]
+        return range(max(0, layer - (window - 1) // 2), min(self.lm.n_layers, layer + window // 2 + 1))
+
+    def trace(self, kind, severed=None, window=10, answer=None, tokens=None):
+        """(p_clean, p_corrupted, p_restored (T, L)) by one forward a cell; NaN at other tokens than `tokens`."""
+        p_clean, clean = self.run(keep=True)
+        p_corrupted, corrupted = self.run(self.noise, keep=True)
         answer = int(p_clean[0].argmax()) if answer is None else answer
         n_layers, n_tokens = self.lm.n_layers, self.ids.shape[-1]
-        table = np.empty((n_tokens, n_layers))
-        for token in range(n_tokens):
+        table = np.full((n_tokens, n_layers), np.nan)
+        every = slice(None)
+        for token in range(n_tokens) if tokens is None else tokens:
             for layer in range(n_layers):
-                if kind == "state":
-                    hold = [("state", layer, token, clean["state", layer][0, token])]
-                    if severed:
-                        hold += [
-                            (severed, x, token, corrupted[severed, x][:, token]) for x in range(layer + 1, n_layers)
-                        ]
-                else:
-                    lo, hi = layer - (window - 1) // 2, layer + window // 2
-                    hold = [
-                        (kind, x, token, clean[kind, x][0, token]) for x in range(max(0, lo), min(n_layers, hi + 1))
+                hold = [(kind, x, every, token, clean[kind, x][0, token]) for x in self.restored(kind, layer, window)]
+                if severed:
+                    hold += [
+                        (severed, x, every, token, corrupted[severed, x][:, token]) for x in range(layer + 1, n_layers)
                     ]
-                table[token, layer] = float(self.run(corrupt=True, hold=hold)[0][:, answer].mean())
+                table[token, layer] = float(self.run(self.noise, hold)[0][:, answer].mean())
         return float(p_clean[0, answer]), float(p_corrupted[:, answer].mean()), table
