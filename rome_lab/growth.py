@@ -5,8 +5,8 @@
     growth_with_workers(name, facts, numbers) with processes side by side, each with a model of its own
 
 All return a tidy DataFrame: `along` (what grows), `at` (how much of it), the shape of the trace, `gflop` counted by
-`rome_lab.cost`, and `seconds` and `mb` measured. `growth` also has medians of `forwards`, the time in units of one plain
-forward of the 1 + S texts, and `expected_mb`, counted.
+`rome_lab.cost`, and `seconds` and `mb` measured. `growth` gives the median, `least` and `greatest` of several, the median of
+`forwards`, the time in units of one plain forward of the 1 + S texts, and `expected_mb`, counted.
 """
 
 from __future__ import annotations
@@ -95,6 +95,8 @@ def trace_row(lm: LanguageModel, shape: Shape, kind: str, repetitions: int) -> R
         "samples": shape.samples,
         "gflop": (record_flops(size, shape) + sweep_flops(size, shape, kind)) / 1e9,
         "seconds": statistics.median(spent for spent, _ in times),
+        "least": min(spent for spent, _ in times),
+        "greatest": max(spent for spent, _ in times),
         "forwards": statistics.median(spent / one for spent, one in times),
         "mb": peak_bytes(trace, lm.device) / 1e6,
         "expected_mb": sweep_bytes(size, shape, kind, lm.dtype.itemsize) / 1e6,

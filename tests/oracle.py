@@ -1,14 +1,21 @@
-"""The slow way, written independently of rome_lab.blocks: one full forward of the model for every cell.
+"""The slow ways, written independently: one full forward of the model for every cell, one prompt at a time.
 
-The benchmarks time it, too, so it hooks no more modules than it has to.
+The benchmarks time them, too, so they do no more than they have to.
 """
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import torch
+
+from rome_lab.completion import Outcome
+from rome_lab.facts import Fact
+from rome_lab.known import shuffled
+from rome_lab.models import LanguageModel
 
 
 def first(output):
@@ -93,3 +100,37 @@ class FullForward:
                     ]
                 table[token, layer] = float(self.run(self.noise, hold)[0][:, answer].mean())
         return float(p_clean[0, answer]), float(p_corrupted[:, answer].mean()), table
+
+
+def judge_by_search(text: str, begin: int, answer: str) -> tuple[Outcome, int | None]:
+    """The verdict on a whole text, by regular expressions."""
+    named = re.compile(rf"(?<![^\W_]){re.escape(answer)}(?![^\W_])").search(text, begin)
+    capitals = [x.start() for x in re.finditer(r"(?<![^\W_])[^\W\d_]", text) if x.group().isupper()]
+    first = min((place for place in capitals if place >= begin), default=len(text))
+    if named and named.start() <= first:
+        return Outcome.KNOWN, named.start()
+    return (Outcome.OTHER_WORD, first) if first < len(text) else (Outcome.NOT_NAMED, None)
+
+
+def plain_known_fact(lm: LanguageModel, fact: Fact, seed: int, limit: int) -> Fact | None:
+    """One prompt at a time with transformers' own generation, searched with regular expressions."""
+    for template in shuffled(fact, seed):
+        asked = replace(fact, template=template)
+        ids = lm.tokenizer(asked.prompt, return_tensors="pt")["input_ids"].to(lm.device)
+        whole = lm.model.generate(ids, attention_mask=ids == ids, max_new_tokens=limit, do_sample=False, pad_token_id=1)
+        new = whole[0, ids.shape[1] :].tolist()
+        ended = new[-1] in lm.tokenizer.all_special_ids
+        said = lm.tokenizer.decode(new[:-1] if ended else new)
+        if not ended:  # the last word may go on
+            said = re.sub(r"[^\W_]+\Z", "", said.rstrip("\ufffd"))
+        outcome, place = judge_by_search(asked.prompt + said, len(asked.prompt), fact.object)
+        if outcome is not Outcome.KNOWN:
+            continue
+        more = (asked.prompt + said)[len(asked.prompt) : place]
+        kept = replace(asked, template=(template + more).rstrip())
+        ids = lm.tokenizer(kept.prompt, return_tensors="pt")["input_ids"].to(lm.device)
+        with torch.no_grad():
+            token = int(lm.model(ids).logits[0, -1].argmax())
+        if token == lm.tokenizer(" " + fact.object, add_special_tokens=False)["input_ids"][0]:
+            return kept
+    return None
