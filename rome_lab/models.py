@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.pytorch_utils import Conv1D
 
 from rome_lab import embedded
+from rome_lab.products import choose_products, precisions
 from rome_lab.store import check_writable, explained
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ class LanguageModel:
             "weights": self.fingerprint,
             "tokenizer": hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
             "dtype": str(self.dtype),
-            "matmul": [torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision],
+            "matmul": list(precisions()),
             "versions": [torch.__version__, transformers.__version__],
         }
 
@@ -257,6 +258,7 @@ def load_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "float32",
     *,
+    products: str | None = None,
     unsafe_weights: bool = False,
     remote_code: bool = False,
 ) -> LanguageModel:
@@ -266,16 +268,20 @@ def load_model(
         name: "smollm2-135m" (embedded), a hub id such as "gpt2-xl", or a local folder.
         device: "auto" (CUDA, then MPS, then CPU) or a torch device.
         dtype: "float32", "bfloat16", "float16" or a torch dtype.
+        products: "default" or "fast", how float32 matrix products are computed from now on, in the whole process; see
+            `choose_products`. Left as it is by default.
         unsafe_weights: allow weights that are not safetensors; these are pickles, which can run code when read.
         remote_code: allow the repository's own Python code to run.
 
     Raises:
-        ValueError: the name, device or dtype is unknown, or the family is not supported.
+        ValueError: the name, device, dtype or choice of products is unknown, or the family is not supported.
         FileNotFoundError: the embedded model's package is not installed.
     """
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError("load_model: dtype must name a floating-point torch dtype, such as 'float32' or 'bfloat16'.")
+    if products is not None:
+        choose_products(products)
     folder = str(embedded.folder()) if name == embedded.NAME else str(name)
     try:
         if not os.path.isdir(folder) and not constants.ENDPOINT.startswith("https://"):
@@ -289,7 +295,8 @@ def load_model(
     is_folder = os.path.isdir(name)
     lm = LanguageModel(model, tokenizer, name=Path(name).name if is_folder else name)
     where = str(Path(name).resolve()) if is_folder else name
-    lm.origin = {"name": where, "dtype": dtype, "unsafe_weights": unsafe_weights, "remote_code": remote_code}
+    trusted = {"unsafe_weights": unsafe_weights, "remote_code": remote_code}
+    lm.origin = {"name": where, "dtype": dtype, "products": products} | trusted
     return lm
 
 
