@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rome_lab.memory import Batching, text_bytes
 from rome_lab.models import LanguageModel
 from rome_lab.store import Json, Record, Store, user_cache
 from rome_lab.texts import SampledText, Source, check_whole, identity
@@ -135,7 +136,7 @@ def extend(
     first, seen, save_at = start.passages, start.tokens, time.monotonic() + SAVE_EVERY_S
     with tqdm(total=tokens, initial=seen, desc="tokens seen for C", unit_scale=True, disable=not progress) as bar:
         for batch in batches(source.passages(lm, store, first), tokens - seen):
-            add_batch(lm, sums, batch, first)
+            add_passages(lm, sums, batch, first)
             first += len(batch)
             bar.update(sum(map(len, batch)))
             if (began := time.monotonic()) >= save_at:
@@ -195,6 +196,16 @@ def batches(passages: Iterator[list[int]], tokens: int) -> Iterator[list[list[in
             batch = []
     if batch:
         yield batch
+
+
+def add_passages(lm: LanguageModel, sums: dict[int, Sum], batch: list[list[int]], first: int) -> None:
+    """Add the keys of the passages from number `first` on, in smaller batches where they do not fit together."""
+    together = Batching(lm, "covariance", text_bytes(lm, max(map(len, batch))))
+
+    def add(part: range) -> None:
+        add_batch(lm, sums, batch[part.start : part.stop], first + part.start)
+
+    list(together.over(range(len(batch)), add))
 
 
 def add_batch(lm: LanguageModel, sums: dict[int, Sum], batch: list[list[int]], first: int) -> None:

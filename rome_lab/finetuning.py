@@ -150,11 +150,10 @@ class Batch:
     def log_p(self, lm: LanguageModel, layer: int, delta: Tensor) -> Tensor:
         """(N,) log probabilities of the target tokens, with delta k added to what W says of each key k."""
         (hidden,) = self.recording.states
-        hidden = hidden[None]  # (1, B, T, D)
-        with side_by_side(lm, [Change(layer, delta)], [0] * hidden.shape[1]):
+        with side_by_side(lm, [Change(layer, delta)], [0] * len(hidden)):
             for above in range(layer, lm.n_layers):
                 hidden = run_block(lm, above, hidden, self.recording)
-        log_p = at_least_float32(lm.logits(hidden[0, self.rows, self.places])).log_softmax(-1)
+        log_p = at_least_float32(lm.logits(hidden[self.rows, self.places])).log_softmax(-1)
         return log_p.gather(1, self.target_ids[:, None])[:, 0]
 
 

@@ -54,6 +54,7 @@ class LanguageModel:
         self.job: Thread | None = None  # what a panel does with the model beside the kernel's own thread
         self.edits: list[Edit] = []
         self.unedited: dict[int, torch.Tensor] = {}  # by layer: W as it was before the edits in force
+        self.room = float("inf")  # bytes that a batch may take, as rome_lab.memory has learnt since memory ran out
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         attention = getattr(model.config, "_attn_implementation", "eager")
         if attention not in ("sdpa", "eager"):

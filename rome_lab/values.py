@@ -105,12 +105,12 @@ class Suffixes:
 
     def run(self, lm: LanguageModel, layer: int, delta: Tensor) -> Tensor:
         """(B, N, D): the last block's outputs at the suffixes, with `delta` added to what W says at their first tokens."""
-        hidden = self.recording.states[layer][None, :, self.begin :]
+        hidden = self.recording.states[layer][:, self.begin :]
         with output_changed(lm.memory(layer), lambda said: self.change(said, delta)):
             hidden = run_block(lm, layer, hidden, self.recording)
         for above in range(layer + 1, lm.n_layers):
             hidden = run_block(lm, above, hidden, self.recording)
-        return hidden[0]
+        return hidden
 
     def change(self, said: Tensor, delta: Tensor) -> Tensor:
         """What W says, with `delta` added at the first token of every suffix."""
