@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from rome_lab.models import LanguageModel
+from rome_lab.weights import is_offloaded
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 
@@ -100,6 +102,21 @@ def run_block(
         for name, value in recording.arguments[layer].items()
     }
     return tensor_of(lm.blocks[layer](hidden, **arguments))
+
+
+def run_blocks(lm: LanguageModel, layers: range, hidden: torch.Tensor, recording: Recording) -> torch.Tensor:
+    """Run several blocks, one after the other, as `run_block` does each.
+
+    For a gradient, a block whose weights are offloaded is run once more when the gradient comes back to it: otherwise
+    all their weights would stay in memory until then. No hook of the caller's may be on such a block.
+    """
+    for layer in layers:
+        if hidden.requires_grad and is_offloaded(lm.blocks[layer]):
+            again = {"use_reentrant": False, "preserve_rng_state": False}
+            hidden = checkpoint(run_block, lm, layer, hidden, recording, **again)
+        else:
+            hidden = run_block(lm, layer, hidden, recording)
+    return hidden
 
 
 def joined(parts: Sequence[Recording]) -> Recording:

@@ -18,6 +18,7 @@ from rome_lab.models import LanguageModel
 from rome_lab.store import Json, Record, Store, user_cache
 from rome_lab.texts import SampledText, Source, check_whole, identity
 from rome_lab.update import ENOUGH, precise
+from rome_lab.weights import device_of
 
 BATCH_TOKENS = 4096  # places in one forward
 SAVE_EVERY_S = 60  # what a killed process loses at most, or ten times what saving takes where that is longer
@@ -57,7 +58,7 @@ class Sum:
 
     def add(self, keys: Tensor, real: Tensor, first: int) -> None:
         """Add the keys (B, T, H) of the passages from number `first` on, where `real` (B, T); each passage only once."""
-        new = real[max(0, self.passages - first) :]
+        new = real[max(0, self.passages - first) :].to(keys.device)
         chosen = precise(keys[len(real) - len(new) :][new])  # (N, H)
         self.total += chosen.T @ chosen
         self.passages += len(new)
@@ -161,7 +162,7 @@ def key_size(lm: LanguageModel, layer: int) -> int:
 def furthest(lm: LanguageModel, layer: int, store: Store, key: dict[str, Json], tokens: int) -> Sum:
     """The sum that has come furthest on the way to `tokens` tokens; an empty one where there is none."""
     size = key_size(lm, layer)
-    empty = precise(torch.zeros(size, size, device=lm.device))
+    empty = precise(torch.zeros(size, size, device=device_of(lm.memory(layer))))
     record = store.load({**key, "tokens": None})
     if record is None or record.meta["tokens"] >= tokens:
         return Sum(empty)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rome_lab.blocks import Recording, at_least_float32, record, run_block
+from rome_lab.blocks import Recording, at_least_float32, record, run_block, run_blocks
 from rome_lab.changes import Change, side_by_side
 from rome_lab.edits import weight
 from rome_lab.facts import Fact
@@ -151,9 +151,9 @@ class Batch:
         """(N,) log probabilities of the target tokens, with delta k added to what W says of each key k."""
         (hidden,) = self.recording.states
         with side_by_side(lm, [Change(layer, delta)], [0] * len(hidden)):
-            for above in range(layer, lm.n_layers):
-                hidden = run_block(lm, above, hidden, self.recording)
-        log_p = at_least_float32(lm.logits(hidden[self.rows, self.places])).log_softmax(-1)
+            hidden = run_block(lm, layer, hidden, self.recording)  # (B, T, D)
+        hidden = run_blocks(lm, range(layer + 1, lm.n_layers), hidden, self.recording)
+        log_p = at_least_float32(lm.logits(hidden.to(lm.device)[self.rows, self.places])).log_softmax(-1)
         return log_p.gather(1, self.target_ids[:, None])[:, 0]
 
 
