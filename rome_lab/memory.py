@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from rome_lab.models import LanguageModel
+from rome_lab.weights import device_of
 
 SHARE = 0.3  # of the free memory that one batch may take; the rest is for what the batch is made from
 # What allocators say besides raising torch.OutOfMemoryError: MPS and the CUDA driver, the CPU's, cuBLAS.
@@ -61,7 +62,7 @@ class Batching:
         doing: what they are read for, to begin a message with.
         bytes_each: what one of them takes, see `text_bytes`.
         most: how many at most; as many as fit by default.
-        fitting: how many fit in a share of the memory that is free now.
+        fitting: how many fit in a share of the memory that is free now, on the fullest of the model's devices.
     """
 
     lm: LanguageModel
@@ -71,7 +72,8 @@ class Batching:
     fitting: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.fitting = int(SHARE * free_bytes(self.lm.device) / self.bytes_each)
+        devices = {device_of(self.lm.memory(layer)) for layer in range(self.lm.n_layers)}
+        self.fitting = int(SHARE * min(map(free_bytes, devices)) / self.bytes_each)
 
     @property
     def size(self) -> int:
@@ -107,18 +109,17 @@ class Batching:
     def shrink(self, size: int, reason: str) -> None:
         """Halve what goes together, after `size` items were too much; said once for each model."""
         release()
-        device = self.lm.device
         if size == 1:
             raise MemoryError(
-                f"{self.doing}: the memory of {device} does not suffice for a single text with {self.lm.name} ({reason}); "
+                f"{self.doing}: the memory does not suffice for a single text with {self.lm.name} ({reason}); "
                 'shorten the text, load the model with dtype="bfloat16", or spread it with device_map="auto".'
             )
         first = self.lm.room == float("inf")
         self.lm.room = size // 2 * self.bytes_each
         logger.log(
             logging.WARNING if first else logging.DEBUG,
-            "%s: the memory of %s ran out with %d texts together; going on with %d, and with fewer where that is too "
-            "much, from here on with %s", self.doing, device, size, size // 2, self.lm.name,
+            "%s: memory ran out with %d texts together; going on with %d, and with fewer where that is too much, from "
+            "here on with %s", self.doing, size, size // 2, self.lm.name,
         )  # fmt: skip
 
 
