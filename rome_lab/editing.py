@@ -142,7 +142,7 @@ def rome_many(
         facts=tuple(fact for fact, _ in requests),
         targets=tuple(target for _, target in requests),
         layer=layer,
-        module=next(name for name, module in lm.model.named_modules() if module is lm.memory(layer)),
+        module=lm.memory_name(layer),
         **vectors,
         settings=settings,
         history=pd.concat([x.history.assign(fact=i) for i, x in enumerate(values)], ignore_index=True),

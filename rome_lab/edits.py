@@ -24,6 +24,7 @@ from rome_lab.edit_files import VECTORS, read_edit, write_edit
 from rome_lab.facts import Fact
 from rome_lab.models import LanguageModel, architecture
 from rome_lab.values import EditSettings
+from rome_lab.weights import every_weight, read_weight, write_weight
 
 PLAIN = ("targets", "layer", "module", "converged", "constraint_error", "model", "fingerprint")  # JSON as they are
 
@@ -205,11 +206,11 @@ def put_in_force(lm: LanguageModel, edits: Sequence[Edit]) -> None:
     lm.unedited = {**lm.unedited, **originals}
     try:
         for layer in layers:
-            stored(lm, layer).copy_(new[layer])
+            write_weight(lm.memory(layer), new[layer])
         lm.edits[:] = edits
     except BaseException:  # also Ctrl-C
         for layer in layers:
-            stored(lm, layer).copy_(old[layer])
+            write_weight(lm.memory(layer), old[layer])
         lm.edits[:] = before
         raise
     finally:
@@ -222,8 +223,8 @@ def at(layer: int, edits: Sequence[Edit]) -> list[Edit]:
 
 
 def stored(lm: LanguageModel, layer: int) -> Tensor:
-    """W of `layer` as the model stores it."""
-    return lm.memory(layer).weight.detach()
+    """W of `layer` as the model stores it, to read."""
+    return read_weight(lm.memory(layer))
 
 
 def weight(lm: LanguageModel, layer: int) -> Float[Tensor, "D H"]:
@@ -245,9 +246,9 @@ def fingerprint_without_edits(lm: LanguageModel) -> str:
     The checksum is of the sums of the bits in every 512 bytes, eight at a time, which a large model yields in seconds.
     """
     digest = hashlib.sha256(json.dumps(architecture(lm.model), sort_keys=True, default=str).encode())
-    unedited = {stored(lm, layer).data_ptr(): original for layer, original in lm.unedited.items()}
-    for name, tensor in sorted(lm.model.state_dict().items()):
-        tensor = unedited.get(tensor.data_ptr(), tensor)
+    unedited = {f"{lm.memory_name(layer)}.weight": original for layer, original in lm.unedited.items()}
+    for name, tensor in every_weight(lm.model):
+        tensor = unedited.get(name, tensor)
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         whole = len(raw) // 512 * 512
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
