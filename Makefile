@@ -26,11 +26,12 @@ PARAMETERS_figures := $(COMMON) -p n_facts $(N_FACTS)
 PARAMETERS_evaluation := $(COMMON) -p known_only $(KNOWN_ONLY) -p n_search $(N_SEARCH) -p n_cases $(N_CASES)
 PARAMETERS_many_edits := $(COMMON) -p known_only $(KNOWN_ONLY) -p n_search $(N_SEARCH) -p sizes "[$(EDITS)]" -p least $(N_CASES_EACH) -p chains $(CHAINS)
 PARAMETERS_edit_anatomy := -p model $(MODEL) -p seed $(SEED) -p figures $(FIGURES)
+PARAMETERS_cost := -p model $(MODEL) -p seed $(SEED) -p figures $(FIGURES)
 PARAMETERS_search := $(COMMON) -p known_only $(KNOWN_ONLY) -p n_search $(N_SEARCH) -p configurations $(CONFIGURATIONS)
 SOURCES := $(wildcard rome_lab/*.py rome_lab/data/*.csv)
 NUMBERS := 1 2 3 7
 
-.PHONY: help setup figures anatomy evaluate search bench lab test lint accept clean
+.PHONY: help setup figures anatomy evaluate search cost bench faults lab test lint accept clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -68,7 +69,9 @@ anatomy: $(FIGURES)/edit_anatomy.pdf ## take one edit to pieces, and try it in e
 
 search: $(FIGURES)/search.pdf ## search for the settings of the methods (hours)
 
-$(FIGURES)/edit_anatomy.pdf $(FIGURES)/evaluation.pdf $(FIGURES)/many_edits.pdf $(FIGURES)/search.pdf: \
+cost: $(FIGURES)/cost.pdf ## measure how time and memory of tracing grow, and extrapolate to large models
+
+$(FIGURES)/edit_anatomy.pdf $(FIGURES)/evaluation.pdf $(FIGURES)/many_edits.pdf $(FIGURES)/search.pdf $(FIGURES)/cost.pdf: \
 $(FIGURES)/%.pdf: notebooks/%.ipynb $(SOURCES) runs/%.parameters | .venv/ready
 	$(RUN) $< $(PARAMETERS_$*)
 
@@ -80,8 +83,12 @@ runs/%.parameters: always
 .PHONY: always
 always:
 
-bench: .venv/ready ## measure edits: speed, covariance, file size, exactness
+bench: .venv/ready ## measure tracing and edits beside the plain ways: speed, memory, exactness (an hour)
+	$(BIN)/python -m benchmarks.tracing --page benchmarks/tracing.md
 	$(BIN)/python -m benchmarks.edit
+
+faults: .venv/ready ## kill, fill, damage and wear out what can be, and see what comes of it (half an hour)
+	$(BIN)/python -m faults
 
 # Kernels start at the top, as they do in batch, so that both share results/ and figures/.
 lab: .venv/ready ## open JupyterLab on the notebooks

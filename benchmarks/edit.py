@@ -11,23 +11,23 @@ Prints a table and writes it as CSV: a row a measure, with the median, the least
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
 
+from benchmarks.measure import Row, about, finish, row
 from benchmarks.plain import plain_loop
 from rome_lab import Fact, LanguageModel, load_facts, load_model, rome
 from rome_lab.covariance import covariances
 from rome_lab.editing import DEFAULTS, default_settings
 from rome_lab.edits import weight
 from rome_lab.keys import k_star, sample_prefixes
-from rome_lab.store import Store, write_atomically
+from rome_lab.measuring import seconds
+from rome_lab.store import Store
 from rome_lab.update import constraint_error
 from rome_lab.values import EditSettings, Objective, optimise_value
 
@@ -47,22 +47,6 @@ TARGETS = {  # embedded facts of five relations, and what they are to say instea
 }
 RELATIONS = ("landmark_city", "official_language", "maker_of_car", "sport_of_athlete", "instrument_of_musician")
 LAYERS = (3, 6, 9, 12)
-
-Row = dict[str, object]
-
-
-def row(part: str, measure: str, values: Iterable[float], unit: str) -> Row:
-    """One row of the table."""
-    values = list(values)
-    spread = {"median": statistics.median(values), "least": min(values), "greatest": max(values), "n": len(values)}
-    return {"part": part, "measure": measure, "unit": unit} | spread
-
-
-def seconds(work: Callable[[], object]) -> tuple[float, object]:
-    """How long `work` takes, and what it returns."""
-    begin = time.perf_counter()
-    done = work()
-    return time.perf_counter() - begin, done
 
 
 def value(lm: LanguageModel, layer: int, settings: EditSettings, repetitions: int) -> list[Row]:
@@ -163,8 +147,7 @@ def run(lm: LanguageModel, parts: Sequence[str], repetitions: int, steps: int | 
         rows += file(lm, layer, settings, C[layer])
     if "constraint" in parts:
         rows += constraint(lm, requests(), settings, {number: C[number] for number in LAYERS})
-    about = {"model": lm.name, "dtype": str(lm.dtype), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    return pd.DataFrame(rows).assign(**about)
+    return pd.DataFrame(rows).assign(**about(lm))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -176,8 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/edit.csv"), help="the table (%(default)s)")
     given = parser.parse_args(arguments)
     table = run(load_model(given.model), given.parts, given.repetitions, given.steps)
-    print(table.to_string(index=False, float_format="{:.3g}".format))
-    write_atomically(given.out, lambda path: table.to_csv(path, index=False, float_format="%.4g"))
+    finish(table, given.out)
 
 
 if __name__ == "__main__":

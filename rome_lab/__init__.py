@@ -14,6 +14,7 @@ from rome_lab.evaluation import evaluate
 from rome_lab.facts import Fact, load_facts
 from rome_lab.known import known_facts
 from rome_lab.models import LanguageModel, load_model
+from rome_lab.products import choose_products
 from rome_lab.texts import FolderText, SampledText, WikipediaText
 from rome_lab.trace import Trace
 from rome_lab.tracing import causal_trace
@@ -33,6 +34,7 @@ __all__ = [
     "WikipediaText",
     "audit",
     "causal_trace",
+    "choose_products",
     "claims",
     "covariance",
     "covariances",

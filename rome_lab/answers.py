@@ -24,8 +24,9 @@ def next_log_p(lm: LanguageModel, texts: Sequence[Sequence[int]], doing: str) ->
     """For each text (token ids) the log probabilities of the next token after each of its tokens.
 
     Raises:
-        ValueError: the model says what is not a number; `doing` names what it was asked for.
+        ValueError: a text is too long for the model, or it says what is not a number; `doing` names what it was asked for.
     """
+    lm.check_length(max(map(len, texts), default=0), doing)
     for begin in range(0, len(texts), BATCH):
         batch = texts[begin : begin + BATCH]
         # Padding right of a text cannot reach it in a causal model.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -122,12 +123,15 @@ def prepare(path: Path, parameters: Mapping[str, object]) -> tuple[NotebookNode,
 
 
 def read_notebook(path: Path) -> NotebookNode:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no notebook {path}; give the path of an .ipynb file.")
     try:
+        nbformat.validate(json.loads(path.read_text(encoding="utf-8")))  # reading alone would only log what is wrong
         return nbformat.read(path, as_version=4)
-    except (ValueError, AttributeError, nbformat.ValidationError) as error:
-        reason = str(error).splitlines()[0][:120]
+    except OSError as error:
+        raise OSError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+    except Exception as error:  # nbformat raises whatever it stumbles over
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         raise ValueError(f"{path} is not a notebook ({reason}); give the path of an .ipynb file.") from None
 
 
@@ -238,7 +242,7 @@ def take_parameters(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]
 
 def read_parameters_file(path: Path) -> dict[str, object]:
     """A YAML file of `name: value`; every scalar is left as text, to be read by the declared type."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no file {path}; give a YAML file of `name: value` lines.")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from rome_lab.models import LanguageModel
+from rome_lab.weights import is_offloaded
 
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 
@@ -75,30 +77,59 @@ def record(lm: LanguageModel, ids: torch.Tensor, change_embedding: Callable[[tor
 
 
 def run_block(
-    lm: LanguageModel, layer: int, hidden: torch.Tensor, recording: Recording, rows: slice = slice(None)
+    lm: LanguageModel, layer: int, hidden: torch.Tensor, recording: Recording, rows: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Run block `layer` on the last tokens of a text whose first tokens are those of `recording`.
 
     Args:
-        hidden: (C, S, N, D): what the block is given at the last N of T tokens, for C x S texts.
+        hidden: (R, N, D): what the block is given at the last N of T tokens, for R texts.
         recording: the run whose keys and values stand for the first T - N tokens.
-        rows: the S of the recording's rows that these texts continue.
+        rows: (R,) the row of the recording that each text continues; by default each its own.
 
-    Returns: (C, S, N, D), what the block makes of them.
+    Returns: (R, N, D), what the block makes of them, where it makes it.
     """
-    cells, samples, length, width = hidden.shape
+    length = hidden.shape[1]
     begin = recording.states[0].shape[1] - length
-    prefix = [
-        # (S, heads, T - N, D_head) -> (C * S, heads, T - N, D_head)
-        x[layer][rows, :, :begin].expand(cells, samples, -1, -1, -1).flatten(0, 1) if begin else None
-        for x in (recording.keys, recording.values)
-    ]
+
+    def prefix(recorded: list[torch.Tensor]) -> torch.Tensor | None:
+        before = recorded[layer][:, :, :begin]  # (R, heads, T - N, D_head)
+        before = before if rows is None else before[rows.to(before.device)]
+        return before if begin else None
+
+    cache = PrefixCache(prefix(recording.keys), prefix(recording.values))
     arguments = {
-        name: suffix_argument(lm, name, value, begin, length, PrefixCache(*prefix))
+        name: suffix_argument(lm, name, value, begin, length, cache)
         for name, value in recording.arguments[layer].items()
     }
-    output = lm.blocks[layer](hidden.flatten(0, 1), **arguments)
-    return tensor_of(output).view(cells, samples, length, width)
+    return tensor_of(lm.blocks[layer](hidden, **arguments))
+
+
+def run_blocks(lm: LanguageModel, layers: range, hidden: torch.Tensor, recording: Recording) -> torch.Tensor:
+    """Run several blocks, one after the other, as `run_block` does each.
+
+    For a gradient, a block whose weights are offloaded is run once more when the gradient comes back to it: otherwise
+    all their weights would stay in memory until then. No hook of the caller's may be on such a block.
+    """
+    for layer in layers:
+        if hidden.requires_grad and is_offloaded(lm.blocks[layer]):
+            again = {"use_reentrant": False, "preserve_rng_state": False}
+            hidden = checkpoint(run_block, lm, layer, hidden, recording, **again)
+        else:
+            hidden = run_block(lm, layer, hidden, recording)
+    return hidden
+
+
+def joined(parts: Sequence[Recording]) -> Recording:
+    """The recordings of parts of a batch as that of the whole batch."""
+    if len(parts) == 1:
+        return parts[0]
+    lists = ("states", "attn", "mlp", "keys", "values")
+    columns = {name: zip(*(getattr(part, name) for part in parts), strict=True) for name in lists}
+    return Recording(
+        **{name: [torch.cat(tensors) for tensors in column] for name, column in columns.items()},
+        arguments=parts[0].arguments,
+        logits=torch.cat([part.logits for part in parts]),
+    )
 
 
 class PrefixCache:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rome_lab.edits import stored
 from rome_lab.models import LanguageModel
+from rome_lab.weights import device_of, write_weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +71,10 @@ class Change:
             if not torch.isfinite(total).all():
                 raise ValueError(f"Change: the changed weight of layer {self.layer} overflows {lm.dtype}; use float32.")
             try:
-                stored(lm, self.layer).copy_(total)
+                write_weight(lm.memory(self.layer), total)
                 yield lm
             finally:
-                stored(lm, self.layer).copy_(original)
+                write_weight(lm.memory(self.layer), original)
 
 
 @contextlib.contextmanager
@@ -95,8 +96,9 @@ def side_by_side(lm: LanguageModel, changes: Sequence[Change], owners: Sequence[
         change = changes[owner]
         if change.delta is not None:
             check_fits(lm, change)
-            delta = change.delta.to(lm.device, lm.dtype)
-            changing.setdefault(change.layer, []).append((rows_of(owner, owners, lm.device), delta))
+            device = device_of(lm.memory(change.layer))
+            delta = change.delta.to(device, lm.dtype)
+            changing.setdefault(change.layer, []).append((rows_of(owner, owners, device), delta))
     with contextlib.ExitStack() as stack:
         for layer, deltas in changing.items():
             hook = partial(add_deltas, deltas=deltas, n_rows=len(owners))
@@ -134,7 +136,7 @@ def rows_of(owner: int, owners: Sequence[int], device: torch.device) -> slice | 
 def check_fits(lm: LanguageModel, change: Change) -> None:
     if not 0 <= change.layer < lm.n_layers:
         raise ValueError(f"Change: layer {change.layer} is not among layers 0 to {lm.n_layers - 1} of {lm.name}.")
-    shape = tuple(stored(lm, change.layer).shape)
+    shape = tuple(lm.memory(change.layer).weight.shape)
     wanted = shape[::-1] if lm.memory_is_transposed(change.layer) else shape
     if tuple(change.delta.shape) != wanted:
         raise ValueError(

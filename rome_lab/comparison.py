@@ -142,7 +142,7 @@ def answer(lm: LanguageModel, prompt: str) -> str:
         ValueError: no word follows within a few tokens.
     """
     ids = lm.tokenizer(prompt)["input_ids"]
-    (text,) = continue_randomly(lm, [ids], torch.zeros(1, len(ids) + WORD), top_k=1)
+    (text,) = continue_randomly(lm, [ids], torch.zeros(1, room(lm, ids, WORD)), top_k=1)
     words = lm.tokenizer.decode(text[len(ids) :], skip_special_tokens=True).split()
     if not words:
         raise ValueError(f"{lm.name} says no word after {prompt!r}; end the prompt where a word has to follow.")
@@ -193,9 +193,20 @@ def probabilities(lm: LanguageModel, asked: Sequence[tuple[Fact, str]]) -> tuple
 def continuations(lm: LanguageModel, prompt: str) -> tuple[str, ...]:
     """`SAMPLES` texts that follow the prompt, each drawn with a seed of its own number and the prompt alone."""
     ids = lm.tokenizer(prompt)["input_ids"]
-    draws = torch.stack([uniform(len(ids) + LENGTH, "continuation", number, prompt) for number in range(SAMPLES)])
+    length = room(lm, ids, LENGTH)
+    draws = torch.stack([uniform(length, "continuation", number, prompt) for number in range(SAMPLES)])
     texts = continue_randomly(lm, [ids] * SAMPLES, draws, CHOICES)
     return tuple(lm.tokenizer.decode(text[len(ids) :], skip_special_tokens=True).rstrip("\ufffd") for text in texts)
+
+
+def room(lm: LanguageModel, ids: Sequence[int], more: int) -> int:
+    """Length of a text that goes on from `ids` by `more` tokens, or by as many as the model can still read.
+
+    Raises:
+        ValueError: the model can't read `ids` to their end.
+    """
+    lm.check_length(len(ids), "comparison")
+    return min(len(ids) + more, lm.context_length)
 
 
 def side_by_side(probe: Probe, looks: Mapping[str, Look]) -> str:

@@ -13,6 +13,7 @@ import torch
 from transformers import Cache
 
 from rome_lab.facts import Fact
+from rome_lab.memory import Batching, text_bytes
 from rome_lab.models import LanguageModel
 
 
@@ -32,6 +33,7 @@ class Text:
 
     Attributes:
         ids, new: tokens of the prompt and of what follows.
+        limit: most tokens that may follow.
         text: both as text.
         outcome: what the text says; None while more text can change it.
         end: where the word that decides begins.
@@ -44,7 +46,7 @@ class Text:
         self.text = fact.prompt
         self.end = len(self.text)
         self.outcome = Outcome.TOO_LONG if len(self.ids) + limit > lm.context_length else None
-        self._tokenizer, self._stops, self._limit = lm.tokenizer, stops, limit
+        self._tokenizer, self._stops, self.limit = lm.tokenizer, stops, limit
         self._begin = len(self._decode(self.ids))
 
     def add(self, token: int) -> None:
@@ -56,7 +58,7 @@ class Text:
             more = more.rstrip("\ufffd")  # a character of which some bytes are still to come
         self.text = self.fact.prompt + more
         self.outcome, self.end = judge(self.text, len(self.fact.prompt), self.fact.object, complete)
-        if self.outcome is None and len(self.new) == self._limit:
+        if self.outcome is None and len(self.new) == self.limit:
             self.outcome = Outcome.NOT_NAMED
 
     def _decode(self, ids: list[int]) -> str:
@@ -100,9 +102,18 @@ class Batch:
     cache: Cache | None = None
 
 
-@torch.no_grad()
 def go_on(lm: LanguageModel, texts: Sequence[Text], batch_size: int) -> None:
-    """Continue texts greedily, each until its outcome is decided.
+    """Continue texts greedily, each until its outcome is decided; as many at once as have their keys and values fit."""
+    undecided = sorted((text for text in texts if text.outcome is None), key=lambda text: len(text.ids))
+    longest = max((len(text.ids) + text.limit for text in undecided), default=0)
+    together = Batching(lm, "known_facts", text_bytes(lm, longest, cached=True))
+    # Called again, it goes on from where each text has come to.
+    list(together.over(undecided, lambda part: grow(lm, part, batch_size)))
+
+
+@torch.no_grad()
+def grow(lm: LanguageModel, texts: Sequence[Text], batch_size: int) -> None:
+    """Continue texts, at most `batch_size` in one forward, the keys and values of all of them in memory.
 
     Texts of different lengths are never padded to go through the model together. Instead the lengths are passed through
     once, upwards, and a prompt joins when the texts begun before it have grown to its own length.
@@ -110,14 +121,14 @@ def go_on(lm: LanguageModel, texts: Sequence[Text], batch_size: int) -> None:
     waiting: dict[int, list[Text]] = defaultdict(list)
     for text in texts:
         if text.outcome is None:
-            waiting[len(text.ids)].append(text)
+            waiting[len(text.ids + text.new)].append(text)
     running: list[Batch] = []
     length = min(waiting, default=0)
     while waiting or running:
         same = waiting.pop(length, [])
         for begin in range(0, len(same), batch_size):
             part = same[begin : begin + batch_size]
-            running.append(Batch(part, torch.tensor([text.ids for text in part], device=lm.device)))
+            running.append(Batch(part, torch.tensor([text.ids + text.new for text in part], device=lm.device)))
         for batch in running:
             advance(lm, batch)
         running = merge(running, batch_size)
@@ -131,7 +142,8 @@ def advance(lm: LanguageModel, batch: Batch) -> None:
         text.add(token)
     rows = [row for row, text in enumerate(batch.texts) if text.outcome is None]
     if len(rows) < len(batch.texts):
-        batch.cache.batch_select_indices(torch.tensor(rows, dtype=torch.long, device=lm.device))
+        # On the CPU, whose indices pick from the keys of layers on any device.
+        batch.cache.batch_select_indices(torch.tensor(rows, dtype=torch.long))
     batch.texts, batch.ids = [batch.texts[row] for row in rows], best[rows, None]
 
 

@@ -67,6 +67,7 @@ class FixedNoise:
     """Exactly this noise, (S, subject tokens, D); for reproducing a published run."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
+        tensor = torch.as_tensor(tensor)
         if tensor.ndim != 3 or not tensor.is_floating_point() or not torch.isfinite(tensor).all():
             raise ValueError(
                 f"FixedNoise: got {tensor.dtype} of shape {tuple(tensor.shape)}; expected finite floating-point noise "

@@ -13,10 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rome_lab.memory import Batching, text_bytes
 from rome_lab.models import LanguageModel
 from rome_lab.store import Json, Record, Store, user_cache
 from rome_lab.texts import SampledText, Source, check_whole, identity
 from rome_lab.update import ENOUGH, precise
+from rome_lab.weights import device_of
 
 BATCH_TOKENS = 4096  # places in one forward
 SAVE_EVERY_S = 60  # what a killed process loses at most, or ten times what saving takes where that is longer
@@ -56,7 +58,7 @@ class Sum:
 
     def add(self, keys: Tensor, real: Tensor, first: int) -> None:
         """Add the keys (B, T, H) of the passages from number `first` on, where `real` (B, T); each passage only once."""
-        new = real[max(0, self.passages - first) :]
+        new = real[max(0, self.passages - first) :].to(keys.device)
         chosen = precise(keys[len(real) - len(new) :][new])  # (N, H)
         self.total += chosen.T @ chosen
         self.passages += len(new)
@@ -135,7 +137,7 @@ def extend(
     first, seen, save_at = start.passages, start.tokens, time.monotonic() + SAVE_EVERY_S
     with tqdm(total=tokens, initial=seen, desc="tokens seen for C", unit_scale=True, disable=not progress) as bar:
         for batch in batches(source.passages(lm, store, first), tokens - seen):
-            add_batch(lm, sums, batch, first)
+            add_passages(lm, sums, batch, first)
             first += len(batch)
             bar.update(sum(map(len, batch)))
             if (began := time.monotonic()) >= save_at:
@@ -160,7 +162,7 @@ def key_size(lm: LanguageModel, layer: int) -> int:
 def furthest(lm: LanguageModel, layer: int, store: Store, key: dict[str, Json], tokens: int) -> Sum:
     """The sum that has come furthest on the way to `tokens` tokens; an empty one where there is none."""
     size = key_size(lm, layer)
-    empty = precise(torch.zeros(size, size, device=lm.device))
+    empty = precise(torch.zeros(size, size, device=device_of(lm.memory(layer))))
     record = store.load({**key, "tokens": None})
     if record is None or record.meta["tokens"] >= tokens:
         return Sum(empty)
@@ -195,6 +197,16 @@ def batches(passages: Iterator[list[int]], tokens: int) -> Iterator[list[list[in
             batch = []
     if batch:
         yield batch
+
+
+def add_passages(lm: LanguageModel, sums: dict[int, Sum], batch: list[list[int]], first: int) -> None:
+    """Add the keys of the passages from number `first` on, in smaller batches where they do not fit together."""
+    together = Batching(lm, "covariance", text_bytes(lm, max(map(len, batch))))
+
+    def add(part: range) -> None:
+        add_batch(lm, sums, batch[part.start : part.stop], first + part.start)
+
+    list(together.over(range(len(batch)), add))
 
 
 def add_batch(lm: LanguageModel, sums: dict[int, Sum], batch: list[list[int]], first: int) -> None:

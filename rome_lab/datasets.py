@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import http.client
 import io
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,6 +74,8 @@ def read_records(path: Path) -> list[Json]:
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise OSError(f"load_facts: {path} cannot be read ({error.strerror}); check its permissions.") from error
     except UnicodeDecodeError as error:
         raise ValueError(
             f"load_facts: {path} is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x}); "
@@ -93,6 +97,9 @@ def parse_json(text: str, source: str) -> list[Json]:
         raise ValueError(f"load_facts: {source} is not valid JSON: {error}; expected a list of objects.") from None
     if type(records) is not list:
         raise ValueError(f"load_facts: {source} holds a JSON {type(records).__name__}; expected a list of objects.")
+    if re.search(r"\\u[dD][89a-fA-F]", text):  # an escape of half a character: both halves stand there, or one alone
+        for number, record in enumerate(records, start=1):
+            check_text(f"load_facts: {source}: record {number}", json.dumps(record, ensure_ascii=False))
     return records
 
 
@@ -106,8 +113,29 @@ def parse_csv(text: str, source: str) -> list[Json]:
     except csv.Error as error:
         raise ValueError(f"load_facts: {source}, line {reader.line_num}: not valid CSV: {error}.") from None
     if len(set(columns)) < len(columns):
-        raise ValueError(f"load_facts: {source} has a column twice ({', '.join(columns)}); rename one of them.")
+        raise ValueError(
+            f"load_facts: {source} has a column twice ({', '.join(map(repr, columns))}); rename one of them."
+        )
     return records
+
+
+def check_text(name: str, text: object) -> None:
+    """Raise where `text` is no text, or holds half a character, which no tokenizer and no file can take.
+
+    Python and JSON write characters beyond U+FFFF as two halves, and let one stand alone.
+
+    Raises:
+        TypeError, ValueError: it is so; the message calls it `name`.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"{name} is {text!r}; expected text.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise ValueError(
+            f"{name} holds half a character, {half}; write the whole character, or leave it out."
+        ) from None
 
 
 def text_at(record: Json, path: str) -> str:
@@ -130,6 +158,9 @@ def text_at(record: Json, path: str) -> str:
 def published_file(name: str, opener: request.OpenerDirector | None = None) -> Path:
     """The file of a published data set in the user's cache, downloaded and checked when first asked for.
 
+    Its checksum is kept beside it; a file that was altered since is downloaded again. A file that the user has put there
+    has none, and is taken as it is.
+
     Args:
         opener: what opens the address; one that speaks HTTPS only by default.
 
@@ -139,7 +170,8 @@ def published_file(name: str, opener: request.OpenerDirector | None = None) -> P
     """
     published = PUBLISHED[name]
     path = user_cache() / "datasets" / f"{name}.json"
-    if path.exists():
+    seal = path.with_suffix(".sha256")
+    if path.exists() and is_as_sealed(path, seal):
         return path
 
     def fetch(target: Path) -> None:
@@ -156,7 +188,23 @@ def published_file(name: str, opener: request.OpenerDirector | None = None) -> P
             f"load_facts: the data set {name!r} could not be downloaded: {failure}; fetch {published.url} by other means "
             f"and save it as {path}."
         ) from failure
+    write_atomically(seal, lambda temporary: temporary.write_text(digest_of(path)))
     return path
+
+
+def is_as_sealed(path: Path, seal: Path) -> bool:
+    """Whether a file is byte for byte what was downloaded; one that is not is reported and removed."""
+    if not seal.exists() or seal.read_text(errors="replace") == digest_of(path):
+        return True
+    logger.warning("%s was altered since it was downloaded, and is downloaded again", path)
+    path.unlink(missing_ok=True)
+    seal.unlink(missing_ok=True)
+    return False
+
+
+def digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Failed(Exception):

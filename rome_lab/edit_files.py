@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def read_edit(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ValueError: it is no edit, it was truncated or altered, or what it holds does not fit together.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"load_edit: there is no file {path}; give the path that an edit was saved to.")
     try:
         with safe_open(path, framework="pt") as file:
@@ -74,7 +75,10 @@ def read_edit(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     text = metadata.get("about", "")
     if set(tensors) != set(VECTORS) or metadata.get("sha256") != checksum(tensors, text):
         raise ValueError(f"load_edit: {path} was altered: it does not match its own checksum; save the edit anew.")
-    about = json.loads(text)
+    try:
+        about = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"load_edit: {path} does not hold a possible edit: {error}; save the edit anew.") from None
     if problem := misfit(tensors, about):
         raise ValueError(f"load_edit: {path} does not hold a possible edit: {problem}; save the edit anew.")
     return tensors, about
@@ -89,6 +93,14 @@ def misfit(tensors: Mapping[str, Tensor], about: Any) -> str | None:
             return f"{name} is {about[name]!r}"
     if not 0 < len(about["facts"]) == len(about["targets"]):
         return f"it has {len(about['facts'])} facts and {len(about['targets'])} targets"
+    for fact, target in zip(about["facts"], about["targets"], strict=True):
+        texts = [fact.get(name) if isinstance(fact, dict) else None for name in ("subject", "template", "object")]
+        if not all(isinstance(text, str) for text in (*texts, target)):
+            return f"a fact is {fact!r}, its target {target!r}"
+    if isinstance(about["layer"], bool) or about["layer"] < 0 or not 0 <= about["constraint_error"] < float("inf"):
+        return f"layer is {about['layer']!r}, constraint_error {about['constraint_error']!r}"
+    if about["history"].keys() != {"columns", "data"}:
+        return f"the history has the parts {', '.join(map(repr, about['history']))}"
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32 or tensor.ndim not in (1, 2) or not torch.isfinite(tensor).all():
             return f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, or holds NaN or infinity"
@@ -114,7 +126,7 @@ def describe_edit(path: str | Path) -> str:
         [
             *said,
             f"model: {about['model']}, fingerprint {about['fingerprint'][:12]}",
-            f"change: rank {rank}, of {about['module']} (layer {about['layer']}), key {about['settings']['key']!r}",
+            f"change: rank {rank}, of {about['module']} (layer {about['layer']}), key {about['settings'].get('key')!r}",
             f"v*: {'converged' if about['converged'] else 'not converged'}, met to {about['constraint_error']:.1e}",
             f"made with: {', '.join(f'{name} {version}' for name, version in about['versions'].items())}",
         ]

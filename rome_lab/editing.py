@@ -146,7 +146,7 @@ def rome_many(
         facts=tuple(fact for fact, _ in requests),
         targets=tuple(target for _, target in requests),
         layer=layer,
-        module=next(name for name, module in lm.model.named_modules() if module is lm.memory(layer)),
+        module=lm.memory_name(layer),
         **vectors,
         settings=settings,
         history=pd.concat([x.history.assign(fact=i) for i, x in enumerate(values)], ignore_index=True),
@@ -210,7 +210,7 @@ def factor_of(lm: LanguageModel, layer: int, C: Tensor | None, progress: bool) -
         with edits_in_force(lm, []):
             measured = covariances(lm, [layer], progress=progress)[layer]
         return factorise(measured.C, measured.tokens)
-    width = weight(lm, layer).shape[1]
+    C, width = torch.as_tensor(C), weight(lm, layer).shape[1]
     if tuple(C.shape) != (width, width):
         raise ValueError(
             f"rome: C has shape {tuple(C.shape)}, but the keys of layer {layer} of {lm.name} have {width} components; "

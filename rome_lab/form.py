@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import ipywidgets as w
@@ -23,10 +24,11 @@ class Form:
 
     Args:
         request: what they say at first.
+        refuse: told of the error where a chosen fact cannot be filled in.
     """
 
-    def __init__(self, lm: LanguageModel, request: Request) -> None:
-        self.lm, self.relations = lm, load_relations()
+    def __init__(self, lm: LanguageModel, request: Request, refuse: Callable[[Exception], None]) -> None:
+        self.lm, self.relations, self.refuse = lm, load_relations(), refuse
         default = default_settings(lm)
         self.settings = request.settings or default.settings
         layer = next((x for x in (request.layer, default.layer) if x is not None), lm.n_layers // 3)
@@ -56,7 +58,11 @@ class Form:
         if self.chosen.value == -1:
             return
         request = self.offered[self.chosen.value]
-        fact = request.fact if request.target else best_known(self.lm, request.fact)
+        try:
+            fact = request.fact if request.target else best_known(self.lm, request.fact)
+        except Exception as error:  # a widget's callback has no caller to tell
+            self.refuse(error)
+            return
         self.subject.value, self.prompt.value, self.target.value = fact.subject, fact.prompt, request.target
         self.target.options = sorted({x.object for x in self.relations[fact.relation].facts} - {fact.object})
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from rome_lab.changes import Change, side_by_side
+from rome_lab.memory import Batching, text_bytes
 from rome_lab.models import LanguageModel
-from rome_lab.texts import continue_randomly, rows_with_cache, uniform
+from rome_lab.texts import continue_randomly, uniform
 
 
 def generate(
@@ -41,15 +42,17 @@ def generate(
             f"{lm.context_length}; ask for fewer tokens."
         )
     luck = [uniform(new_tokens, "generation", seed, place, prompt) for place, prompt in enumerate(prompts)]
-    size = rows_with_cache(lm, longest)
-    texts: list[list[int]] = []
-    for begin in range(0, len(rows), size):
-        part, prompt_ids = rows[begin : begin + size], starts[begin : begin + size]
+
+    def write(part: range) -> list[list[int]]:
+        prompt_ids = [starts[row] for row in part]
         draws = torch.zeros(len(part), max(map(len, prompt_ids)) + new_tokens, dtype=torch.float64)
-        for row, (ids, (_, place)) in enumerate(zip(prompt_ids, part, strict=True)):
-            draws[row, len(ids) : len(ids) + new_tokens] = luck[place]
-        with side_by_side(lm, changes, [owner for owner, _ in part]):
-            texts += continue_randomly(lm, prompt_ids, draws, top_k)
+        for row, ids in zip(part, prompt_ids, strict=True):
+            draws[row - part.start, len(ids) : len(ids) + new_tokens] = luck[rows[row][1]]
+        with side_by_side(lm, changes, [rows[row][0] for row in part]):
+            return continue_randomly(lm, prompt_ids, draws, top_k)
+
+    together = Batching(lm, "generate", text_bytes(lm, longest, cached=True))
+    texts = [text for part in together.over(range(len(rows)), write) for text in part]
     written = [after(lm, ids, text[: len(ids) + new_tokens]) for ids, text in zip(starts, texts, strict=True)]
     said = iter(prompts[place] + text for (_, place), text in zip(rows, written, strict=True))
     return [[next(said) for _ in prompts] for _ in changes]

@@ -21,7 +21,7 @@ from rome_lab.case import Case
 from rome_lab.changes import Change, side_by_side
 from rome_lab.facts import Fact
 from rome_lab.generation import generate
-from rome_lab.memory import rows_that_fit
+from rome_lab.memory import Batching, text_bytes
 from rome_lab.models import LanguageModel
 from rome_lab.prompts import continuation_ids
 from rome_lab.texts import check_whole
@@ -224,13 +224,19 @@ def score(lm: LanguageModel, changes: Sequence[Change], questions: Sequence[Ques
     asked: dict[int, list[int]] = {}
     for number, row in enumerate(row_of):
         asked.setdefault(row, []).append(number)
-    scores: dict[int, Score] = {}
-    for part in batches(lm, rows):
+
+    def score_part(part: Sequence[int]) -> dict[int, Score]:
         numbers = [number for row in part for number in asked[row]]
         states = last_states(lm, changes, [rows[row] for row in part])
         place_of = {row: place for place, row in enumerate(part)}
         answers = read(lm, states, [(place_of[row_of[number]], questions[number]) for number in numbers])
-        scores |= dict(zip(numbers, answers, strict=True))
+        return dict(zip(numbers, answers, strict=True))
+
+    scores: dict[int, Score] = {}
+    for alike in of_one_length(rows):
+        together = Batching(lm, "judge", text_bytes(lm, max(len(rows[row][1]) for row in alike)))
+        for found in together.over(alike, score_part):
+            scores |= found
     for number, found in scores.items():
         if np.isnan(found.log_p).any():
             owner = questions[number].owner
@@ -250,14 +256,13 @@ def shared_rows(questions: Sequence[Question]) -> tuple[list[tuple[int, tuple[in
     return rows, [held[x.owner, x.text] for x in questions]
 
 
-def batches(lm: LanguageModel, rows: Sequence[tuple[int, tuple[int, ...]]]) -> Iterator[list[int]]:
-    """The places of `rows` in batches of nearly one length that fit in memory, the rows of a change side by side."""
+def of_one_length(rows: Sequence[tuple[int, tuple[int, ...]]]) -> Iterator[list[int]]:
+    """The places of `rows` in groups of nearly one length, the rows of a change side by side."""
     longest_first = sorted(range(len(rows)), key=lambda row: -len(rows[row][1]))
     begin = 0
     while begin < len(rows):
         length = len(rows[longest_first[begin]][1])
-        most = longest_first[begin : begin + rows_that_fit(lm, length)]
-        part = [row for row in most if len(rows[row][1]) >= length - PADDING]
+        part = [row for row in longest_first[begin:] if len(rows[row][1]) >= length - PADDING]
         yield sorted(part, key=lambda row: rows[row][0])
         begin += len(part)
 
@@ -271,7 +276,7 @@ def last_states(lm: LanguageModel, changes: Sequence[Change], rows: Sequence[tup
     states: list[Tensor] = []
     with side_by_side(lm, changes, [owner for owner, _ in rows]), output_changed(lm.blocks[-1], states.append):
         lm.model.base_model(input_ids=ids, use_cache=False)
-    return states[0]
+    return states[0].to(lm.device)
 
 
 def read(lm: LanguageModel, states: Tensor, asked: Sequence[tuple[int, Question]]) -> list[Score]:

@@ -1,28 +1,135 @@
-"""How much fits: bounds on batch sizes, from the memory that is free."""
+"""How much fits: batches as large as the free memory allows, and halved where it runs out all the same.
+
+text_bytes(lm, length)               what one text takes in a pass, by estimate
+Batching(lm, doing, bytes_each)      how many go together; `over` works through all of them
+"""
 
 from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import psutil
 import torch
 
 from rome_lab.models import LanguageModel
+from rome_lab.weights import device_of
 
 SHARE = 0.3  # of the free memory that one batch may take; the rest is for what the batch is made from
+# What allocators say besides raising torch.OutOfMemoryError: MPS and the CUDA driver, the CPU's, cuBLAS.
+SAID = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on `device` now."""
+    """Memory that is free on `device` now, what PyTorch keeps for later among it."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     return psutil.virtual_memory().available
 
 
-def rows_that_fit(lm: LanguageModel, length: int) -> int:
-    """Most texts of `length` tokens that one call of a block, or one reading of the logits, may take.
+def text_bytes(lm: LanguageModel, length: int, cached: bool = False) -> int:
+    """Memory, in bytes, that one text of `length` tokens takes in a pass, by estimate.
 
-    A token costs some eight vectors of the block's widths inside the attention and the MLP, a text one row of logits.
+    A token costs some eight vectors of the block's widths inside the attention and the MLP, and, of every head, a row of
+    attention scores before and after the softmax; a text costs one row of logits.
+
+    Args:
+        cached: count the keys and values of all layers too, and what drawing a token from the logits takes.
     """
-    memory = lm.memory(0).weight
-    widths = sum(memory.shape)
-    per_row = 8 * length * widths * memory.element_size() + 2 * 4 * lm.model.config.vocab_size
-    return max(1, int(SHARE * free_bytes(lm.device) / per_row))
+    config, memory = lm.model.config, lm.memory(0).weight
+    inside = 8 * length * sum(memory.shape) * memory.element_size()
+    scores = 2 * 4 * config.num_attention_heads * length**2
+    if not cached:
+        return inside + scores + 2 * 4 * config.vocab_size
+    kept = 2 * lm.n_layers * length * config.hidden_size * memory.element_size()
+    return inside + scores + kept + 24 * config.vocab_size
+
+
+@dataclass
+class Batching:
+    """How many texts go through the model together.
+
+    Attributes:
+        doing: what they are read for, to begin a message with.
+        bytes_each: what one of them takes, see `text_bytes`.
+        most: how many at most; as many as fit by default.
+        fitting: how many fit in a share of the memory that is free now, on the fullest of the model's devices.
+    """
+
+    lm: LanguageModel
+    doing: str
+    bytes_each: int
+    most: int | None = None
+    fitting: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        devices = {device_of(self.lm.memory(layer)) for layer in range(self.lm.n_layers)}
+        self.fitting = int(SHARE * min(map(free_bytes, devices)) / self.bytes_each)
+
+    @property
+    def size(self) -> int:
+        """How many go together now."""
+        learned = self.lm.room / self.bytes_each
+        return int(max(1, min(self.fitting, learned, self.most or self.fitting)))
+
+    def over(self, items: Sequence[Item], work: Callable[[Sequence[Item]], Result]) -> Iterator[Result]:
+        """work(part) of all the items, in order, so many at a time as go together.
+
+        Where memory runs out the part is halved, down to a single item, and `work` is called again: until it returns it
+        must change nothing that a second call does not set right. The model remembers what was too much.
+
+        Raises:
+            MemoryError: a single item is too much.
+        """
+        begin = 0
+        while begin < len(items):
+            part = items[begin : begin + self.size]
+            try:
+                result, reason = work(part), ""
+            except (MemoryError, RuntimeError) as error:
+                if not ran_out(error):
+                    raise
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            # Not before the error is gone, whose traceback holds on to all tensors of the part.
+            if reason:
+                self.shrink(len(part), reason)
+                continue
+            yield result
+            begin += len(part)
+
+    def shrink(self, size: int, reason: str) -> None:
+        """Halve what goes together, after `size` items were too much; said once for each model."""
+        release()
+        if size == 1:
+            raise MemoryError(
+                f"{self.doing}: the memory does not suffice for a single text with {self.lm.name} ({reason}); "
+                'shorten the text, load the model with dtype="bfloat16", or spread it with device_map="auto".'
+            )
+        first = self.lm.room == float("inf")
+        self.lm.room = size // 2 * self.bytes_each
+        logger.log(
+            logging.WARNING if first else logging.DEBUG,
+            "%s: memory ran out with %d texts together; going on with %d, and with fewer where that is too much, from "
+            "here on with %s", self.doing, size, size // 2, self.lm.name,
+        )  # fmt: skip
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether it says that memory ran out, on any device."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(said in str(error) for said in SAID)
+
+
+def release() -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rome_lab.datasets import check_text
 from rome_lab.facts import Fact
 from rome_lab.models import LanguageModel
 
@@ -64,6 +65,8 @@ def read_prompt(lm: LanguageModel, prompt: str | Fact, subject: str | None = Non
 
 def find_subject(text: str, subject: str | None) -> tuple[int, int]:
     """(begin, end) in characters of the first whole-word occurrence of `subject`, or else of its first occurrence."""
+    check_text("the prompt", text)
+    check_text("the subject", "" if subject is None else subject)
     if not text.strip():
         raise ValueError("the prompt is empty; write the beginning of a sentence about the subject.")
     if not subject or not subject.strip():
@@ -77,6 +80,8 @@ def find_subject(text: str, subject: str | None) -> tuple[int, int]:
 
 def continuation_ids(lm: LanguageModel, prompt: str, continuation: str) -> list[int]:
     """Ids of the tokens with which the tokens of `prompt` go on to say `continuation`, no special tokens among them."""
+    check_text("the prompt", prompt)
+    check_text("the continuation", continuation)
     if not continuation.strip():
         raise ValueError("the continuation is empty; name what the sentence should go on to say.")
     space = "" if prompt[-1:].isspace() else " "

@@ -1,4 +1,4 @@
-"""Results on disk, keyed by everything that determines them: `Store`, `Record`, `write_atomically`, `user_cache`.
+"""Results on disk, keyed by all that determines them: `Store`, `Record`, `write_atomically`, `explained`, `user_cache`.
 
 A result is one safetensors file, `folder/<what>/<sha256 of the inputs>.safetensors`. Its header carries the inputs
 themselves and a digest of the whole record; a file that fails either check is reported and treated as absent.
@@ -219,7 +219,35 @@ ADVICE = {
     errno.ENOTDIR: "part of that path is a file, not a folder; move the file or choose another folder",
     errno.EEXIST: "there is a file of that name; move it or choose another folder",
     errno.EISDIR: "a folder is in the place of the file; move it or choose another folder",
+    errno.ENOENT: "a part of that path is not there, or was removed meanwhile; make it or choose another folder",
+    errno.ENAMETOOLONG: "the name is too long; choose a folder with a shorter one",
+    errno.EIO: "the disk reports an error; check it or choose another folder",
 }
+
+
+@contextmanager
+def explained(folder: Path, made: Path | None = None) -> Iterator[None]:
+    """Within it, errors of the disk while something is made in `folder` become sentences that say what to do.
+
+    Args: made: what is made, where that is known; errors about other files pass unchanged.
+    """
+    made = made or folder
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        about = Path(getattr(error, "filename", None) or made)
+        reason = ADVICE.get(error_number(error))
+        if reason is None or not (about.is_relative_to(made) or folder.is_relative_to(about)):
+            raise
+        raise OSError(f"Cannot write to the folder {folder}: {reason}.") from error
+
+
+def error_number(error: OSError | SafetensorError) -> int | None:
+    """The errno of an error of the disk; safetensors tells it in words only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 @contextmanager
@@ -227,17 +255,13 @@ def _temporary(folder: Path, suffix: str) -> Iterator[Path]:
     """A fresh file name in `folder`, gone afterwards; errors of the disk become sentences that say what to do."""
     name = f".rome_lab-{_host()}-{os.getpid()}-{secrets.token_hex(4)}{suffix}"
     temporary = folder / name
-    try:
+    with explained(folder, temporary):
         folder.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder)
         try:
             yield temporary
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        if error.errno not in ADVICE:
-            raise
-        raise OSError(f"Cannot write to the folder {folder}: {ADVICE[error.errno]}.") from error
 
 
 def _flush(path: Path) -> None:
@@ -248,12 +272,12 @@ def _flush(path: Path) -> None:
 def _remove_abandoned(folder: Path) -> None:
     """Remove what processes that were killed while writing have left; files of processes that may be alive stay."""
     for path in folder.glob(".rome_lab-*"):
-        host, pid = path.name.split("-")[1:3]
         try:
+            host, pid = path.name.split("-")[1:3]
             if (host == _host() and not _is_alive(int(pid))) or time.time() - path.stat().st_mtime > ABANDONED_AFTER_S:
                 path.unlink()
-        except OSError:
-            continue  # another process has just removed it, or it belongs to another user
+        except (OSError, ValueError):
+            continue  # another process has just removed it, it belongs to another user, or it is no such file at all
 
 
 def _host() -> str:

@@ -23,7 +23,7 @@ from rome_lab.blocks import at_least_float32, last_logits_only
 from rome_lab.completion import stop_tokens
 from rome_lab.corruption import seed_from
 from rome_lab.facts import load_relations
-from rome_lab.memory import SHARE, free_bytes
+from rome_lab.memory import Batching, text_bytes
 from rome_lab.models import LanguageModel
 from rome_lab.store import Json, Store
 
@@ -94,9 +94,8 @@ class SampledText:
                 f"SampledText: length is {self.length}, but {lm.name} reads at most {lm.context_length} tokens; "
                 "give a smaller length."
             )
-        size = min(self.batch_size, rows_with_cache(lm, self.length))
-        parts = [numbers[begin : begin + size] for begin in range(0, len(numbers), size)]
-        return [text for part in parts for text in self.sample(lm, part)]
+        together = Batching(lm, "SampledText", text_bytes(lm, self.length, cached=True), self.batch_size)
+        return [text for part in together.over(numbers, lambda part: self.sample(lm, part)) for text in part]
 
     def sample(self, lm: LanguageModel, numbers: Sequence[int]) -> list[list[int]]:
         """The texts with these numbers, sampled together."""
@@ -230,6 +229,7 @@ def continue_randomly(
     Args:
         draws: (B, T) uniform numbers in [0, 1); number t decides token t of a text of at most T tokens.
     """
+    lm.check_length(draws.shape[1], "continue_randomly")
     stops = stop_tokens(lm)
     texts = [prompt[:] for prompt in prompts]
     going = [True] * len(texts)
@@ -264,13 +264,6 @@ def draw(logits: Tensor, uniform: Tensor, top_k: int | None) -> Tensor:
     cumulative = p.cumsum(-1, dtype=torch.float64)
     wanted = uniform[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, wanted, right=True)[:, 0].clamp_max(p.shape[-1] - 1)
-
-
-def rows_with_cache(lm: LanguageModel, length: int) -> int:
-    """Most texts of `length` tokens whose keys and values, and rows of probabilities, fit in the free memory."""
-    config = lm.model.config
-    cached = 2 * lm.n_layers * length * config.hidden_size * lm.embedding.weight.element_size()
-    return max(1, int(SHARE * free_bytes(lm.device) / (cached + 24 * config.vocab_size)))
 
 
 def subjects_with_templates() -> tuple[tuple[str, tuple[str, ...]], ...]:

@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 
-from rome_lab.blocks import Recording, at_least_float32, output_changed, record, run_block
+from rome_lab.blocks import Recording, at_least_float32, joined, output_changed, record, run_block
 from rome_lab.corruption import Corruption, FixedNoise, GaussianNoise, noise_key
 from rome_lab.facts import Fact
-from rome_lab.memory import rows_that_fit
+from rome_lab.memory import Batching, text_bytes
 from rome_lab.models import LanguageModel
 from rome_lab.prompts import Prompt, continuation_ids, read_prompt
 from rome_lab.trace import KINDS, Trace
@@ -35,7 +36,7 @@ class Settings:
         samples: S, samples of the noise (a `FixedNoise` brings its own number).
         window: length of the runs of layers that "mlp" and "attn" restore: 10 is [l - 4, l + 5].
         seed: of the noise, together with the prompt.
-        max_rows: most texts in one call of a block; derived from the free memory by default.
+        max_rows: most texts in one call of a block; as many as fit in the free memory by default.
     """
 
     corruption: Corruption | None = None
@@ -115,14 +116,17 @@ def causal_trace(
         severed: "mlp" or "attn" holds that module's outputs at the restored token, above the restored layer, at
             their values in the same corrupted run (Figure 3). In models whose MLP stands beside the attention both
             read the restored state directly, so that severing one leaves the other's reading intact.
-        max_rows: most texts in one call of a block, though never fewer than the S of one cell; by default as many as
-            fit in the free memory.
+        max_rows: most texts in one call of a block; by default as many as fit in the free memory. Where memory runs
+            out all the same, the batch is halved.
 
     Returns: a Trace; `p_restored` is (T, L).
+
+    In bfloat16 and float16 the probabilities are off by as much as `load_model` says.
 
     Raises:
         ValueError: bad arguments; the subject is not in the prompt; the prompt is too long; the model does not know
             the Fact; the model's weights hold NaN.
+        MemoryError: the memory of the device does not suffice for a single text.
     """
     if (kind, severed) not in KINDS.values():
         raise ValueError(
@@ -134,19 +138,24 @@ def causal_trace(
 
 
 def run_clean_and_corrupted(lm: LanguageModel, prompt: str | Fact, subject: str | None, settings: Settings) -> Runs:
-    """Record the clean run and the S corrupted runs, all in one batch."""
+    """Record the clean run and the S corrupted runs, together where they fit."""
     read = read_prompt(lm, prompt, subject)
     begin, end = read.subject_range
     settings = replace(settings, corruption=settings.corruption.measured(lm))
     shape = (settings.samples, end - begin, lm.embedding.weight.shape[1])
     noise = settings.corruption.noise(lm, shape, noise_key(settings.seed, read.text, read.subject_range))
+    noise = torch.cat([torch.zeros_like(noise[:1]), noise])  # (1 + S, subject tokens, D)
 
-    def corrupt(embedded: torch.Tensor) -> torch.Tensor:
-        embedded = embedded.clone()
-        embedded[1:, begin:end] += noise.to(embedded)
-        return embedded
+    def record_part(rows: range) -> Recording:
+        def corrupt(embedded: torch.Tensor) -> torch.Tensor:
+            embedded = embedded.clone()
+            embedded[:, begin:end] += noise[rows.start : rows.stop].to(embedded)
+            return embedded
 
-    recording = record(lm, read.ids.expand(1 + settings.samples, -1), corrupt)
+        return record(lm, read.ids.expand(len(rows), -1), corrupt)
+
+    together = Batching(lm, "causal_trace", text_bytes(lm, len(read.ids)), settings.max_rows)
+    recording = joined(list(together.over(range(len(noise)), record_part)))
     lm.check_finite(recording.logits, "causal_trace")
     check_readout(lm, recording)
     answer_id = known_answer(lm, prompt, recording.logits[0]) if isinstance(prompt, Fact) else None
@@ -161,10 +170,11 @@ def restore(runs: Runs, kind: str, severed: str | None = None, tokens: Collectio
     lm, prompt, settings = runs.lm, runs.prompt, runs.settings
     begin, end = prompt.subject_range
     p_corrupted = float(runs.p[1:].mean())
+    columns = columns_of(kind, lm.n_layers, settings.window)
     p_restored = np.full((len(prompt.ids), lm.n_layers), np.nan)
     for token in range(len(prompt.ids)) if tokens is None else tokens:
         # Restoring a token left of the subject restores what never changed.
-        p_restored[token] = p_corrupted if token < begin else sweep_layers(runs, token, kind, severed)
+        p_restored[token] = p_corrupted if token < begin else Sweep(runs, token, kind, severed, columns).p_restored()
     return Trace(
         kind=kind,
         severed=severed,
@@ -183,31 +193,6 @@ def restore(runs: Runs, kind: str, severed: str | None = None, tokens: Collectio
     )
 
 
-def sweep_layers(runs: Runs, token: int, kind: str, severed: str | None) -> np.ndarray:
-    """(L,) probabilities of the answer with `token` restored at each layer: one sweep through the blocks."""
-    lm, recording, samples = runs.lm, runs.recording, runs.settings.samples
-    columns = columns_of(kind, lm.n_layers, runs.settings.window)
-    length, width = recording.states[0].shape[1] - token, recording.states[0].shape[2]
-    most = runs.settings.max_rows or rows_that_fit(lm, recording.states[0].shape[1])
-    step = max(1, most // samples)
-    active = recording.states[0].new_empty(0, samples, length, width)  # (C, S, N, D), a column at a time
-    for depth in range(lm.n_layers + 1):
-        joining = sum(column.depth == depth for column in columns)
-        entering = recording.states[depth][1:, token:].repeat(joining, 1, 1, 1)
-        if kind == "state":
-            entering[:, :, 0] = recording.states[depth][0, token]
-        active = torch.cat([active, entering])
-        if depth == lm.n_layers:
-            break
-        for begin in range(0, len(active), step):
-            part = slice(begin, min(begin + step, len(active)))
-            with ExitStack() as held:
-                for module, change in held_outputs(runs, token, depth, kind, severed, columns[part]):
-                    held.enter_context(output_changed(module, change))
-                active[part] = run_block(lm, depth, active[part], recording, slice(1, None))
-    return read_out(runs, active[:, :, -1], step)
-
-
 def columns_of(kind: str, n_layers: int, window: int) -> list[Column]:
     """The L columns of one kind, in the order in which they depart from the corrupted run."""
     if kind == "state":
@@ -217,33 +202,68 @@ def columns_of(kind: str, n_layers: int, window: int) -> list[Column]:
     return [Column(first, first, last) for first, last in runs]
 
 
-def held_outputs(
-    runs: Runs, token: int, layer: int, kind: str, severed: str | None, columns: list[Column]
-) -> list[tuple[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]]:
-    """Modules of `layer` whose output at `token` is held, each with the change that holds it."""
-    name = severed if kind == "state" else kind
-    if name is None:
-        return []
-    outputs = (runs.recording.mlp if name == "mlp" else runs.recording.attn)[layer]
-    # Severed: each sample's own corrupted value (S, D). Restored: the clean value (D,).
-    value = outputs[1:, token] if severed else outputs[0, token]
-    covered = torch.tensor([bool(severed) or c.first <= layer <= c.last for c in columns], device=value.device)
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """The restored runs of one token at all layers: one sweep through the blocks.
 
-    def hold(output: torch.Tensor) -> torch.Tensor:
-        output.view(len(columns), runs.settings.samples, -1, output.shape[-1])[covered, :, 0] = value
-        return output
+    Attributes:
+        columns: what is restored, in the order in which it departs from the corrupted run.
+    """
 
-    module = runs.lm.mlp(layer) if name == "mlp" else runs.lm.attn(layer)
-    return [(module, hold)] if covered.any() else []
+    runs: Runs
+    token: int
+    kind: str
+    severed: str | None
+    columns: list[Column]
 
+    def p_restored(self) -> np.ndarray:
+        """(L,) mean over the samples of the answer's probability."""
+        runs, states = self.runs, self.runs.recording.states
+        together = Batching(runs.lm, "causal_trace", text_bytes(runs.lm, len(runs.prompt.ids)), runs.settings.max_rows)
+        active = states[0][:0, self.token :]  # (C * S, N, D), the S texts of a column side by side
+        for depth in range(runs.lm.n_layers + 1):
+            joining = sum(column.depth == depth for column in self.columns)
+            entering = states[depth][1:, self.token :].repeat(joining, 1, 1)
+            if self.kind == "state":
+                entering[:, 0] = states[depth][0, self.token]
+            active = torch.cat([active.to(entering.device), entering])
+            if depth < runs.lm.n_layers:
+                list(together.over(range(len(active)), partial(self.run_block, depth, active)))
+        parts = together.over(active[:, -1], lambda last: at_least_float32(runs.lm.logits(last)))
+        p = np.concatenate([probability(logits, runs.answer_id) for logits in parts])
+        return p.reshape(-1, runs.settings.samples).mean(axis=1)
 
-def read_out(runs: Runs, last: torch.Tensor, step: int) -> np.ndarray:
-    """(C,) mean over the samples of the answer's probability, from the last token's states (C, S, D)."""
-    parts = [
-        probability(at_least_float32(runs.lm.logits(last[begin : begin + step])), runs.answer_id).mean(axis=1)
-        for begin in range(0, len(last), step)
-    ]
-    return np.concatenate(parts)
+    def run_block(self, layer: int, active: torch.Tensor, rows: range) -> None:
+        """Put what block `layer` makes of some of the texts in their place."""
+        part = slice(rows.start, rows.stop)
+        continued = 1 + torch.arange(rows.start, rows.stop, device=active.device) % self.runs.settings.samples
+        with ExitStack() as held:
+            for module, change in self.held_outputs(layer, rows, continued):
+                held.enter_context(output_changed(module, change))
+            active[part] = run_block(self.runs.lm, layer, active[part], self.runs.recording, continued)
+
+    def held_outputs(
+        self, layer: int, rows: range, continued: torch.Tensor
+    ) -> list[tuple[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]]:
+        """Modules of `layer` whose output at the token is held, each with the change that holds it."""
+        name = self.severed or self.kind
+        if name == "state":
+            return []
+        # Runs of layers end in the order in which they begin, so the texts whose run covers the layer stand last.
+        covering = 0 if self.severed else next(i for i, column in enumerate(self.columns) if column.last >= layer)
+        begin = max(0, covering * self.runs.settings.samples - rows.start)
+        if begin >= len(rows):
+            return []
+        lm, recording = self.runs.lm, self.runs.recording
+        outputs = (recording.mlp if name == "mlp" else recording.attn)[layer]
+        # Severed: each sample's own corrupted value (R, D). Restored: the clean value (D,).
+        value = outputs[continued.to(outputs.device), self.token] if self.severed else outputs[0, self.token]
+
+        def hold(output: torch.Tensor) -> torch.Tensor:
+            output.view(len(rows), -1, output.shape[-1])[begin:, 0] = value
+            return output
+
+        return [(lm.mlp(layer) if name == "mlp" else lm.attn(layer), hold)]
 
 
 def probability(logits: torch.Tensor, token_id: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rome_lab.blocks import Recording, at_least_float32, causal_mask, output_changed, record, run_block
+from rome_lab.blocks import Recording, at_least_float32, causal_mask, output_changed, record, run_block, run_blocks
 from rome_lab.facts import Fact
 from rome_lab.keys import KEYS, prefixed_prompt
 from rome_lab.models import LanguageModel
@@ -63,11 +63,11 @@ class EditSettings:
             raise ValueError(f"EditSettings: key is {self.key!r}; expected one of {', '.join(map(repr, KEYS))}.")
         check_whole("EditSettings", seed=(self.seed, 0), steps=(self.steps, 1))
         check_whole("EditSettings", **{f"prefix_lengths[{i}]": (x, 1) for i, x in enumerate(self.prefix_lengths)})
-        if isinstance(self.prefixes, str):
-            raise ValueError(f"EditSettings: prefixes is the text {self.prefixes!r}; expected a list of texts.")
+        if isinstance(self.prefixes, str) or not all(isinstance(prefix, str) for prefix in self.prefixes or ()):
+            raise ValueError(f"EditSettings: prefixes is {self.prefixes!r}; expected a list of texts.")
         for name in ("learning_rate", "kl", "weight_decay", "clamp", "enough"):
             value, positive = getattr(self, name), name in ("learning_rate", "clamp")
-            if not 0 <= value < float("inf") or (positive and value == 0):
+            if not (isinstance(value, int | float) and 0 <= value < float("inf")) or (positive and value == 0):
                 expected = "above 0" if positive else "of at least 0"
                 raise ValueError(f"EditSettings: {name} is {value!r}; expected a finite number {expected}.")
         object.__setattr__(self, "prefix_lengths", tuple(self.prefix_lengths))
@@ -105,12 +105,10 @@ class Suffixes:
 
     def run(self, lm: LanguageModel, layer: int, delta: Tensor) -> Tensor:
         """(B, N, D): the last block's outputs at the suffixes, with `delta` added to what W says at their first tokens."""
-        hidden = self.recording.states[layer][None, :, self.begin :]
+        hidden = self.recording.states[layer][:, self.begin :]
         with output_changed(lm.memory(layer), lambda said: self.change(said, delta)):
             hidden = run_block(lm, layer, hidden, self.recording)
-        for above in range(layer + 1, lm.n_layers):
-            hidden = run_block(lm, above, hidden, self.recording)
-        return hidden[0]
+        return run_blocks(lm, range(layer + 1, lm.n_layers), hidden, self.recording)
 
     def change(self, said: Tensor, delta: Tensor) -> Tensor:
         """What W says, with `delta` added at the first token of every suffix."""
@@ -132,7 +130,7 @@ def record_suffixes(lm: LanguageModel, texts: Sequence[Sequence[int]], begins: S
     ids = torch.tensor([[*text, *[0] * (length - len(text))] for text in texts], device=lm.device)
     recording = record(lm, ids, lambda embedded: None)
     lm.check_finite(recording.states[-1], "rome")
-    return Suffixes(shifted(lm, recording, begin - torch.tensor(begins, device=lm.device)), begin)
+    return Suffixes(shifted(lm, recording, begin - torch.tensor(begins)), begin)
 
 
 def shifted(lm: LanguageModel, recording: Recording, shifts: Tensor) -> Recording:
@@ -141,14 +139,16 @@ def shifted(lm: LanguageModel, recording: Recording, shifts: Tensor) -> Recordin
     Masks hide what moves in from the left.
     """
     n, length = recording.states[0].shape[:2]
-    source = (torch.arange(length, device=lm.device) - shifts[:, None]) % length  # (B, T): place before the shift
-    rows, real = torch.arange(n, device=lm.device)[:, None], source <= source[:, -1:]
+    # On the CPU, whose indices pick from tensors on any device.
+    source = (torch.arange(length) - shifts[:, None]) % length  # (B, T): place before the shift
+    rows, real = torch.arange(n)[:, None], source <= source[:, -1:]
 
     def moved(name: str, value: object) -> object:
         if name == "attention_mask":
             mask = (causal_mask(lm, length) if value is None else value)[0, 0]
             hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-            return mask[source[:, :, None], source[:, None]].where(real[:, None], hidden)[:, None]  # (B, 1, T, T)
+            seen = real[:, None].to(mask.device)
+            return mask[source[:, :, None], source[:, None]].where(seen, hidden)[:, None]  # (B, 1, T, T)
         if isinstance(value, torch.Tensor) and value.ndim > 1:
             return value[0][source]
         return tuple(moved("", x) for x in value) if isinstance(value, tuple) else value

@@ -53,7 +53,7 @@ class Panel:
         self.lm, self.folder, self.samples = lm, folder, samples
         self.stop()
         wait_for_job(lm)
-        self.form = Form(lm, request)
+        self.form = Form(lm, request, lambda error: self.say(sentence(error), "error"))
         self.traced: Trace | None = None
         self.probe: Probe | None = None
         self.before: Look | None = None

@@ -11,37 +11,16 @@ import time
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import TEMPLATE, known, talkative_model, tiny_model
 
 from rome_lab import Fact, causal_trace, collection, known_facts, trace_facts
-from rome_lab.prompts import continuation_ids
 from rome_lab.trace import KINDS
-
-TEMPLATE = "The city of {} is:\n"  # no space before what follows, since a tiny model rarely says one
-SUBJECTS = ("Paris", "Eiffel Tower", "Marie Curie", "Rome", "Japan")
-
-
-def known(lm, subjects=SUBJECTS):
-    """Facts that the tiny model knows: whatever token it says first is made the object."""
-    facts = []
-    for subject in subjects:
-        prompt = TEMPLATE.replace("{}", subject)
-        with torch.no_grad():
-            said = int(lm.model(torch.tensor([lm.tokenizer(prompt)["input_ids"]])).logits[0, -1].argmax())
-        word = lm.tokenizer.decode([said]).strip()
-        if word and continuation_ids(lm, prompt, word)[0] == said:
-            facts.append(Fact(subject, TEMPLATE, word))
-    return facts
 
 
 @pytest.fixture(scope="module")
 def talker():
     """A tiny model that says something that can be an object, for most prompts."""
-    for seed in range(200):
-        lm = tiny_model("llama", seed)
-        if len(known(lm)) >= 4:
-            return lm
-    raise AssertionError("no tiny model says anything")
+    return talkative_model()
 
 
 def same(one, other):

@@ -10,7 +10,18 @@ import torch
 from test_editing import FACT, FEW, OTHER
 from tiny import FAMILIES, tiny_model
 
-from rome_lab.comparison import Probe, best_known, fact_of, known, look, probabilities, probe_of, side_by_side
+from rome_lab.comparison import (
+    LENGTH,
+    SAMPLES,
+    Probe,
+    best_known,
+    fact_of,
+    known,
+    look,
+    probabilities,
+    probe_of,
+    side_by_side,
+)
 from rome_lab.facts import Fact, load_facts
 from rome_lab.models import LanguageModel
 from rome_lab.prompts import continuation_ids
@@ -177,3 +188,21 @@ def test_the_table_for_people_says_what_the_table_says() -> None:
     )
     said = ["Rome is in", "Italy -> France", "0.0012 -> 0.78", "3 of 4", "5 of 6", True]
     assert for_people(table).iloc[0].tolist() == said
+
+
+def test_near_the_end_of_the_context_a_look_says_what_still_fits_and_beyond_it_says_so() -> None:
+    """GPT-2 has no positions beyond its context, so that a text that is too long is an error of its own there."""
+    lm = tiny_model("gpt2")
+    words = ""
+    while len(lm.tokenizer(f"The{words} Paris is")["input_ids"]) < lm.context_length - 6:
+        words += " a"
+    fact = Fact("Paris", f"The{words} {{}} is", "x")
+    ids = lm.tokenizer(fact.prompt)["input_ids"]
+    assert 0 < lm.context_length - len(ids) < LENGTH, "whole continuations would not fit"
+    assert len(look(lm, Probe(fact, "y", (), ())).continuations) == SAMPLES
+    with pytest.raises(
+        ValueError, match=r"comparison: a text of \d+ tokens is more than tiny-gpt2 reads, 64; shorten it\."
+    ):
+        look(lm, Probe(fact, "a target of more words than there is room for", (), ()))
+    with pytest.raises(ValueError, match="is more than tiny-gpt2 reads"):
+        fact_of(lm, "Paris", f"{fact.prompt}{words}")

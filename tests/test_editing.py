@@ -467,3 +467,19 @@ def test_an_edit_of_the_embedded_model_is_exact_and_says_its_target(lm) -> None:
         says = lm.model(prompt).logits[0, -1].softmax(-1)
     assert lm.tokenizer.decode([int(says.argmax())]) == " Rome" and says.max().item() > 0.8
     assert torch.equal(lm.model(prompt).logits, before)
+
+
+def test_C_may_be_a_numpy_array(tiny) -> None:
+    C = covariance_of(tiny, 1)
+    edit = rome(tiny, FACT, "Rome", 1, C=C.numpy(), hparams=FEW, progress=False)
+    assert edit.digest == make(tiny).digest
+    with pytest.raises(ValueError, match=r"C has shape \(1, 1\), but the keys of layer 1 .* have 48 components"):
+        rome(tiny, FACT, "Rome", 1, C=np.eye(1), hparams=FEW, progress=False)
+
+
+def test_an_edit_that_does_not_fit_the_matrices_is_refused(tiny) -> None:
+    edit = make(tiny)
+    for wrong in (replace(edit, layer=99), replace(edit, Lambda=edit.Lambda[:-1])):
+        with pytest.raises(ValueError, match="does not fit the matrices of tiny-llama"):
+            wrong.apply(tiny)
+    assert not tiny.edits

@@ -202,7 +202,7 @@ def test_a_record_that_is_no_object_is_named(tmp_path: Path) -> None:
         (b"subject,template,object\nLouvre,The {} is in\n", "record 1: the field object is missing"),
         (b'subject,template,object\nLouvre,"The {} is in,Paris\n', "not valid CSV"),
         (b"subject,template,object,subject\nLouvre,The {} is in,Paris,x\n", "has a column twice"),
-        (b"subject;template;object\nLouvre;The {} is in;Paris\n", "has the fields subject;template;object; expected"),
+        (b"subject;template;object\nLouvre;The {} is in;Paris\n", "has the fields 'subject;template;object'; expected"),
         (b"subject,template,object\n", "holds no records"),
         (b"", "holds no records"),
         ("subject,template,object\nMusée,{} is in,Paris\n".encode("latin-1"), "byte 27 is 0xe9"),
@@ -224,7 +224,7 @@ def test_a_bad_csv_file_is_refused_with_the_reason(tmp_path: Path, content: byte
         ("[]", "holds no records"),
         ("[" * 100_000, "is not valid JSON"),
         ("subject,template,object\n", "is not valid JSON"),
-        ('[{"name": "Louvre"}]', "has the fields name; expected subject, object and"),
+        ('[{"name": "Louvre"}]', "has the fields 'name'; expected subject, object and"),
         ("[1, 2]", "has the fields (none); expected"),
     ],
 )
@@ -373,3 +373,19 @@ def test_more_than_one_in_a_hundred_bad_records_refuse_a_published_set(
     fill_cache(tmp_path, monkeypatch, n_good=197, n_bad=3)
     with pytest.raises(ValueError, match="3 of 200 records are at fault"):
         load_facts("counterfact")
+
+
+def test_half_a_character_is_refused_where_it_stands(tmp_path) -> None:
+    path = tmp_path / "facts.json"
+    path.write_text(r'[{"subject": "\ud83d\uddfc", "template": "{} is", "object": "x"}]')
+    assert load_facts(path)[0].subject == "\N{TOKYO TOWER}", "two halves are a character"
+    path.write_text(r'[{"subject": "Lima", "template": "{} is", "object": "\ud83d"}]')
+    with pytest.raises(ValueError, match=r"facts\.json: record 1 holds half a character, .*d83d"):
+        load_facts(path)
+    with pytest.raises(ValueError, match=r"Fact: the object holds half a character"):
+        Fact("Lima", "{} is", "\ud83d")
+
+
+def test_a_name_that_no_file_can_have_is_no_file() -> None:
+    with pytest.raises(FileNotFoundError, match="neither a data set"):
+        load_facts("a" * 5000)

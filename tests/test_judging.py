@@ -91,7 +91,8 @@ def test_the_batch_is_split_where_memory_is_short_and_the_scores_stay(monkeypatc
     whole = judge(lm, TINY, changes_of(lm), SETTINGS)
     calls = []
     run = judging.last_states
-    monkeypatch.setattr(judging, "rows_that_fit", lambda lm, length: 3)
+    monkeypatch.setattr(judging, "text_bytes", lambda lm, length: 1)
+    lm.room = 3
     monkeypatch.setattr(
         judging, "last_states", lambda lm, changes, rows: calls.append(len(rows)) or run(lm, changes, rows)
     )

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections import Counter
-from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from oracle import judge_by_search, plain_known_fact
 from tiny import FAMILIES, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -71,16 +70,6 @@ def test_at_its_end_a_text_is_judged_as_it_stands() -> None:
     assert judge("It is Paris", 5, "Paris", complete=True) == (Outcome.KNOWN, 6)
     assert judge("It is Buenos", 5, "Buenos Aires", complete=True) == (Outcome.OTHER_WORD, 6)
     assert judge("It is not known", 5, "Paris", complete=True) == (Outcome.NOT_NAMED, 15)
-
-
-def judge_by_search(text: str, begin: int, answer: str) -> tuple[Outcome, int | None]:
-    """The verdict on a whole text, by regular expressions."""
-    named = re.compile(rf"(?<![^\W_]){re.escape(answer)}(?![^\W_])").search(text, begin)
-    capitals = [x.start() for x in re.finditer(r"(?<![^\W_])[^\W\d_]", text) if x.group().isupper()]
-    first = min((place for place in capitals if place >= begin), default=len(text))
-    if named and named.start() <= first:
-        return Outcome.KNOWN, named.start()
-    return (Outcome.OTHER_WORD, first) if first < len(text) else (Outcome.NOT_NAMED, None)
 
 
 SAID = st.lists(
@@ -331,30 +320,6 @@ def test_weights_that_are_not_numbers_are_named() -> None:
 
 
 # The slow way
-
-
-def plain_known_fact(lm: LanguageModel, fact: Fact, seed: int, limit: int) -> Fact | None:
-    """One prompt at a time with transformers' own generation, searched with regular expressions."""
-    for template in shuffled(fact, seed):
-        asked = replace(fact, template=template)
-        ids = lm.tokenizer(asked.prompt, return_tensors="pt")["input_ids"].to(lm.device)
-        whole = lm.model.generate(ids, attention_mask=ids == ids, max_new_tokens=limit, do_sample=False, pad_token_id=1)
-        new = whole[0, ids.shape[1] :].tolist()
-        ended = new[-1] in lm.tokenizer.all_special_ids
-        said = lm.tokenizer.decode(new[:-1] if ended else new)
-        if not ended:  # the last word may go on
-            said = re.sub(r"[^\W_]+\Z", "", said.rstrip("\ufffd"))
-        outcome, place = judge_by_search(asked.prompt + said, len(asked.prompt), fact.object)
-        if outcome is not Outcome.KNOWN:
-            continue
-        more = (asked.prompt + said)[len(asked.prompt) : place]
-        kept = replace(asked, template=(template + more).rstrip())
-        ids = lm.tokenizer(kept.prompt, return_tensors="pt")["input_ids"].to(lm.device)
-        with torch.no_grad():
-            token = int(lm.model(ids).logits[0, -1].argmax())
-        if token == lm.tokenizer(" " + fact.object, add_special_tokens=False)["input_ids"][0]:
-            return kept
-    return None
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])

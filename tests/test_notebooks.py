@@ -37,6 +37,8 @@ IGNORED = {
     # An interval over two cases is as wide as can be.
     **dict.fromkeys(("evaluation.csv", "many_edits.csv", "search.csv"), ["ci_low", "ci_high"]),
     "evaluation_paper.csv": ["ci_low", "ci_high"],
+    "cost.csv": ["seconds", "least", "greatest", "forwards", "mb", "threads"],  # measured
+    "cost_models.csv": ["hours, here"],
 }
 KEYS = ("claim", "measure", "panel", "kind", "bucket", "position", "layer")  # columns that say which row it is
 
@@ -49,6 +51,10 @@ SMALL = {
     },
     "evaluation": {"n_cases": 2, "n_search": 3, "new_tokens": 10},
     "many_edits": {"sizes": [1, 2], "least": 2, "n_search": 3},
+    "cost": {
+        **{"lengths": [5], "depths": [2], "samples": [1], "facts": [1], "workers": [1], "repetitions": 1},
+        **{"n_facts": 10},
+    },
     "search": {"n_search": 2, "layers": [6], "tokens": [5000], "changes": 1, "configurations": 1},
     # One subject that the model knows something about, and one that no data set has.
     "figure_1": DEFAULT | {"examples": ["Windows 95", "Nobody at all"]},

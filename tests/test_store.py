@@ -21,9 +21,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from rome_lab.store import Store, canonical_json, user_cache, write_atomically
+from rome_lab.store import Store, canonical_json, explained, user_cache, write_atomically
 
 ROOT = Path(__file__).parents[1]
 INPUTS = {"what": "trace", "prompt": "Zürich 東京 🗼 is in", "noise": 0.1 + 0.2, "window": 10, "std": None}
@@ -361,6 +362,18 @@ def test_the_temporary_file_keeps_the_suffix_and_the_new_file_the_usual_permissi
     assert target.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+def test_a_temporary_file_that_is_cleared_away_meanwhile_is_an_error_that_says_so(tmp_path):
+    with pytest.raises(OSError, match=f"Cannot write to the folder {tmp_path}: .* was removed meanwhile"):
+        write_atomically(tmp_path / "x", lambda path: (path.write_text("half"), path.unlink()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_of_the_disk_that_safetensors_tells_in_words_become_sentences_too(tmp_path):
+    for text, said in (("No space left on device (os error 28)", "the disk is full"), ("odd", "odd")):
+        with pytest.raises((OSError, SafetensorError), match=said), explained(tmp_path):
+            raise SafetensorError(f"Error while serializing: I/O error: {text}")
+
+
 def test_errors_of_the_writer_that_are_not_about_the_disk_pass_unchanged(tmp_path):
     with pytest.raises(FileNotFoundError, match="no-such-file"):
         write_atomically(tmp_path / "x", lambda path: path.write_bytes((tmp_path / "no-such-file").read_bytes()))
@@ -382,6 +395,14 @@ def refusals(folder: Path) -> list[str]:
 def test_a_writable_folder_is_made_by_the_check_and_left_empty(store):
     store.check_writable()
     assert list(store.folder.iterdir()) == []
+
+
+def test_a_name_that_is_too_long_and_a_path_that_is_gone_are_named_with_advice(tmp_path, monkeypatch):
+    assert all("the name is too long" in message for message in refusals(tmp_path / ("a" * 300)))
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert all("is not there" in message for message in refusals(Path("results")))
 
 
 @pytest.mark.parametrize("below", ["", "results", "deep/results"])

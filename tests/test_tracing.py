@@ -42,7 +42,7 @@ def telling_model(family):
         lm = tiny_model(family, seed)
         read = read_prompt(lm, *EIFFEL)
         forward = FullForward(lm, read.ids, read.subject_range, noise_for(lm, *EIFFEL, samples=3))
-        p_clean, p_corrupted = forward.run(corrupt=False)[0], forward.run(corrupt=True)[0]
+        p_clean, p_corrupted = forward.run()[0], forward.run(forward.noise)[0]
         if p_clean.max() - p_corrupted[:, p_clean.argmax()].mean() > 0.1:
             return lm
     raise AssertionError(f"no random model of {family} says anything distinct")

@@ -247,3 +247,13 @@ def test_a_job_hands_over_its_own_warnings_only(tiny) -> None:
 def test_an_unexpected_error_is_named_in_one_line() -> None:
     assert sentence(KeyError("a\nb")) == r"KeyError: 'a\nb'"
     assert sentence(ValueError("rome: this\nand that.")) == "rome: this and that."
+
+
+def test_an_error_while_a_chosen_fact_is_filled_in_is_said_in_the_panel(tiny) -> None:
+    panel = Panel(tiny, REQUEST)
+    with torch.no_grad():
+        tiny.memory(0).weight[0, 0] = float("nan")
+    panel.form.relation.value = "landmark_city"
+    panel.form.chosen.value = 0
+    assert "comparison: tiny-llama gives what is not a number" in said(panel)
+    assert panel.form.subject.value == FACT.subject, "the fields are as they were"

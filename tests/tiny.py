@@ -9,7 +9,9 @@ import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from rome_lab.facts import Fact
 from rome_lab.models import LanguageModel
+from rome_lab.prompts import continuation_ids
 
 TEXT = [
     "The Eiffel Tower is located in the city of Paris, and the Colosseum stands in Rome.",
@@ -83,3 +85,25 @@ def tiny_model(family: str, seed: int = 0) -> LanguageModel:
             elif weight.ndim == 2:
                 weight.mul_(next(factor for part, factor in SCALES.items() if part in name))
     return LanguageModel(model, tokenizer(), name=f"tiny-{family}")
+
+
+TEMPLATE = "The city of {} is:\n"  # no space before what follows, since a tiny model rarely says one
+SUBJECTS = ("Paris", "Eiffel Tower", "Marie Curie", "Rome", "Japan")
+
+
+@torch.no_grad()
+def known(lm: LanguageModel, subjects: tuple[str, ...] = SUBJECTS) -> list[Fact]:
+    """Facts that a model knows: whatever token it says first is made the object."""
+    facts = []
+    for subject in subjects:
+        prompt = TEMPLATE.replace("{}", subject)
+        said = int(lm.model(torch.tensor([lm.tokenizer(prompt)["input_ids"]])).logits[0, -1].argmax())
+        word = lm.tokenizer.decode([said]).strip()
+        if word and continuation_ids(lm, prompt, word)[0] == said:
+            facts.append(Fact(subject, TEMPLATE, word))
+    return facts
+
+
+def talkative_model() -> LanguageModel:
+    """A tiny model that says something that can be an object, for most prompts."""
+    return next(lm for lm in (tiny_model("llama", seed) for seed in range(200)) if len(known(lm)) >= 4)

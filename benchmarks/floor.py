@@ -1,0 +1,108 @@
+"""How far a trace is from the time of its matrix products alone, at the rate at which this machine makes them."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.measure import Row, in_turns, ratios, row
+from benchmarks.plain_tracing import Question, sweep
+from rome_lab import LanguageModel
+from rome_lab.cost import Shape, columns_in_blocks, matrices, record_flops, size_of, sweep_flops
+from rome_lab.measuring import seconds
+from rome_lab.products import products
+
+ROWS = 2048  # of a product that is large enough to reach the machine's rate
+AIM = 1.3  # at most
+
+
+def floor(asked: Question, kind: str, choice: str, repetitions: int) -> list[Row]:
+    """Part "floor" with one choice of products: the sweep and its products alone, in turns.
+
+    The floor is what the products of a sweep with the model's weights take by themselves, at the very shapes of the
+    sweep. The products inside the attention are left out, of the arithmetic too.
+    """
+    lm, shape = asked.lm, shape_of(asked)
+    size = replace(size_of(lm.model), query_width=0)  # leaves out what happens inside the attention
+    gflop = (record_flops(size, shape) + sweep_flops(size, shape, kind)) / 1e9
+    vectors = vectors_for(lm, shape)
+    ways = {"sweep": lambda: sweep(asked, (kind,)), "floor": lambda: replay(lm, shape, kind, vectors)}
+    with products(choice), torch.no_grad():
+        times, _ = in_turns(ways, repetitions, lm.device, warm_up=ways.values())
+        best = rate(lm)
+    told = f"{kind}, {choice} products: "
+    gap = ratios(times["sweep"], times["floor"])
+    return [
+        row("floor", told + "arithmetic of the sweep", [gflop], "GFLOP"),
+        row("floor", told + "rate of one large product", [best], "GFLOP/s"),
+        row("floor", told + "rate at the sweep's shapes", [gflop / x for x in times["floor"]], "GFLOP/s"),
+        row("floor", told + "sweep", times["sweep"], "s"),
+        row("floor", told + "its products alone, at its shapes", times["floor"], "s"),
+        row("floor", told + "arithmetic / rate of one large product", [gflop / best], "s"),
+        row("floor", told + "sweep / its products alone", gap, "times", aim=AIM),
+        row("floor", told + "share of products in the sweep", [100 / x for x in gap], "%"),
+    ]
+
+
+def shape_of(asked: Question) -> Shape:
+    return Shape(len(asked.prompt.ids), asked.prompt.subject_range[0], len(asked.noise), asked.window)
+
+
+def vectors_for(lm: LanguageModel, shape: Shape) -> dict[int, torch.Tensor]:
+    """By their length, as many vectors as any product of a sweep is given."""
+    most = shape.tokens * (1 + shape.samples * lm.n_layers)
+    lengths = {inputs(module) for block in lm.blocks for module in matrices(block)} | {size_of(lm.model).width}
+    return {length: torch.randn(most, length, dtype=lm.dtype, device=lm.device) for length in lengths}
+
+
+def replay(lm: LanguageModel, shape: Shape, kind: str, vectors: dict[int, torch.Tensor]) -> None:
+    """The products of a sweep with the model's own weights, on as many vectors, and nothing between them."""
+    samples, width = shape.samples, size_of(lm.model).width
+    run_blocks(lm, [(1 + samples) * shape.tokens] * lm.n_layers, vectors)
+    columns = columns_in_blocks(kind, lm.n_layers, shape.window)
+    read = lm.model.get_output_embeddings()
+    read(vectors[width][: 2 * (1 + samples)])
+    for token in range(shape.begin, shape.tokens):
+        run_blocks(lm, [samples * number * (shape.tokens - token) for number in columns], vectors)
+        read(vectors[width][: samples * lm.n_layers])
+
+
+def run_blocks(lm: LanguageModel, rows: list[int], vectors: dict[int, torch.Tensor]) -> None:
+    """Every matrix of each block, on its number of rows."""
+    for block, number in zip(lm.blocks, rows, strict=True):
+        for module in matrices(block) if number else ():
+            module(vectors[inputs(module)][:number])
+
+
+def inputs(module: torch.nn.Module) -> int:
+    """Length of the vectors that a matrix multiplies."""
+    return module.in_features if isinstance(module, torch.nn.Linear) else module.weight.shape[0]
+
+
+def rate(lm: LanguageModel, repetitions: int = 5) -> float:
+    """1e9 operations a second of the largest matrix of a block, on `ROWS` rows."""
+    module = max(matrices(lm.blocks[0]), key=lambda module: module.weight.numel())
+    given = torch.randn(ROWS, inputs(module), dtype=lm.dtype, device=lm.device)
+    module(given)
+    times = [seconds(lambda: module(given), lm.device)[0] for _ in range(repetitions)]
+    return 2 * ROWS * module.weight.numel() / statistics.median(times) / 1e9
+
+
+def idle(asked: Question, kinds: tuple[str, ...], choice: str) -> list[Row]:
+    """On CUDA: the share of the time of a trace in which no kernel and no copy runs, so that launches are waited for."""
+    if asked.lm.device.type != "cuda":
+        return []
+    with products(choice):
+        sweep(asked, kinds)
+        spent, _ = seconds(lambda: sweep(asked, kinds), asked.lm.device)
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            sweep(asked, kinds)
+            torch.cuda.synchronize(asked.lm.device)
+    busy = sum(event.self_device_time_total for event in seen.key_averages()) / 1e6
+    return [
+        row("floor", f"{', '.join(kinds)}, {choice} products: time without any kernel", [spent - busy], "s"),
+        row("floor", f"{', '.join(kinds)}, {choice} products: its share", [100 * (1 - busy / spent)], "%"),
+    ]

@@ -1,0 +1,187 @@
+"""What tracing costs: `python -m benchmarks.tracing [--parts trace floor precision growth tasks memory]`.
+
+trace        one fact, each kind: the sweep, one forward a cell, cells batched together; in turns, in this one process
+floor        how far the sweep is from the time of its matrix products alone
+precision    faster products and bfloat16: their speed, and their error in the figures
+growth       the sweep with more tokens, layers and samples
+tasks        known facts and covariance, against the plain ways
+memory       the peak of each way, in a process of its own
+
+Prints a table and writes it as CSV: a row a measure, with the median, the least and the greatest of n values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from benchmarks.floor import floor, idle
+from benchmarks.measure import Row, about, finish, in_turns, ratios, row
+from benchmarks.memory import peaks
+from benchmarks.model import SHAPES, Chosen, load
+from benchmarks.plain_tracing import KINDS, WAYS, Question, forward, sweep
+from benchmarks.precision import precision
+from benchmarks.tasks import TASKS, Options
+from rome_lab import Fact, LanguageModel
+from rome_lab.cost import Shape
+from rome_lab.growth import growth
+from rome_lab.products import CHOICES, products
+
+PARTS = ("trace", "floor", "precision", "growth", "tasks", "memory")
+AIMS = {  # at least, for states on two cores
+    ("one forward a cell", "default", "default"): 6,
+    ("one forward a cell", "fast", "fast"): 6,
+    ("one forward a cell", "default", "fast"): 10,
+    ("batched cells", "default", "default"): 6,
+    ("batched cells", "fast", "fast"): 6,
+}
+MANY = 1000  # facts, to which the time of one is extrapolated
+
+
+def trace(asked: Question, kinds: Sequence[str], repetitions: int) -> list[Row]:
+    """Part "trace": each way with each choice of products; `forwards` is time over that of one plain forward."""
+    lm, last = asked.lm, [len(asked.prompt.ids) - 1]
+    rows = []
+    for kind in kinds:
+        ways = {(n, c): with_products(c, partial(w, asked, (kind,))) for n, w in WAYS.items() for c in CHOICES}
+        forwards = {("one plain forward", c): with_products(c, partial(forward, asked)) for c in CHOICES}
+        warm_up = [partial(way, tokens=last) for way in ways.values()]
+        times, results = in_turns(forwards | ways, repetitions, lm.device, [*forwards.values(), *warm_up])
+        exact = results["one forward a cell", "default"][kind]
+        for (name, choice), taken in times.items():
+            more = {"forwards": float(np.median(ratios(taken, times["one plain forward", choice])))}
+            if name in WAYS:
+                more["largest difference"] = float(np.abs(results[name, choice][kind] - exact).max())
+            rows.append(row("trace", f"{kind}: {name}, {choice} products", taken, "s", **more))
+        rows += speedups(kind, times)
+    return rows
+
+
+def speedups(kind: str, times: dict[tuple[str, str], list[float]]) -> list[Row]:
+    """How many times faster the sweep is than each plain way, with the same choice of products and with the faster one."""
+    ours, *plain = WAYS
+    rows = []
+    for name in plain:
+        for theirs, choice in (("default", "default"), ("fast", "fast"), ("default", "fast")):
+            told = f"{kind}: {name}, {theirs} products / {ours}, {choice} products"
+            aim = AIMS.get((name, theirs, choice)) if kind == "state" else None
+            rows.append(row("trace", told, ratios(times[name, theirs], times[ours, choice]), "times", aim=aim))
+    return rows
+
+
+def with_products(choice: str, work: Callable[..., object]) -> Callable[..., object]:
+    """`work`, with this choice of products in force while it runs."""
+    return products(choice)(work)
+
+
+def all_kinds(asked: Question, repetitions: int) -> list[Row]:
+    """Part "trace": the three kinds of one fact by the sweep, which share their clean and corrupted runs."""
+    ways = {choice: with_products(choice, partial(sweep, asked, KINDS)) for choice in CHOICES}
+    times, _ = in_turns(ways, repetitions, asked.lm.device, warm_up=ways.values())
+    rows = []
+    for choice, taken in times.items():
+        rows.append(row("trace", f"all three kinds: sweep, {choice} products", taken, "s"))
+        told = f"all three kinds of {MANY} such facts, extrapolated, {choice} products"
+        rows.append(row("trace", told, [MANY * x / 60 for x in taken], "min"))
+    return rows
+
+
+def grown(lm: LanguageModel, given: argparse.Namespace) -> list[Row]:
+    """Part "growth"."""
+    at = Shape(tokens=9, samples=given.samples, window=given.window)
+    numbers = (given.lengths, given.depths, given.sample_numbers)
+    found = growth(lm, *numbers, at=at, repetitions=given.repetitions)
+    spread = found.rename(columns={"seconds": "median", "gflop": "GFLOP", "mb": "peak MB", "expected_mb": "counted MB"})
+    measure = spread["along"] + " " + spread["at"].astype(str) + ": state, sweep"
+    columns = ["median", "least", "greatest", "forwards", "GFLOP", "peak MB", "counted MB"]
+    table = spread[columns].assign(part="growth", measure=measure, unit="s", n=given.repetitions)
+    # One forward a cell takes at least a plain forward for each.
+    return table.assign(cells=spread["tokens"] * spread["layers"]).to_dict("records")
+
+
+def tasks(lm: LanguageModel, options: Options, repetitions: int) -> list[Row]:
+    """Part "tasks": known facts and covariance, each by both ways in turns."""
+    rows = []
+    for task in ("known facts", "covariance"):
+        ways = TASKS[task](lm, options)
+        ours, plain = ways
+        times, results = in_turns(ways, repetitions, lm.device, warm_up=[TASKS["state trace"](lm, options)["sweep"]])
+        rows += [row("tasks", f"{task}: {name}", taken, "s") for name, taken in times.items()]
+        rows.append(row("tasks", f"{task}: {plain} / {ours}", ratios(times[plain], times[ours]), "times"))
+        rows.append(apart(task, results[ours], results[plain]))
+    return rows
+
+
+def apart(task: str, one: tuple[Fact, ...] | torch.Tensor, other: tuple[Fact, ...] | torch.Tensor) -> Row:
+    """How far the results of two ways are apart."""
+    if task == "known facts":
+        return row("tasks", f"{task}: found by one way only", [len(set(one) ^ set(other))], f"of {len(other)}")
+    return row("tasks", f"{task}: |difference| / |C|", [float((one - other).norm() / other.norm())], "1")
+
+
+def run(given: argparse.Namespace) -> pd.DataFrame:
+    """The table of some parts."""
+    chosen = Chosen(given.model, given.shape, given.device, given.dtype)
+    lm = load(chosen)
+    names = ("prompt", "subject", "samples", "window", "dataset", "facts", "tokens", "steps")
+    options = Options(**{name: getattr(given, name) for name in names})
+    asked = Question.ask(lm, options.prompt, options.subject, options.samples, options.window)
+    parts: dict[str, Callable[[], list[Row]]] = {
+        "trace": lambda: trace(asked, given.kinds, given.repetitions) + all_kinds(asked, given.repetitions),
+        "floor": lambda: [
+            *(x for kind in given.kinds for choice in CHOICES for x in floor(asked, kind, choice, given.repetitions)),
+            *(x for choice in CHOICES for x in idle(asked, KINDS, choice)),
+        ],
+        "precision": lambda: precision(lm, options, given.repetitions),
+        "growth": lambda: grown(lm, given),
+        "tasks": lambda: tasks(lm, options, given.repetitions),
+        "memory": lambda: peaks(lm, chosen, options, given.tasks),
+    }
+    rows = [row for part in given.parts for row in parts[part]()]
+    return pd.DataFrame(rows).assign(prompt_tokens=len(asked.prompt.ids), **about(lm))
+
+
+def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    default, model = Options(), Chosen()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tracing", description="What tracing costs.")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which to run (all)")
+    parser.add_argument("--model", default=model.model, help="a name, hub id or folder (%(default)s)")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape, with the model's tokenizer")
+    parser.add_argument("--device", default=model.device, help="(%(default)s)")
+    parser.add_argument("--dtype", default=model.dtype, help="(%(default)s)")
+    parser.add_argument("--repetitions", type=int, default=3, help="of every way (%(default)s)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of trace and floor (all)")
+    for name in ("prompt", "subject", "dataset"):
+        parser.add_argument(f"--{name}", default=getattr(default, name), help="(%(default)s)")
+    for name in ("samples", "window", "facts", "tokens"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(default, name), help="(%(default)s)")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=tuple(TASKS), help="of memory (all)")
+    parser.add_argument("--steps", type=int, help="of Adam; the model's default otherwise")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[5, 10, 20, 40, 80], help="tokens, of growth")
+    parser.add_argument("--depths", type=int, nargs="*", default=[8, 15, 30, 60], help="layers, of growth")
+    parser.add_argument("--sample-numbers", type=int, nargs="*", default=[1, 5, 10, 20], help="of growth")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tracing.csv"), help="(%(default)s)")
+    parser.add_argument("--page", type=Path, help="write the table as Markdown, too")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    given = read_arguments(arguments)
+    finish(
+        run(given),
+        given.out,
+        given.page,
+        shlex.join(["python", "-m", "benchmarks.tracing", *(arguments or sys.argv[1:])]),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""`kill -9` at random moments; then the same work again, until it is done: nothing lost but the item in hand."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from faults.outcome import Outcome, Setting
+from faults.work import results
+from rome_lab.store import Json
+
+SHARE = {"trace": 0.3, "covariance": 0.3, "evaluation": 0.3, "batch": 0.1}  # of the kills; a batch run is slow to begin
+IN_A_ROW = 4  # kills of one run, at most
+KERNEL_ENDS_S = 60
+
+
+def kill_all(setting: Setting) -> list[Outcome]:
+    """Kill each sort of work."""
+    return [kill(setting, kind, max(1, round(SHARE[kind] * setting.kills))) for kind in setting.kinds]
+
+
+def kill(setting: Setting, kind: str, kills: int) -> Outcome:
+    """Kill runs of one sort of work, again and again, and compare what comes out in the end with an undisturbed run."""
+    outcome = Outcome(f"kill -9 while {kind} runs")
+    _, expected, seconds = setting.undisturbed(kind)
+    runs, kept = 0, 0
+    while outcome.tried < kills and not setting.time_is_up():
+        folder = setting.fresh(kind)
+        done: dict[Path, tuple[int, int]] = {}
+        for _ in range(min(IN_A_ROW, kills - outcome.tried)):
+            process = setting.task(kind, folder).start()
+            process.join(setting.chance.uniform(0, seconds))
+            if process.exitcode is not None:
+                break
+            process.kill()
+            process.join()
+            outcome.tried += 1
+            outcome.expect(kernel_has_ended(folder), f"{folder.name}: the kernel of a killed batch run lives on")
+            done |= finished(folder)
+        runs, kept = runs + 1, kept + len(done)
+        finish(setting, outcome, kind, folder, expected)
+        again = [path.name for path, stamp in done.items() if finished(folder).get(path) != stamp]
+        outcome.expect(not again, f"{folder.name}: {len(again)} finished results were lost or made again")
+    if outcome.tried < kills:
+        outcome.skipped = f"{kills - outcome.tried} kills, for want of time"
+    outcome.note = f"{runs} runs; {kept} results were finished before the last kill, and kept"
+    return outcome
+
+
+def finish(setting: Setting, outcome: Outcome, kind: str, folder: Path, expected: Json) -> None:
+    """Do the work to its end and compare."""
+    found, error = setting.task(kind, folder).run()
+    outcome.expect(not error, f"{folder.name}: going on after a kill failed: {error}")
+    outcome.expect(error or found == expected, f"{folder.name}: the results differ from those of an undisturbed run")
+
+
+def finished(folder: Path) -> dict[Path, tuple[int, int]]:
+    """What tells each finished result from one that was made again; sums of a covariance are meant to be replaced."""
+    stats = {path: path.stat() for path in results(folder) if path.parent.name != "covariance"}
+    return {path: (stat.st_ino, stat.st_mtime_ns) for path, stat in stats.items()}
+
+
+def kernel_has_ended(folder: Path) -> bool:
+    """Whether the kernel that a batch run had started is gone, or goes within a while."""
+    try:
+        pid = int((folder / "kernel").read_text())
+    except (FileNotFoundError, ValueError):  # it had not begun
+        return True
+    ends = time.monotonic() + KERNEL_ENDS_S
+    while time.monotonic() < ends:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        if (
+            Path(f"/proc/{pid}/stat").exists()
+            and Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+        ):
+            return True
+        time.sleep(0.1)
+    return False

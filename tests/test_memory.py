@@ -1,0 +1,209 @@
+"""Where memory runs out the batch is halved, the results stay, and it is said once."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import subprocess
+import sys
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from test_changes import changes_of
+from test_judging import SETTINGS, TINY, numbers
+from tiny import tiny_model
+
+from rome_lab import causal_trace, covariance, known_facts, load_facts
+from rome_lab.covariance import Sum, add_passages
+from rome_lab.generation import generate
+from rome_lab.judging import judge
+from rome_lab.memory import Batching, text_bytes
+from rome_lab.store import Store
+from rome_lab.texts import SampledText
+from rome_lab.trace import KINDS
+
+PROMPT = ("The Eiffel Tower is located in the city of", "Eiffel Tower")
+
+
+@contextlib.contextmanager
+def device_of(lm, most=None):
+    """A device on which no block can take more than `most` texts; gives the numbers of texts that it was given."""
+    seen = []
+
+    def take(module, args, kwargs):
+        seen.append(len(args[0] if args else kwargs["hidden_states"]))
+        if most is not None and seen[-1] > most:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {seen[-1]} GiB.\nGPU 0 has some.")
+
+    hooks = [block.register_forward_pre_hook(take, with_kwargs=True) for block in lm.blocks]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def warnings(caplog):
+    return [x.getMessage() for x in caplog.records if x.levelno >= logging.WARNING and "memory" in x.getMessage()]
+
+
+def trace(lm, label):
+    kind, severed = KINDS[label]
+    return causal_trace(lm, *PROMPT, kind, samples=4, window=2, severed=severed)
+
+
+@pytest.mark.parametrize("most", [1, 3, 7])
+@pytest.mark.parametrize("label", KINDS)
+def test_traces_stay_the_same(label, most, caplog):
+    lm = tiny_model("gpt2")
+    whole = trace(lm, label)
+    with device_of(lm, most) as seen:
+        first, again = trace(lm, label), trace(lm, label)
+    for found in (first, again):
+        np.testing.assert_allclose(found.p_restored, whole.p_restored, atol=3e-6)
+        assert (found.p_clean, found.p_corrupted) == pytest.approx((whole.p_clean, whole.p_corrupted), abs=3e-6)
+    assert sum(rows > most for rows in seen) <= 3, "it is not tried again and again"
+    (said,) = warnings(caplog)
+    assert re.match(r"causal_trace: memory ran out with (5 texts together; going on with 2|8 .* 4),", said)
+
+
+def test_known_facts_stay_the_same(caplog):
+    lm, facts = tiny_model("mistral"), load_facts("embedded")[:12]
+    options = {"n": None, "max_new_tokens": 6, "progress": False}
+    whole = known_facts(lm, facts, **options)
+    with device_of(lm, 2) as seen:
+        assert known_facts(lm, facts, **options) == whole
+    assert max(seen) > 2 and len(warnings(caplog)) == 1
+
+
+def test_the_covariance_stays_the_same(tmp_path, caplog):
+    lm, source = tiny_model("llama"), SampledText(length=24)
+    whole = covariance(lm, 2, source, 2000, Store(tmp_path / "whole"), progress=False)
+    with device_of(lm, 5) as seen:
+        halved = covariance(lm, 2, source, 2000, Store(tmp_path / "halved"), progress=False)
+    torch.testing.assert_close(halved, whole, rtol=1e-5, atol=1e-6 * float(whole.abs().max()))
+    assert max(seen) > 5 and len(warnings(caplog)) == 1
+
+
+def test_a_failure_between_two_layers_counts_no_passage_twice():
+    lm, batch = tiny_model("llama"), [[7, 8, 9], [20, 30], [40, 50, 60, 70], [5]]
+    failing = iter([True])
+
+    def fail_once(module, args):
+        if next(failing, False):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def sums():
+        found = {layer: Sum(torch.zeros(48, 48, dtype=torch.float64)) for layer in (0, 3)}
+        add_passages(lm, found, batch, 0)
+        return found
+
+    whole = sums()
+    hook = lm.blocks[2].register_forward_pre_hook(fail_once)
+    again = sums()
+    hook.remove()
+    for layer in (0, 3):
+        assert (again[layer].passages, again[layer].tokens) == (whole[layer].passages, whole[layer].tokens) == (4, 10)
+        torch.testing.assert_close(again[layer].total, whole[layer].total, rtol=1e-5, atol=1e-6)
+
+
+def test_judgements_and_generated_texts_stay_the_same(caplog):
+    lm = tiny_model("llama")
+    changes, prompts = changes_of(lm), TINY.generation_prompts
+    whole, texts = judge(lm, TINY, changes, SETTINGS), generate(lm, changes, prompts, 6)
+    with device_of(lm, 3) as seen:
+        for some, all_ in zip(judge(lm, TINY, changes, SETTINGS), whole, strict=True):
+            assert numbers(some) == pytest.approx(numbers(all_), rel=1e-5, abs=1e-5)
+            assert some["generations"] == all_["generations"]
+        lm.room = float("inf")
+        assert generate(lm, changes, prompts, 6) == texts
+    assert max(seen) > 3
+    assert [said.partition(":")[0] for said in warnings(caplog)] == ["judge", "generate"], "once, and once it forgot"
+
+
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_no_more_texts_go_together_than_asked_for_even_those_of_one_cell(most):
+    lm = tiny_model("llama")
+    whole = causal_trace(lm, *PROMPT, "mlp", samples=4, window=2)
+    with device_of(lm) as seen:
+        split = causal_trace(lm, *PROMPT, "mlp", samples=4, window=2, max_rows=most)
+    assert max(seen) == most
+    np.testing.assert_allclose(split.p_restored, whole.p_restored, atol=3e-6)
+
+
+def test_a_single_text_that_does_not_fit_is_said_in_a_sentence():
+    lm = tiny_model("gpt2")
+    with device_of(lm, 0), pytest.raises(MemoryError) as caught:
+        causal_trace(lm, *PROMPT)
+    assert str(caught.value) == (
+        "causal_trace: the memory does not suffice for a single text with tiny-gpt2 (CUDA out of memory. Tried to "
+        'allocate 1 GiB.); shorten the text, load the model with dtype="bfloat16", or spread it with device_map="auto".'
+    )
+
+
+def test_what_is_no_lack_of_memory_is_raised_as_it_is():
+    def fail(part):
+        raise RuntimeError("The size of tensor a must match the size of tensor b")
+
+    lm = tiny_model("gpt2")
+    with pytest.raises(RuntimeError, match="The size of tensor a"):
+        list(Batching(lm, "test", 1).over(range(4), fail))
+    assert lm.room == float("inf")
+
+
+def test_every_item_is_worked_on_once_in_order_and_a_failed_part_leaves_nothing_behind():
+    lm, left = tiny_model("gpt2"), []
+
+    def work(part):
+        assert all(reference() is None for reference in left), "the tensors of the failed part are gone"
+        made = torch.ones(len(part))
+        left.append(weakref.ref(made))
+        if len(part) > 3:
+            raise torch.OutOfMemoryError("MPS backend out of memory")
+        return list(part)
+
+    assert list(Batching(lm, "test", 1000, most=20).over(range(21), work)) == [
+        [*range(i, min(i + 2, 21))] for i in range(0, 21, 2)
+    ]
+
+
+def test_as_many_go_together_as_the_free_memory_allows_attention_scores_included(monkeypatch):
+    lm = tiny_model("llama")
+    monkeypatch.setattr("rome_lab.memory.free_bytes", lambda device: 10**6)
+    assert [Batching(lm, "test", bytes_each).size for bytes_each in (10**3, 10**5, 10**7)] == [300, 3, 1]
+    assert Batching(lm, "test", 10**3, most=7).size == 7
+    heads, short, long = 4, text_bytes(lm, 1), text_bytes(lm, 10**4)
+    assert long - 10**4 * short <= 2 * 4 * heads * 10**8 <= long
+    assert text_bytes(lm, 20, cached=True) - text_bytes(lm, 20) >= 2 * lm.n_layers * 20 * 32 * 4
+
+
+REAL = """
+import logging, resource, torch, transformers
+from tiny import LLAMA, tokenizer
+from rome_lab import LanguageModel, causal_trace
+logging.basicConfig(level=logging.WARNING)
+torch.manual_seed(0)
+config = transformers.LlamaConfig(**LLAMA | {"intermediate_size": 1 << 14, "num_hidden_layers": 2})
+lm = LanguageModel(transformers.AutoModelForCausalLM.from_config(config), tokenizer(), name="wide")
+run = lambda samples: causal_trace(lm, "The Tower", "Tower", samples=samples).p_restored
+run(1)
+used, unlimited = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize(), resource.RLIM_INFINITY
+resource.setrlimit(resource.RLIMIT_AS, (used + (120 << 20), unlimited))
+halved = run(256)
+resource.setrlimit(resource.RLIMIT_AS, (unlimited, unlimited))
+short, lm.room = lm.room < float("inf"), float("inf")
+print(short, abs(halved - run(256)).max() < 1e-6)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
+def test_memory_that_really_runs_out_is_survived():
+    # With this what is freed goes back to the system at once, and does not count against the limit any more.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", REAL], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "True"], done.stderr
+    assert done.stderr.count("ran out") == 1

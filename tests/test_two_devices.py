@@ -1,0 +1,89 @@
+"""Weights on two devices: nothing of one is computed with something of the other.
+
+The second device is PyTorch's meta device, which refuses to compute with tensors of the CPU but holds no values, so this
+is about places alone; what comes back from it is zeros.
+"""
+
+from __future__ import annotations
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rome_lab import tracing
+from rome_lab.blocks import record
+from rome_lab.changes import Change
+from rome_lab.judging import last_states
+from rome_lab.prompts import Prompt
+from rome_lab.trace import KINDS
+from rome_lab.values import record_suffixes
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+class ZerosComeBack(TorchDispatchMode):
+    """Copies from the meta device to the CPU, which PyTorch refuses, are zeros."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device", META) == CPU:
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        if function is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+            return args[0].zero_()
+        return function(*args, **kwargs)
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def lm(request, monkeypatch):
+    """Blocks 0 and 1 on the one device, 2 and 3 and the output embeddings on the other."""
+    lm = tiny_model(request.param)
+    base = lm.model.base_model_prefix
+    places = {f"{base}.{name}": "cpu" for name, _ in lm.model.base_model.named_children()} | {"lm_head": "meta"}
+    del places[lm.layout.blocks]
+    places |= {f"{lm.layout.blocks}.{layer}": ("cpu", "meta")[layer // 2] for layer in range(lm.n_layers)}
+    with ZerosComeBack():
+        accelerate.dispatch_model(lm.model, places, main_device="cpu")
+        monkeypatch.setattr(lm, "check_finite", lambda *args: None)
+        yield lm
+
+
+@pytest.mark.parametrize("label", KINDS)
+def test_a_sweep_stays_where_the_blocks_are(lm, label, monkeypatch):
+    monkeypatch.setattr(tracing, "probability", lambda logits, token_id: np.zeros(tuple(logits.shape[:-1])))
+    ids = torch.arange(2, 11)
+    recording = record(lm, ids.expand(4, -1), lambda embedded: embedded)
+    assert [state.device for state in recording.states] == [CPU, CPU, CPU, META, META]
+    runs = tracing.Runs(lm, Prompt("", "", ids, (1, 3)), tracing.Settings(samples=3), recording, 5, np.zeros(4), 1.0)
+    kind, severed = KINDS[label]
+    with torch.no_grad():
+        sweep = tracing.Sweep(runs, 2, kind, severed, tracing.columns_of(kind, lm.n_layers, 2))
+        assert sweep.p_restored().shape == (4,)
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_the_gradient_of_v_star_comes_back_to_where_it_began(lm, layer):
+    texts = record_suffixes(lm, [[3, 4, 5, 6, 7], [8, 9, 10, 11]], [2, 1])
+    delta = torch.zeros(32, requires_grad=True)
+    logits = lm.logits(texts.run(lm, layer, delta))
+    (gradient,) = torch.autograd.grad(logits.sum(), [delta])
+    assert logits.device == gradient.device == lm.device == CPU
+
+
+@torch.no_grad()
+def test_changes_side_by_side_are_where_their_layers_are(lm):
+    shape = lm.memory(0).weight.shape
+    deltas = [torch.zeros(shape[::-1] if lm.memory_is_transposed(0) else shape) for _ in range(2)]
+    changes = [Change(), Change(0, deltas[0]), Change(3, deltas[1])]
+    states = last_states(lm, changes, [(0, (3, 4, 5)), (1, (3, 4, 5, 6)), (2, (7, 8))])
+    assert states.device == lm.logits(states).device == CPU
+
+
+def test_the_second_device_refuses_what_is_on_the_first():
+    """Otherwise nothing above would say anything."""
+    with ZerosComeBack(), pytest.raises(RuntimeError, match="same device|not on the expected device"):
+        torch.ones(2, 3) @ torch.ones(3, 2, device="meta")
+    with ZerosComeBack(), pytest.raises(RuntimeError, match="same device|not on the expected device"):
+        torch.ones(2, 3) + torch.ones(2, 3, device="meta")
