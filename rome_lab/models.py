@@ -168,9 +168,9 @@ class LanguageModel:
 
     def check_length(self, length: int, doing: str) -> None:
         """Raise a ValueError where a text of so many tokens is more than the model can read."""
-        if length > self.context_length:
-            most = self.context_length
-            raise ValueError(f"{doing}: a text of {length} tokens is more than {self.name} reads, {most}; shorten it.")
+        most = self.context_length
+        if length > most:
+            raise ValueError(f"{doing}: {length} tokens are more than the {most} of {self.name}; shorten it.")
 
     def check_finite(self, logits: torch.Tensor, doing: str) -> None:
         """Raise a ValueError that names the broken weight where `logits` hold NaN or infinity."""

@@ -200,9 +200,7 @@ def test_near_the_end_of_the_context_a_look_says_what_still_fits_and_beyond_it_s
     ids = lm.tokenizer(fact.prompt)["input_ids"]
     assert 0 < lm.context_length - len(ids) < LENGTH, "whole continuations would not fit"
     assert len(look(lm, Probe(fact, "y", (), ())).continuations) == SAMPLES
-    with pytest.raises(
-        ValueError, match=r"comparison: a text of \d+ tokens is more than tiny-gpt2 reads, 64; shorten it\."
-    ):
+    with pytest.raises(ValueError, match=r"comparison: \d+ tokens are more than the 64 of tiny-gpt2; shorten it\."):
         look(lm, Probe(fact, "a target of more words than there is room for", (), ()))
-    with pytest.raises(ValueError, match="is more than tiny-gpt2 reads"):
+    with pytest.raises(ValueError, match="are more than the 64 of tiny-gpt2"):
         fact_of(lm, "Paris", f"{fact.prompt}{words}")
