@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from rome_lab.plots import FONT_SIZE
 
@@ -34,7 +35,7 @@ def growth_panels(points: pd.DataFrame, rate: float) -> Figure:
         part = points[points["along"] == name].sort_values("at")
         panel(upper, part["at"], part["seconds"], part["gflop"] / rate if name != "workers" else ideal(part))
         panel(lower, part["at"], part["mb"], part["expected_mb"])
-        lower.set_xlabel(LABELS[name], fontsize=FONT_SIZE)
+        (lower if lower.axison else upper).set_xlabel(LABELS[name], fontsize=FONT_SIZE)
     axes[0, 0].set_ylabel("seconds", fontsize=FONT_SIZE)
     axes[1, 0].set_ylabel("MB beside the weights", fontsize=FONT_SIZE)
     axes[0, 0].legend(fontsize=FONT_SIZE - 1, frameon=False)
@@ -55,7 +56,8 @@ def panel(ax: Axes, at: pd.Series, measured: pd.Series, counted: pd.Series) -> N
     ax.plot(at, measured, label="measured", **MEASURED)
     if counted.notna().any():
         ax.plot(at, counted, label="counted", **COUNTED)
-    ax.set_xlim(left=0)
-    ax.set_ylim(bottom=0)
+    ax.set_xlim(0, 1.08 * at.max())
+    ax.set_ylim(0, 1.08 * pd.concat([measured, counted]).max())
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     ax.tick_params(labelsize=FONT_SIZE - 1)
     ax.spines[["top", "right"]].set_visible(False)

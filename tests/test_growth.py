@@ -77,7 +77,7 @@ def test_facts_and_workers_are_measured_and_drawn(talker, tmp_path) -> None:  # 
     by_workers = growth_with_workers(str(tmp_path / "model"), facts, [2], ["state"], samples=2)
     assert list(by_workers["at"]) == [2] and (by_workers["seconds"] > 0).all()
     figure = growth_panels(pd.concat([by_facts, by_workers], ignore_index=True), rate=1.0)
-    assert [ax.get_xlabel() for ax in figure.axes[2:]] == ["facts", "processes side by side"]
+    assert [ax.get_xlabel() for ax in figure.axes] == ["", "processes side by side", "facts", ""]
     with pytest.raises(ValueError, match="99 facts were asked for"):
         growth_with_facts(talker, facts, [99], ["state"])
 
