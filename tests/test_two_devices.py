@@ -1,7 +1,6 @@
 """Weights on two devices: nothing of one is computed with something of the other.
 
-The second device is PyTorch's meta device, which refuses to compute with tensors of the CPU but holds no values, so this
-is about places alone; what comes back from it is zeros.
+PyTorch's meta device stands for the second one. It holds no values, so this is about places alone.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import pytest
 import torch
 from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from rome_lab import tracing
 from rome_lab.blocks import record
@@ -21,18 +21,25 @@ from rome_lab.prompts import Prompt
 from rome_lab.trace import KINDS
 from rome_lab.values import record_suffixes
 
+aten = torch.ops.aten
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-class ZerosComeBack(TorchDispatchMode):
-    """Copies from the meta device to the CPU, which PyTorch refuses, are zeros."""
+class TwoDevices(TorchDispatchMode):
+    """Refuses to compute with tensors of both devices, as real ones do; copies from the meta device are zeros."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device", META) == CPU:
+        if function is aten.copy_.default:
+            return args[0].zero_() if args[1].is_meta and not args[0].is_meta else function(*args, **kwargs)
+        if function is aten._to_copy.default and args[0].is_meta and kwargs.get("device", META) == CPU:
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-        if function is torch.ops.aten.copy_.default and args[1].is_meta and not args[0].is_meta:
-            return args[0].zero_()
+        # Scalars go everywhere, and so do indices that are on the CPU.
+        met = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim]
+        if function in (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default):
+            met = [x for x in met if x is args[0] or x.is_meta]
+        if len({x.device for x in met}) > 1:
+            raise RuntimeError(f"{function} is given tensors of two devices")
         return function(*args, **kwargs)
 
 
@@ -44,7 +51,7 @@ def lm(request, monkeypatch):
     places = {f"{base}.{name}": "cpu" for name, _ in lm.model.base_model.named_children()} | {"lm_head": "meta"}
     del places[lm.layout.blocks]
     places |= {f"{lm.layout.blocks}.{layer}": ("cpu", "meta")[layer // 2] for layer in range(lm.n_layers)}
-    with ZerosComeBack():
+    with TwoDevices():
         accelerate.dispatch_model(lm.model, places, main_device="cpu")
         monkeypatch.setattr(lm, "check_finite", lambda *args: None)
         yield lm
@@ -81,9 +88,8 @@ def test_changes_side_by_side_are_where_their_layers_are(lm):
     assert states.device == lm.logits(states).device == CPU
 
 
-def test_the_second_device_refuses_what_is_on_the_first():
+@pytest.mark.parametrize("wrong", [torch.mm, torch.add, lambda x, y: torch.cat([x, y]), lambda x, y: x[y[0].long()]])
+def test_what_is_on_two_devices_is_refused(wrong):
     """Otherwise nothing above would say anything."""
-    with ZerosComeBack(), pytest.raises(RuntimeError, match="same device|not on the expected device"):
-        torch.ones(2, 3) @ torch.ones(3, 2, device="meta")
-    with ZerosComeBack(), pytest.raises(RuntimeError, match="same device|not on the expected device"):
-        torch.ones(2, 3) + torch.ones(2, 3, device="meta")
+    with TwoDevices(), pytest.raises(RuntimeError, match="tensors of two devices"):
+        wrong(torch.ones(2, 2), torch.ones(2, 2, device=META))
