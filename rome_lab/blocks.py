@@ -92,9 +92,10 @@ def run_block(
     begin = recording.states[0].shape[1] - length
 
     def prefix(recorded: list[torch.Tensor]) -> torch.Tensor | None:
+        if not begin:
+            return None
         before = recorded[layer][:, :, :begin]  # (R, heads, T - N, D_head)
-        before = before if rows is None else before[rows.to(before.device)]
-        return before if begin else None
+        return before if rows is None else before[rows.to(before.device)]
 
     cache = PrefixCache(prefix(recording.keys), prefix(recording.values))
     arguments = {
