@@ -257,11 +257,8 @@ def solve(lm: LanguageModel, layer: int, factor: Factor, K: Tensor, V: Tensor) -
     kept = Update(exact.Lambda.float(), exact.u.float())
     W_hat = apply_update(W, Update(kept.Lambda.double(), kept.u.double()), K, V)
     vectors = {"k_star": K, "v_star": V.float(), "Lambda": kept.Lambda, "u": kept.u}
-    alone = K.shape[1] == 1
-    return (
-        {name: x.squeeze(1) if alone else x.contiguous() for name, x in vectors.items()},
-        float(constraint_error(W_hat, K, V).max()),
-    )
+    alone, error = K.shape[1] == 1, float(constraint_error(W_hat, K, V).max())
+    return {name: x.squeeze(1) if alone else x.contiguous() for name, x in vectors.items()}, error
 
 
 def warn_of_first_token(lm: LanguageModel, fact: Fact, key: str) -> None:
@@ -288,10 +285,7 @@ def warn_unless_converged(value: Value, target: str, settings: EditSettings) -> 
 
 
 def plot_history(edit: Edit, ax: Axes | None = None) -> Axes:
-    """The terms of the loss and, on an axis of its own, the probability of the target, step by step.
-
-    Of several facts the mean is shown.
-    """
+    """The terms of the loss and, on an axis of its own, the target's probability, step by step; means over several facts."""
     ax = plt.subplots(figsize=(3.4, 2.2), layout="constrained")[1] if ax is None else ax
     mean = edit.history.groupby("step").mean()
     for name, label in {"loss": "loss", "nll": "-log P[target]", "kl": "KL", "weight_decay": "weight decay"}.items():

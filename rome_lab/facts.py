@@ -184,8 +184,7 @@ def read_facts(records: Sequence[Json], form: Form[Fact], source: str, tolerated
             raise ValueError(summary)
         logger.warning("%s They are left out.", summary)
     unique = tuple(dict.fromkeys(facts))
-    if len(unique) < len(facts):
-        repeats = len(facts) - len(unique)
+    if repeats := len(facts) - len(unique):
         logger.info("load_facts: %s: %d records repeat the fact of an earlier one; each is kept once", source, repeats)
     return share_templates(unique) if form.shares_templates else unique
 
@@ -230,8 +229,7 @@ def relation_at(record: Json) -> str | None:
 def template_of(prompt: str, subject: str, begin: int = -1) -> str:
     """`prompt` with "{}" for the subject: at `begin` where it stands there, or else where it is first a whole word.
 
-    Raises:
-        ValueError: the subject is not in the prompt, or "{}" stands before it.
+    Raises: ValueError: the subject is not in the prompt, or "{}" stands before it.
     """
     if begin < 0 or not prompt.startswith(subject, begin):
         whole = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt)
@@ -277,9 +275,8 @@ def read_known_1000(record: Json) -> Fact:
 
 def read_counterfact(record: Json) -> Fact:
     """The true fact of a CounterFact record."""
-    subject, template, true = (
-        text_at(record, f"requested_rewrite.{key}") for key in ("subject", "prompt", "target_true.str")
-    )
+    keys = ("subject", "prompt", "target_true.str")
+    subject, template, true = (text_at(record, f"requested_rewrite.{key}") for key in keys)
     return Fact(subject.strip(), template, true.strip(), relation_at(record["requested_rewrite"]))
 
 

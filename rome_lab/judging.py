@@ -108,8 +108,7 @@ def judge(
         "generations", the list of generated texts, prompts included. A metric that the case gives no prompts for is left
         out.
 
-    Raises:
-        ValueError: a text is too long for the model, a delta does not fit, or the model gives what is not a number.
+    Raises: ValueError: a text is too long for the model, a delta does not fit, or the model gives what is not a number.
     """
     sheets = [questions_of(lm, case, owner, change.preamble, settings) for owner, change in enumerate(changes)]
     scores = iter(score(lm, changes, [x for sheet in sheets for asked in sheet.values() for x in asked]))
@@ -211,12 +210,10 @@ def score(lm: LanguageModel, changes: Sequence[Change], questions: Sequence[Ques
 
     Questions of one change whose texts are the same, or the beginning of another's, share a row.
 
-    Raises:
-        ValueError: a text is too long for the model, a delta does not fit, or the model gives what is not a number.
+    Raises: ValueError: a text is too long for the model, a delta does not fit, or the model gives what is not a number.
     """
     rows, row_of = shared_rows(questions)
-    longest = max((len(text) for _, text in rows), default=0)
-    if longest > lm.context_length:
+    if (longest := max((len(text) for _, text in rows), default=0)) > lm.context_length:
         raise ValueError(
             f"judge: a text of {longest} tokens is more than {lm.name} reads, {lm.context_length}; shorten the prompt or "
             "the change's preamble, or set text_tokens lower."
@@ -270,8 +267,7 @@ def of_one_length(rows: Sequence[tuple[int, tuple[int, ...]]]) -> Iterator[list[
 def last_states(lm: LanguageModel, changes: Sequence[Change], rows: Sequence[tuple[int, tuple[int, ...]]]) -> Tensor:
     """(B, T, D) outputs of the last block, each row run under its own change."""
     length = max(len(text) for _, text in rows)
-    # Padded at the right, where no token before it sees it: the causal mask is all that is needed, and positions count
-    # from the first token.
+    # Padded at the right, where no token before it sees it: the causal mask is all that is needed.
     ids = torch.tensor([text + text[-1:] * (length - len(text)) for _, text in rows], device=lm.device)
     states: list[Tensor] = []
     with side_by_side(lm, changes, [owner for owner, _ in rows]), output_changed(lm.blocks[-1], states.append):
