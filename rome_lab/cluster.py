@@ -20,11 +20,11 @@ from typing import Any, TypeAlias
 
 import dask
 import numpy as np
-import torch
 from distributed import CancelledError, Client, Future, KilledWorker, as_completed, get_worker
 from tqdm.auto import tqdm
 
 from rome_lab.models import LanguageModel, load_model
+from rome_lab.products import set_precisions
 from rome_lab.store import Json, Record, Store, canonical_json
 
 Function: TypeAlias = Callable[[LanguageModel, Any, Store], Any]
@@ -177,7 +177,7 @@ class Held:
         """The model of the work, loaded now where it is not the one that is held."""
         if self.asked != (work.origin, work.key):
             self.lm = self.asked = None  # makes room for the new one
-            torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision = work.key["matmul"]
+            set_precisions(work.key["matmul"])
             self.lm = load_here(work)
             self.asked = (work.origin, work.key)
         return self.lm

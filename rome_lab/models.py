@@ -59,7 +59,7 @@ class LanguageModel:
         self.job: Thread | None = None  # what a panel does with the model beside the kernel's own thread
         self.edits: list[Edit] = []
         self.unedited: dict[int, torch.Tensor] = {}  # by layer: W as it was before the edits in force
-        # What `load_model` got, but for where the weights go: others load it by that.
+        # What `load_model` got, but for where the weights go and how products are computed: others load it by that.
         self.origin: dict[str, object] | None = None
         self.room = float("inf")  # bytes that a batch may take, as rome_lab.memory has learnt since memory ran out
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
@@ -253,7 +253,7 @@ def load_model(
     lm = LanguageModel(model, tokenizer, name=Path(name).name if is_folder else name)
     where = str(Path(name).resolve()) if is_folder else name
     trusted = {"unsafe_weights": unsafe_weights, "remote_code": remote_code}
-    lm.origin = {"name": where, "dtype": dtype, "products": products} | trusted
+    lm.origin = {"name": where, "dtype": dtype} | trusted
     return lm
 
 

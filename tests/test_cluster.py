@@ -19,13 +19,14 @@ import torch
 from bench import QUICK, UNRELATED, case, small
 from distributed import Client, LocalCluster
 from safetensors import safe_open
-from test_collection import SUBJECTS, TEMPLATE, known, same
-from tiny import tiny_model
+from test_collection import same
+from tiny import SUBJECTS, TEMPLATE, known, talkative_model, tiny_model
 from tqdm import tqdm
 
 from rome_lab import Fact, GaussianNoise, LanguageModel, collection, evaluate, evaluation, load_model, trace_facts
 from rome_lab.cluster import Workers
 from rome_lab.edits import Edit
+from rome_lab.products import choose_products, products
 from rome_lab.store import Store
 
 CASES = [case(i, subject) for i, subject in enumerate(SUBJECTS[:4])]
@@ -47,8 +48,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory):
     """A tiny model that knows some facts, loaded from a folder."""
-    seed = next(seed for seed in range(200) if len(known(tiny_model("llama", seed))) >= 4)
-    return saved(tiny_model("llama", seed), tmp_path_factory.mktemp("models") / "talker")
+    return saved(talkative_model(), tmp_path_factory.mktemp("models") / "talker")
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,14 @@ def test_traces_of_workers_are_those_of_one_process_and_both_share_a_store(lm, c
     assert same(trace_facts(lm, facts, client=client, **TRACING), serial)
     monkeypatch.setattr(collection, "run_clean_and_corrupted", lambda *args: pytest.fail("traced again"))
     assert same(trace_facts(lm, facts, store=tmp_path / "workers", **TRACING), serial)
+
+
+def test_workers_compute_products_as_the_client_does_now(lm, client):
+    with products("default"):  # after it, they are computed as before
+        fast = load_model(lm.origin["name"], device="cpu", products="fast")
+        choose_products("default")
+        facts = known(fast)
+        assert same(trace_facts(fast, facts, client=client, **TRACING), trace_facts(fast, facts, **TRACING))
 
 
 def test_workers_trace_only_what_the_store_does_not_hold(lm, client, tmp_path):

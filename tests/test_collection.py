@@ -111,12 +111,12 @@ def test_killed_at_any_moment_loses_at_most_the_fact_in_hand(tmp_path):
     for pause in (0.3, 0.7, 1.5):
         process = multiprocessing.get_context("spawn").Process(target=trace_forever, args=(tmp_path, facts, seed))
         process.start()
-        while not list(tmp_path.glob("trace/*.safetensors")) and process.is_alive():
+        while not list(tmp_path.glob("trace/[!.]*.safetensors")) and process.is_alive():
             time.sleep(0.05)
         time.sleep(pause)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-    done = {file: file.stat().st_mtime_ns for file in tmp_path.glob("trace/*.safetensors")}
+    done = {file: file.stat().st_mtime_ns for file in tmp_path.glob("trace/[!.]*.safetensors")}
     fresh = trace_facts(lm, facts, progress=False, samples=1)
     assert same(trace_facts(lm, facts, store=tmp_path, progress=False, samples=1), fresh)
     assert all(file.stat().st_mtime_ns == at for file, at in done.items()), "something finished was made again"

@@ -152,12 +152,12 @@ def test_killed_at_any_moment_loses_at_most_the_case_in_hand(tiny, tmp_path):
     for pause in (0.1, 0.5):
         process = multiprocessing.get_context("spawn").Process(target=evaluate_forever, args=(tmp_path,))
         process.start()
-        while not list(tmp_path.glob("evaluation/*.safetensors")) and process.is_alive():
+        while not list(tmp_path.glob("evaluation/[!.]*.safetensors")) and process.is_alive():
             time.sleep(0.02)
         time.sleep(pause)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-    done = {file: file.stat().st_mtime_ns for file in tmp_path.glob("evaluation/*.safetensors")}
+    done = {file: file.stat().st_mtime_ns for file in tmp_path.glob("evaluation/[!.]*.safetensors")}
     settings = replace(QUICK, text_tokens=1)
     table = run(tiny, store=tmp_path, settings=settings)
     np.testing.assert_allclose(numbers(table), numbers(run(tiny, settings=settings)), rtol=1e-4)
