@@ -11,6 +11,7 @@ import re
 import shlex
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +24,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from distributed.protocol import serialize
 from huggingface_hub import constants
 from test_datasets import opener_to, records, site  # noqa: F401 (a fixture)
 from test_edit_files import rewrite
@@ -35,9 +37,10 @@ from tiny import tiny_model
 
 from rome_lab import Fact, causal_trace, describe_edit, load_edit, load_facts, load_model
 from rome_lab.batch import prepare, read_parameters_file
+from rome_lab.cluster import Work
 from rome_lab.comparison import Look, Probe, side_by_side
 from rome_lab.datasets import PUBLISHED, published_file
-from rome_lab.store import Store
+from rome_lab.store import Record, Store
 from rome_lab.trying import Request
 from rome_lab.widgets import Panel
 
@@ -163,6 +166,24 @@ def test_a_file_that_is_a_pickle_or_fails_its_checksum_is_never_believed(tmp_pat
     torch.save({"x": Bomb(trap)}, tmp_path / "facts.json")
     with pytest.raises(ValueError, match="load_facts: "):
         load_facts(tmp_path / "facts.json")
+
+
+# Dask does use pickles
+
+
+def test_dask_sends_the_work_and_its_results_as_pickles() -> None:
+    work = Work(causal_trace, {"name": "smollm2-135m"}, {})
+    for travelling in (work, ("a result", [({"what": "trace"}, Record({}, {}))])):
+        assert serialize(travelling)[0]["serializer"] == "pickle"
+
+
+def test_without_a_client_dask_is_not_imported() -> None:
+    program = (
+        "import sys; sys.path.insert(0, 'tests'); from rome_lab import trace_facts; from tiny import known, talkative_model; "
+        "lm = talkative_model(); assert len(trace_facts(lm, known(lm), ('mlp',), samples=1, progress=False)); "
+        "assert not {'dask', 'distributed', 'cloudpickle'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 # Weights and code of others: two tests of test_models, imported above
