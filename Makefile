@@ -13,6 +13,7 @@ CONFIGURATIONS ?= 8
 EDITS ?= 1,3,10
 N_CASES_EACH ?= 10
 CHAINS ?= 1
+C_TEXT ?= sampled
 # The paper judges all cases of its two data sets, known or not.
 KNOWN_ONLY ?= $(if $(filter counterfact zsre,$(DATASET)),false,true)
 SEED ?= 0
@@ -23,8 +24,9 @@ BIN := .venv/bin
 RUN := $(BIN)/python -m rome_lab.batch --runs runs
 COMMON := -p model $(MODEL) -p dataset $(DATASET) -p seed $(SEED) -p figures $(FIGURES)
 PARAMETERS_figures := $(COMMON) -p n_facts $(N_FACTS)
-PARAMETERS_evaluation := $(COMMON) -p known_only $(KNOWN_ONLY) -p n_search $(N_SEARCH) -p n_cases $(N_CASES)
-PARAMETERS_many_edits := $(COMMON) -p known_only $(KNOWN_ONLY) -p n_search $(N_SEARCH) -p sizes "[$(EDITS)]" -p least $(N_CASES_EACH) -p chains $(CHAINS)
+JUDGED := $(COMMON) -p known_only $(KNOWN_ONLY) -p n_search $(N_SEARCH) -p c_text $(C_TEXT)
+PARAMETERS_evaluation := $(JUDGED) -p n_cases $(N_CASES)
+PARAMETERS_many_edits := $(JUDGED) -p sizes "[$(EDITS)]" -p least $(N_CASES_EACH) -p chains $(CHAINS)
 PARAMETERS_edit_anatomy := -p model $(MODEL) -p seed $(SEED) -p figures $(FIGURES)
 PARAMETERS_cost := -p model $(MODEL) -p seed $(SEED) -p figures $(FIGURES)
 PARAMETERS_search := $(COMMON) -p known_only $(KNOWN_ONLY) -p n_search $(N_SEARCH) -p configurations $(CONFIGURATIONS)
@@ -37,10 +39,10 @@ help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 	@echo
 	@echo 'Settings, with their defaults: MODEL=$(MODEL) DATASET=$(DATASET) SEED=$(SEED) FIGURES=$(FIGURES)'
-	@echo '  of figures: N_FACTS=$(N_FACTS); of evaluate: N_CASES=$(N_CASES) KNOWN_ONLY=$(KNOWN_ONLY) EDITS=$(EDITS) N_CASES_EACH=$(N_CASES_EACH) CHAINS=$(CHAINS)'
+	@echo '  of figures: N_FACTS=$(N_FACTS); of evaluate: N_CASES=$(N_CASES) KNOWN_ONLY=$(KNOWN_ONLY) EDITS=$(EDITS) N_CASES_EACH=$(N_CASES_EACH) CHAINS=$(CHAINS) C_TEXT=$(C_TEXT)'
 	@echo '  of search: N_SEARCH=$(N_SEARCH), also set apart from evaluate; CONFIGURATIONS=$(CONFIGURATIONS)'
 	@echo "The paper's own runs, online: make figures MODEL=gpt2-xl DATASET=known_1000 N_FACTS=1000"
-	@echo '                              make evaluate MODEL=gpt2-xl DATASET=counterfact N_CASES=7500'
+	@echo '                              make evaluate MODEL=gpt2-xl DATASET=counterfact N_CASES=7500 C_TEXT=wikipedia'
 
 setup: .venv/ready ## create .venv with the pinned requirements and the embedded model
 

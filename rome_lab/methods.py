@@ -243,6 +243,11 @@ class NoEdit:
         return Proposal()
 
 
+def measured_on(method: Method, source: Source) -> Method:
+    """The same method with C measured on `source`, where it has to do with C."""
+    return replace(method, source=source) if isinstance(method, Rome) else method
+
+
 def check_settled(name: str, *choices: object) -> None:
     if None in choices:
         raise ValueError(f"{name}: a choice is left to the model's defaults; describe what settled(lm) returns.")

@@ -82,6 +82,9 @@ WORDS = re.compile(r"\w+|[^\w\s]")
 def success(wanted: Sequence[float], other: Sequence[float]) -> float:
     """ES, PS or NS of a case: the share, in %, of its prompts at which P(wanted) > P(other); a tie is no success.
 
+    Differs: the authors' code takes the mean of log P over a text's tokens, under which a long text that is sure of its
+    end can win although its beginning is unlikely. The two agree where both texts have one token.
+
     Args: wanted, other: for each prompt, log P of the whole text: the sum over all its tokens, teacher forced.
 
     >>> success([-1.0, -3.0], [-2.0, -3.0])

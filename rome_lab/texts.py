@@ -203,6 +203,12 @@ class WikipediaText:
             ) from error
 
 
+def source_of(name: str | Path) -> Source:
+    """The source that a setting names: "sampled" from the model, "wikipedia", or a folder of text files."""
+    named: dict[str | Path, Source] = {"sampled": SampledText(), "wikipedia": WikipediaText()}
+    return named.get(name) or FolderText(name)
+
+
 def cut(lm: LanguageModel, text: str, length: int) -> Iterator[list[int]]:
     """`text` as consecutive passages of at most `length` tokens, each with the special tokens that begin a text."""
     start = lm.tokenizer("")["input_ids"]
