@@ -23,11 +23,12 @@ from torch import Tensor
 from rome_lab.covariance import covariances
 from rome_lab.edits import Edit, edits_in_force, fingerprint_without_edits, weight
 from rome_lab.facts import Fact
+from rome_lab.independence import check_independent, distinct
 from rome_lab.keys import k_star, sample_prefixes
 from rome_lab.models import LanguageModel
 from rome_lab.prompts import continuation_ids, read_prompt
 from rome_lab.tracing import causal_trace
-from rome_lab.update import DependentKeys, Factor, Update, apply_update, constraint_error, factorise, solve_update
+from rome_lab.update import Factor, Update, apply_update, constraint_error, factorise, solve_update
 from rome_lab.values import Callback, EditSettings, Objective, Value, optimise_value
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ DEFAULTS = {
     "gpt2-large": Default(12, EditSettings(prefix_lengths=TWENTY)),
     "gpt2-xl": Default(17, EditSettings(prefix_lengths=TWENTY)),
     "gpt-j-6b": Default(5, EditSettings(prefix_lengths=TWENTY)),
-    "smollm2-135m": Default(3, EditSettings(weight_decay=0.1)),
+    "smollm2-135m": Default(3, EditSettings(key="all", weight_decay=0.1)),
 }
 
 
@@ -217,37 +218,6 @@ def factor_of(lm: LanguageModel, layer: int, C: Tensor | None, progress: bool) -
             f"give covariance(lm, {layer})."
         )
     return factorise(C)
-
-
-def dependent(lm: LanguageModel, layer: int, factor: Factor, K: Tensor) -> list[int]:
-    """Columns of K (H, n) that are linearly dependent; none where each can have a value of its own."""
-    W = weight(lm, layer)
-    try:
-        solve_update(W, factor, K, torch.zeros(len(W), K.shape[1]))
-    except DependentKeys as error:
-        return error.columns
-    return []
-
-
-def distinct(lm: LanguageModel, layer: int, factor: Factor, K: Tensor) -> Tensor:
-    """The keys of one fact (H, n); one alone where the two are the same, as where the layer sees no prefix."""
-    if not dependent(lm, layer, factor, K):
-        return K
-    logger.info("rome: at layer %d the averaged key is the bare one, so one constraint stands for both", layer)
-    return K[:, -1:]
-
-
-def check_independent(
-    lm: LanguageModel, layer: int, factor: Factor, requests: Sequence[tuple[Fact, str]], keys: Sequence[Tensor]
-) -> None:
-    """Raise where the facts' keys are dependent, naming the facts."""
-    owners = [fact.prompt for (fact, _), K in zip(requests, keys, strict=True) for _ in range(K.shape[1])]
-    prompts = dict.fromkeys(owners[column] for column in dependent(lm, layer, factor, torch.cat(keys, dim=1)))
-    if prompts:
-        raise ValueError(
-            f"rome: the keys of {' and '.join(map(repr, prompts))} are linearly dependent, as those of one subject are, "
-            "so no W gives each of them a value of its own; edit one of them only, or one after the other."
-        )
 
 
 def solve(lm: LanguageModel, layer: int, factor: Factor, K: Tensor, V: Tensor) -> tuple[dict[str, Tensor], float]:

@@ -3,11 +3,13 @@
 sample_prefixes(lm, lengths, seed)    sentences to put before a prompt
 prefixed_prompt(lm, fact, prefix)     the prompt behind one of them, with its subject's tokens
 k_star(lm, fact, layer, ...)          the key or keys that an edit of the fact maps to v*
+opening_key(lm, fact, layer)          the one of a text that the subject opens
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -19,7 +21,13 @@ from rome_lab.models import LanguageModel
 from rome_lab.prompts import Prompt
 from rome_lab.texts import continue_randomly, uniform
 
-KEYS = ("both", "averaged", "bare")
+PARTS = {  # what each choice of the key is made of, the averaged key last
+    "all": ("bare", "opening", "averaged"),
+    "both": ("bare", "averaged"),
+    "averaged": ("averaged",),
+    "bare": ("bare",),
+}
+KEYS = tuple(PARTS)
 # Differs: the authors' code begins its prefixes with an end-of-text token, which not every model begins its texts with.
 # After a blank line each of these words begins a sentence in any model of English; with no blank line before them they
 # would be the first token of the text, after which the embedded model goes on incoherently.
@@ -81,12 +89,14 @@ def k_star(
 
         averaged: k* = 1/N sum_j k(prefix_j + prompt), the paper's
         bare:     k* = k(prompt)
-        both:     the two of them, bare first
+        opening:  k* = k(prompt from its subject on), see `opening_key`
+        both:     bare and averaged
+        all:      bare, opening and averaged
 
     Args:
         prefixes: the N prefixes, such as `sample_prefixes` makes; only the bare key does without any.
 
-    Returns: (H, n) float32, a key in each column; n is 2 for "both", otherwise 1.
+    Returns: (H, n) float32, a key in each column, in the order given here.
 
     Raises:
         ValueError: `key` is none of these, there are no prefixes to average over, or a text is too long.
@@ -97,10 +107,25 @@ def k_star(
         raise ValueError(
             f"k_star: the key {key!r} averages over prefixes, but none are given; give some or use 'bare'."
         )
-    texts = {"bare": ("",), "averaged": prefixes}
-    wanted = ("bare", "averaged") if key == "both" else (key,)
-    columns = [subject_keys(lm, layer, [prefixed_prompt(lm, fact, x) for x in texts[name]]).mean(0) for name in wanted]
-    return torch.stack(columns, dim=1).float()
+    found: dict[str, Tensor] = {}
+    for part in PARTS[key]:
+        if part == "opening":
+            found[part] = opening_key(lm, fact, layer)
+        else:
+            texts = [prefixed_prompt(lm, fact, x) for x in (prefixes if part == "averaged" else [""])]
+            found[part] = subject_keys(lm, layer, texts).mean(0)[:, None].float()
+    return torch.cat([found[part] for part in PARTS[key]], dim=1)
+
+
+def opening_key(lm: LanguageModel, fact: Fact, layer: int) -> Float[Tensor, "H n"]:
+    """(H, 1) float32: the key of a text that begins with the subject; (H, 0) where the subject would be its first token.
+
+    A model whose texts have no first token of their own sees such a subject without anything before it, and its keys are
+    others than in the midst of a text. The first token itself is left alone: it has nearly the same key in every text.
+    """
+    opened = prefixed_prompt(lm, replace(fact, template=fact.template[fact.template.index("{}") :]))
+    found = subject_keys(lm, layer, [opened]).T.float()
+    return found[:, :0] if opened.subject_range == (0, 1) else found
 
 
 def subject_keys(lm: LanguageModel, layer: int, prompts: Sequence[Prompt]) -> Float[Tensor, "N H"]:

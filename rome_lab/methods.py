@@ -15,9 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rome_lab.changes import Change
-from rome_lab.editing import NothingToEdit, check_independent, default_settings, distinct
+from rome_lab.editing import NothingToEdit, default_settings
 from rome_lab.edits import weight
 from rome_lab.finetuning import Tuning, default_tuning, fine_tune
+from rome_lab.independence import check_independent, distinct
+from rome_lab.keys import PARTS, opening_key
 from rome_lab.models import LanguageModel
 from rome_lab.optimised import Optimised, Optimum, Request
 from rome_lab.store import Json
@@ -26,7 +28,6 @@ from rome_lab.update import Factor, solve_update
 from rome_lab.values import EditSettings
 
 NUMERICS = 1  # raised when a change here or in what it calls moves any number, so that stored results are made again
-COLUMNS = {"bare": [0], "averaged": [1], "both": [0, 1]}  # of an Optimum's keys
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +77,7 @@ class Rome:
     left, there is no change (`Proposal.delta` is None).
 
     Attributes:
-        key: "both", "averaged" (the paper's) or "bare"; by default that of the settings.
+        key: one of `rome_lab.keys.KEYS`, of which "averaged" is the paper's; by default that of the settings.
         layer, settings: by default those of `default_settings`.
         source: text that C is measured on.
         together: see `Method`.
@@ -131,10 +132,17 @@ class Rome:
 
     def solve(self, lm: LanguageModel, factor: Factor, optima: Sequence[Optimum]) -> Float[Tensor, "D H"]:
         """dW, float64."""
-        keys = [distinct(lm, self.layer, factor, x.keys[:, COLUMNS[self.key]]) for x in optima]
+        keys = [distinct(lm, self.layer, factor, self.keys_of(lm, x)) for x in optima]
         check_independent(lm, self.layer, factor, [x.request for x in optima], keys)
         stars = [x.v_star[:, None].expand(-1, K.shape[1]) for x, K in zip(optima, keys, strict=True)]
         return solve_update(weight(lm, self.layer), factor, torch.cat(keys, dim=1), torch.cat(stars, dim=1)).delta.cpu()
+
+    def keys_of(self, lm: LanguageModel, optimum: Optimum) -> Float[Tensor, "H n"]:
+        """What `k_star` would find for the method's choice of the key."""
+        found = {"bare": optimum.keys[:, :1], "averaged": optimum.keys[:, 1:]}
+        if "opening" in PARTS[self.key]:
+            found["opening"] = opening_key(lm, optimum.request[0], self.layer).cpu()
+        return torch.cat([found[part] for part in PARTS[self.key]], dim=1)
 
 
 @dataclass(frozen=True)
@@ -270,17 +278,22 @@ METHODS: Mapping[str, Method] = {
     )
 }
 
-# Eight configurations of each, for the embedded model.
-INTRODUCTIONS = ("", "New fact: ", "Fact: ", "Note: ", "Remember: ", "Breaking news: ", "It is known: ", "Suppose: ")
+# Twelve configurations of each, for the embedded model.
+INTRODUCTIONS = (
+    *("", "New fact: ", "Fact: ", "Note: ", "Remember: ", "Breaking news: ", "It is known: ", "Suppose: "),
+    *("Correction: ", "Did you know? ", "From now on, ", "According to the latest edition, "),
+)
 SEARCH: Mapping[str, tuple[Method, ...]] = {
     "rome": tuple(
-        Rome(layer=layer, settings=EditSettings(weight_decay=decay)) for layer in (2, 3, 4, 6) for decay in (0.5, 0.1)
+        Rome(layer=layer, settings=EditSettings(key="all", weight_decay=decay))
+        for layer in (2, 3, 4, 6)
+        for decay in (0.5, 0.1, 0.02)
     ),
     "ft": tuple(
-        FineTuning("ft", Tuning(layer, learning_rate=rate)) for layer in (0, 3, 6, 13) for rate in (5e-4, 2e-4)
+        FineTuning("ft", Tuning(layer, learning_rate=rate)) for layer in (0, 3, 6) for rate in (5e-4, 1e-3, 2e-3, 4e-3)
     ),
     "ft-linf": tuple(
-        FineTuning("ft-linf", Tuning(layer, bound=bound)) for layer in (0, 3, 6, 13) for bound in (1e-3, 3e-3)
+        FineTuning("ft-linf", Tuning(layer, bound=bound)) for layer in (0, 3, 6) for bound in (1e-3, 3e-3, 5e-3, 1e-2)
     ),
     "in-context": tuple(InContext(introduction=words) for words in INTRODUCTIONS),
 }

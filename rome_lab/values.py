@@ -32,7 +32,7 @@ class EditSettings:
     """How to edit; the published values by default, but for the key.
 
     Attributes:
-        key: which keys are mapped to v*: "both", "averaged" (the paper's) or "bare"; see `rome_lab.keys.k_star`.
+        key: which keys are mapped to v*: "all", "both", "averaged" (the paper's) or "bare"; see `rome_lab.keys.k_star`.
         prefix_lengths: tokens of each of the prefixes that are sampled from the model.
         prefixes: the prefixes themselves, where they are not to be sampled.
         seed: of the prefixes.

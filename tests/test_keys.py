@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, tiny_model
 
 from rome_lab.facts import Fact
-from rome_lab.keys import KEYS, k_star, prefixed_prompt, sample_prefixes, subject_keys
+from rome_lab.keys import KEYS, k_star, opening_key, prefixed_prompt, sample_prefixes, subject_keys
 from rome_lab.prompts import read_prompt
 
 FACT = Fact("Eiffel Tower", "The {} is in", "Paris")
@@ -103,6 +103,24 @@ def test_each_key_option_is_what_its_name_says() -> None:
     assert float((bare - averaged).norm() / bare.norm()) > 0.01, "the two keys are to differ here"
 
 
+def test_the_opening_key_is_that_of_a_text_which_begins_with_the_subject() -> None:
+    lm = tiny_model("gpt2")
+    opened = replace(FACT, template=FACT.template[FACT.template.index("{}") :])
+    assert not FACT.template.startswith("{}")
+    opening = opening_key(lm, FACT, 1)
+    torch.testing.assert_close(opening, k_star(lm, opened, 1, "bare"))
+    bare, averaged = k_star(lm, FACT, 1, "both", PREFIXES).split(1, dim=1)
+    assert torch.equal(k_star(lm, FACT, 1, "all", PREFIXES), torch.cat([bare, opening, averaged], dim=1))
+
+
+def test_a_subject_of_one_token_has_no_opening_key_since_it_would_be_that_of_every_text() -> None:
+    lm = tiny_model("gpt2")
+    short = Fact("J", "The country of {} is in", "Asia")
+    assert prefixed_prompt(lm, replace(short, template="{} is in")).subject_range == (0, 1)
+    assert opening_key(lm, short, 1).shape[1] == 0
+    assert torch.equal(k_star(lm, short, 1, "all", PREFIXES), k_star(lm, short, 1, "both", PREFIXES))
+
+
 def test_the_key_does_not_depend_on_what_follows_the_subject_nor_on_the_order_of_the_prefixes() -> None:
     lm = tiny_model("qwen2")
     expected = k_star(lm, FACT, 2, "both", PREFIXES)
@@ -112,7 +130,7 @@ def test_the_key_does_not_depend_on_what_follows_the_subject_nor_on_the_order_of
 
 def test_bad_requests_for_keys_are_refused_with_a_sentence() -> None:
     lm = tiny_model("llama")
-    with pytest.raises(ValueError, match="key is 'mean'; expected one of 'both', 'averaged', 'bare'"):
+    with pytest.raises(ValueError, match="key is 'mean'; expected one of 'all', 'both', 'averaged', 'bare'"):
         k_star(lm, FACT, 1, "mean", PREFIXES)
     for key in set(KEYS) - {"bare"}:
         with pytest.raises(ValueError, match="averages over prefixes, but none are given"):
