@@ -59,9 +59,9 @@ class Tuning:
 
 PUBLISHED = {"ft": Tuning(21), "ft-linf": Tuning(0, bound=5e-4)}
 PUBLISHED_LAYERS = 48  # of GPT-2 XL
-DEFAULTS = {
+DEFAULTS = {  # those of the embedded model are the best of notebooks/search.ipynb
     "gpt2-xl": PUBLISHED,
-    "smollm2-135m": {"ft": Tuning(3), "ft-linf": Tuning(0, bound=3e-3)},  # the best of notebooks/search.ipynb
+    "smollm2-135m": {"ft": Tuning(0, learning_rate=1e-3), "ft-linf": Tuning(0, bound=5e-3)},
 }
 
 
