@@ -278,22 +278,19 @@ METHODS: Mapping[str, Method] = {
     )
 }
 
-# Twelve configurations of each, for the embedded model.
-INTRODUCTIONS = (
-    *("", "New fact: ", "Fact: ", "Note: ", "Remember: ", "Breaking news: ", "It is known: ", "Suppose: "),
-    *("Correction: ", "Did you know? ", "From now on, ", "According to the latest edition, "),
-)
+# Eight configurations of each, for the embedded model.
+INTRODUCTIONS = ("", "New fact: ", "Fact: ", "Note: ", "Remember: ", "Breaking news: ", "It is known: ", "Suppose: ")
 SEARCH: Mapping[str, tuple[Method, ...]] = {
     "rome": tuple(
         Rome(layer=layer, settings=EditSettings(key="all", weight_decay=decay))
         for layer in (2, 3, 4, 6)
-        for decay in (0.5, 0.1, 0.02)
+        for decay in (0.5, 0.1)
     ),
     "ft": tuple(
-        FineTuning("ft", Tuning(layer, learning_rate=rate)) for layer in (0, 3, 6) for rate in (5e-4, 1e-3, 2e-3, 4e-3)
+        FineTuning("ft", Tuning(layer, learning_rate=rate)) for layer in (0, 3) for rate in (5e-4, 1e-3, 2e-3, 4e-3)
     ),
     "ft-linf": tuple(
-        FineTuning("ft-linf", Tuning(layer, bound=bound)) for layer in (0, 3, 6) for bound in (1e-3, 3e-3, 5e-3, 1e-2)
+        FineTuning("ft-linf", Tuning(layer, bound=bound)) for layer in (0, 3) for bound in (1e-3, 3e-3, 5e-3, 1e-2)
     ),
     "in-context": tuple(InContext(introduction=words) for words in INTRODUCTIONS),
 }
