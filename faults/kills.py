@@ -10,7 +10,8 @@ from faults.outcome import Outcome, Setting
 from faults.work import results
 from rome_lab.store import Json
 
-SHARE = {"trace": 0.3, "covariance": 0.3, "evaluation": 0.3, "batch": 0.1}  # of the kills; a batch run is slow to begin
+# Of the kills; a batch run is slow to begin.
+SHARE = {"trace": 0.25, "covariance": 0.25, "evaluation": 0.2, "chain": 0.2, "batch": 0.1}
 IN_A_ROW = 4  # kills of one run, at most
 KERNEL_ENDS_S = 60
 

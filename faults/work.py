@@ -1,4 +1,4 @@
-"""The work that faults are done to: `WORK`, four sorts of it on a small model, each with results to compare bit for bit.
+"""The work that faults are done to: `WORK`, five sorts of it on a small model, each with results to compare bit for bit.
 
 prepare(scratch, name)           the model that all work is done on, as something that `load_model` takes
 WORK[kind](lm, model, folder)    does the work, all its caches in `folder`; returns its results as JSON
@@ -32,6 +32,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from rome_lab import LanguageModel, SampledText, covariances, evaluate, known_facts, load_model, trace_facts
 from rome_lab.batch import run_notebook
+from rome_lab.many_edits import many_edits
 from rome_lab.store import Json, Store, write_atomically
 from rome_lab.trace import KINDS
 from tests.bench import QUICK, UNRELATED, case, small
@@ -40,6 +41,7 @@ from tests.tiny import known, talkative_model
 ROOT = Path(__file__).parents[1]
 LAYERS, TOKENS = (1, 2), 6_000  # of the covariance
 METHODS = ("none", "rome", "ft")
+IN_CHAINS = ("rome", "joint", "ft")
 CELLS = (
     'model: str = ""  # folder of the model\nfolder: str = ""  # where results are kept',
     "import contextlib, os, pathlib",
@@ -97,6 +99,15 @@ def evaluation(lm: LanguageModel, model: str, folder: Path) -> Json:
     return table.map(repr).to_dict("split")["data"]
 
 
+def chain(lm: LanguageModel, model: str, folder: Path) -> Json:
+    """Edits of one model after another, by three methods, judged after one, two and three."""
+    cases = [case(i, fact.subject) for i, fact in enumerate(known(lm))]
+    methods, quick = [small(name) for name in IN_CHAINS], {"settings": QUICK, "unrelated": UNRELATED, "progress": False}
+    with mock.patch.dict(os.environ, ROME_LAB_CACHE=str(folder / "cache")):
+        table = many_edits(lm, cases, methods, (1, 2, 3), least=3, store=folder, **quick)
+    return table.map(repr).to_dict("split")["data"]
+
+
 def batch(lm: LanguageModel, model: str, folder: Path) -> Json:
     """A notebook that traces, run headlessly; its executed copy says what came out."""
     notebook = folder / "notebook.ipynb"
@@ -113,6 +124,7 @@ WORK: Mapping[str, Callable[[LanguageModel, str, Path], Json]] = {
     "trace": trace,
     "covariance": covariance,
     "evaluation": evaluation,
+    "chain": chain,
     "batch": batch,
 }
 

@@ -461,7 +461,7 @@ def test_a_full_disk_and_a_read_only_one_are_named_with_advice_and_lose_nothing(
         MOUNTED,
         tmp_path,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
 
 
