@@ -23,11 +23,11 @@ from rome_lab.corruption import seed_from
 from rome_lab.datasets import Json, text_at
 from rome_lab.embedded_cases import build_cases, mentions
 from rome_lab.facts import Form, identity_by, load_facts, open_set, read_counterfact, read_each, read_zsre
-from rome_lab.judging import Question, score
 from rome_lab.known import known_facts
 from rome_lab.models import LanguageModel
 from rome_lab.prompts import continuation_ids
 from rome_lab.rewrite_prompts import rewrite_prompts
+from rome_lab.scoring import Question, score
 from rome_lab.store import Store
 
 __all__ = ["Case", "Cases", "build_cases", "check", "known_cases", "load_cases"]

@@ -63,4 +63,4 @@ def find_there(bench: Bench, lm: LanguageModel, asked: Sought, store: Store) -> 
 
 def judge_there(bench: Bench, lm: LanguageModel, question: Question, store: Store) -> None:
     """On a worker: the rows of one case, into the store."""
-    bench.at(lm, store).rows(*question)
+    bench.at(lm, store).rows([question])

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from rome_lab.case import Case
 from rome_lab.corruption import seed_from
 from rome_lab.facts import Fact, load_facts
-from rome_lab.judging import JudgeSettings, judge
+from rome_lab.judging import JudgeSettings, judge_all
 from rome_lab.known import known_facts
 from rome_lab.methods import METHODS, Method, Proposal, Request
 from rome_lab.metrics import METRICS
@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 NUMERICS = 2  # raised when a change here or in judging moves any number, so that stored results are made again
 POOL = 400  # known facts, among which those are chosen that a case does not touch
 POOL_SEED = -1  # which no evaluation has: facts drawn by its own seed would be those of its cases
+TOGETHER = 4  # cases that are judged side by side: of more, little would be faster and more would be lost with a run
+CHANGES = 200_000_000  # weights of changes that are held in memory at once, at most
 CORPUS = 500  # texts that are enough to tell rare words from frequent ones; all of them would be slow
 SAID = ("form", "relation", "subject", "prompt", "object", "target")
 
@@ -63,7 +65,7 @@ def evaluate(
 
     Args:
         method: a name of `METHODS`, a Method, or several; no two of one name.
-        store: folder of results, written after every case.
+        store: folder of results, written after every few cases.
         progress: show a bar over the cases.
         settings: of the judging; `known` in them is set for each case. `new_tokens=0` writes no texts, which is faster.
         unrelated: known facts, of which each case is given those that nothing edited with it touches, see `unrelated_to`; by
@@ -104,11 +106,19 @@ def evaluate(
     if client is not None:
         judge_on_workers(workers, bench, questions, progress)
     rows: list[dict] = []
-    for question in tqdm(questions, desc="judging", unit="case", disable=not progress or client is not None):
-        rows += bench.rows(*question)
+    size = together(lm, len(methods))
+    with tqdm(desc="judging", unit="case", total=len(cases), disable=not progress or client is not None) as bar:
+        for begin in range(0, len(questions), size):
+            rows += bench.rows(questions[begin : begin + size])
+            bar.update(len(questions[begin : begin + size]))
     table = as_table(rows)
     report(table, lm.name)
     return table
+
+
+def together(lm: LanguageModel, n_methods: int) -> int:
+    """How many cases are judged side by side, as far as their changes may take memory."""
+    return max(1, min(TOGETHER, CHANGES // (n_methods * lm.memory(0).weight.numel())))
 
 
 def methods_of(method: str | Method | Sequence[str | Method]) -> list[Method]:
@@ -175,29 +185,26 @@ class Bench:
         asked = zip(methods, requests, strict=True)
         return [evaluation_inputs(self.common, *self.sheet(case, given), method, given) for method, given in asked]
 
-    def rows(self, case: Case, methods: Sequence[Method], requests: Sequence[Sequence[Request]]) -> list[dict]:
-        """A row of each method for one case, from the store where it has them; the others are judged side by side."""
-        inputs = self.inputs(case, methods, requests)
-        keys = [canonical_json(x) for x in inputs]
-        asked = dict(
-            zip(keys, zip(inputs, methods, requests, strict=True), strict=True)
-        )  # two names may mean one method
-        records = {key: self.store.load(x) if self.store else None for key, (x, *_) in asked.items()}
+    def rows(self, questions: Sequence[Question]) -> list[dict]:
+        """A row of each method for each case, from the store where it has them; the others are judged side by side."""
+        asked: dict[str, tuple[dict[str, Json], Case, Method, Sequence[Request]]] = {}
+        places: list[tuple[Case, Method, str]] = []
+        for case, methods, requests in questions:
+            for inputs, method, given in zip(self.inputs(case, methods, requests), methods, requests, strict=True):
+                key = canonical_json(inputs)  # two names may mean one method
+                asked[key] = (inputs, case, method, given)
+                places.append((case, method, key))
+        records = {key: self.store.load(inputs) if self.store else None for key, (inputs, *_) in asked.items()}
         found = {key: dict(record.meta) for key, record in records.items() if record}
-        missing = {key: self.propose(*request) for key, (_, *request) in asked.items() if key not in found}
-        made = {key: proposal for key, proposal in missing.items() if isinstance(proposal, Proposal)}
-        sheets = {key: self.sheet(case, asked[key][2]) for key in made}
-        judged: dict[str, dict] = {}
-        for sheet in dict.fromkeys(sheets.values()):
-            alike = [key for key in made if sheets[key] == sheet]
-            judged |= dict(zip(alike, judged_or_why(self.lm, sheet, [made[key] for key in alike]), strict=True))
-        for key, proposal in missing.items():
+        made = {key: self.propose(method, given) for key, (*_, method, given) in asked.items() if key not in found}
+        changes = {key: proposal for key, proposal in made.items() if isinstance(proposal, Proposal)}
+        sheets = [(*self.sheet(asked[key][1], asked[key][3]), proposal) for key, proposal in changes.items()]
+        judged = dict(zip(changes, judged_or_why(self.lm, sheets), strict=True))
+        for key, proposal in made.items():
             found[key] = judged.get(key) or {"judged": False, "remark": proposal}
             if self.store:
                 self.store.save(asked[key][0], {}, found[key])
-        about = {"case": case.id, "form": case.form, "target": case.target}
-        about |= {name: getattr(case.fact, name) for name in ("relation", "subject", "prompt", "object")}
-        return [about | {"method": one.name} | found[key] for one, key in zip(methods, keys, strict=True)]
+        return [about(case) | {"method": method.name} | found[key] for case, method, key in places]
 
     def propose(self, method: Method, requests: Sequence[Request]) -> Proposal | str:
         """The method's change, or the reason why it makes none."""
@@ -207,18 +214,22 @@ class Bench:
             return str(error)
 
 
-def judged_or_why(lm: LanguageModel, sheet: tuple[Case, JudgeSettings], proposals: Sequence[Proposal]) -> list[dict]:
-    """What `judge` says of each, or why it can't; a change that breaks the model spoils its own row only."""
-    if not proposals:
-        return []
-    case, settings = sheet
+def about(case: Case) -> dict[str, Json]:
+    """What a row says of its case."""
+    said = {"case": case.id, "form": case.form, "target": case.target}
+    return said | {name: getattr(case.fact, name) for name in ("relation", "subject", "prompt", "object")}
+
+
+def judged_or_why(lm: LanguageModel, sheets: Sequence[tuple[Case, JudgeSettings, Proposal]]) -> list[dict]:
+    """What `judge_all` says of each, or why it can't; a change that breaks the model spoils its own row only."""
     try:
-        found = judge(lm, case, proposals, settings)
-        return [{"judged": True, "remark": p.remark} | row for p, row in zip(proposals, found, strict=True)]
+        found = judge_all(lm, [(case, proposal, settings) for case, settings, proposal in sheets])
     except ValueError as error:
-        if len(proposals) == 1:
+        if len(sheets) == 1:
             return [{"judged": False, "remark": str(error)}]
-    return [judged_or_why(lm, sheet, [proposal])[0] for proposal in proposals]
+        half = len(sheets) // 2
+        return judged_or_why(lm, sheets[:half]) + judged_or_why(lm, sheets[half:])
+    return [{"judged": True, "remark": sheet[2].remark} | row for sheet, row in zip(sheets, found, strict=True)]
 
 
 def evaluation_inputs(

@@ -1,4 +1,8 @@
-"""Free text that a model writes under many changes at once, with the same luck for each of them."""
+"""Free text that a model writes under many changes at once, with the same luck for each of them.
+
+generate(lm, changes, prompts)         after the same prompts under each change
+generate_each(lm, changes, prompts)    after prompts of its own under each
+"""
 
 from __future__ import annotations
 
@@ -20,42 +24,59 @@ def generate(
     top_k: int = 5,
     seed: int = 0,
 ) -> list[list[str]]:
-    """What the model writes after each prompt under each change, side by side.
+    """What the model writes after each of the prompts under each change; see `generate_each`.
+
+    Returns: for each change, for each prompt, the prompt and what follows it; the change's preamble is left out.
+    """
+    return generate_each(lm, changes, [prompts] * len(changes), new_tokens, top_k, seed)
+
+
+def generate_each(
+    lm: LanguageModel,
+    changes: Sequence[Change],
+    prompts: Sequence[Sequence[str]],
+    new_tokens: int = 50,
+    top_k: int = 5,
+    seed: int = 0,
+) -> list[list[str]]:
+    """What the model writes after the prompts of each change under this change, side by side.
 
     Each next token is drawn from the `top_k` most probable ones at temperature 1, until `new_tokens` are written or the
     model ends the text. The draws depend on the seed, the prompt and its place alone, so every change meets the same ones.
     Prompts of all lengths share a batch without padding: while its prompt lasts, a row's next token is the prompt's.
 
-    Args: top_k: 1 is greedy generation; 5 is the authors'.
+    Args:
+        prompts: for each change, those to write after.
+        top_k: 1 is greedy generation; 5 is the authors'.
 
-    Returns: for each change, for each prompt, the prompt and what follows it; the change's preamble is left out.
+    Returns: for each change, for each of its prompts, the prompt and what follows it; the change's preamble is left out.
 
     Raises:
         ValueError: a prompt is too long for the model.
     """
-    rows = [(owner, place) for owner in range(len(changes)) for place in range(len(prompts))]
-    starts = [lm.tokenizer(changes[owner].preamble + prompts[place])["input_ids"] for owner, place in rows]
+    rows = [(owner, place, prompt) for owner, own in enumerate(prompts) for place, prompt in enumerate(own)]
+    starts = [lm.tokenizer(changes[owner].preamble + prompt)["input_ids"] for owner, _, prompt in rows]
     longest = max(map(len, starts), default=0) + new_tokens
     if longest > lm.context_length:
         raise ValueError(
             f"generate: {new_tokens} tokens after a prompt of {longest - new_tokens} are more than {lm.name} reads, "
             f"{lm.context_length}; ask for fewer tokens."
         )
-    luck = [uniform(new_tokens, "generation", seed, place, prompt) for place, prompt in enumerate(prompts)]
+    luck = [uniform(new_tokens, "generation", seed, place, prompt) for _, place, prompt in rows]
 
     def write(part: range) -> list[list[int]]:
         prompt_ids = [starts[row] for row in part]
         draws = torch.zeros(len(part), max(map(len, prompt_ids)) + new_tokens, dtype=torch.float64)
         for row, ids in zip(part, prompt_ids, strict=True):
-            draws[row - part.start, len(ids) : len(ids) + new_tokens] = luck[rows[row][1]]
+            draws[row - part.start, len(ids) : len(ids) + new_tokens] = luck[row]
         with side_by_side(lm, changes, [rows[row][0] for row in part]):
             return continue_randomly(lm, prompt_ids, draws, top_k)
 
     together = Batching(lm, "generate", text_bytes(lm, longest, cached=True))
     texts = [text for part in together.over(range(len(rows)), write) for text in part]
     written = [after(lm, ids, text[: len(ids) + new_tokens]) for ids, text in zip(starts, texts, strict=True)]
-    said = iter(prompts[place] + text for (_, place), text in zip(rows, written, strict=True))
-    return [[next(said) for _ in prompts] for _ in changes]
+    said = iter(prompt + text for (*_, prompt), text in zip(rows, written, strict=True))
+    return [[next(said) for _ in own] for own in prompts]
 
 
 def after(lm: LanguageModel, prompt: list[int], text: list[int]) -> str:

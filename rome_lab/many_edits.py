@@ -169,7 +169,7 @@ def judge_state(bench: Bench, chain: Sequence[Case], state: State) -> list[dict]
     requests = requests_of(chain)
     settings = replace(bench.settings, known=(), text_tokens=0)
     for row, case, remark in zip(rows, chain, state.remarks, strict=True):
-        (found,) = judged_or_why(bench.lm, (spared(case, requests), settings), [state.proposal])
+        (found,) = judged_or_why(bench.lm, [(spared(case, requests), settings, state.proposal)])
         found.pop("generations", None)
         row |= found | {"remark": said(remark, "" if found["judged"] else found["remark"])}
     try:

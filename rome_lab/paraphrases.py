@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 from rome_lab.averaging import mean_ci
 from rome_lab.case import Case
 from rome_lab.evaluation import methods_of
-from rome_lab.judging import SCORES_ONLY, questions_of, score
+from rome_lab.judging import SCORES_ONLY, questions_of
 from rome_lab.methods import Method
 from rome_lab.models import LanguageModel
 from rome_lab.optimised import Optimised
+from rome_lab.scoring import score
 from rome_lab.store import Store
 
 

@@ -141,7 +141,7 @@ def test_rows_of_workers_are_those_of_one_process_and_both_share_a_store(lm, cli
     pd.testing.assert_frame_equal(judged(lm, store=tmp_path / "workers", client=client), serial, check_exact=True)
     assert records(tmp_path / "workers") == records(tmp_path / "serial")
     pd.testing.assert_frame_equal(judged(lm, client=client), serial, check_exact=True)
-    monkeypatch.setattr(evaluation, "judge", lambda *args: pytest.fail("judged again"))
+    monkeypatch.setattr(evaluation, "judge_all", lambda *args: pytest.fail("judged again"))
     pd.testing.assert_frame_equal(judged(lm, store=tmp_path / "workers"), serial, check_exact=True)
 
 

@@ -103,9 +103,9 @@ def test_the_model_is_left_as_it_was(tiny):
 def test_what_the_store_holds_is_not_made_again_and_another_method_is_judged_alone(tiny, tmp_path, monkeypatch):
     first = run(tiny, store=tmp_path)
     changes = []
-    real = evaluation.judge
+    real = evaluation.judge_all
     monkeypatch.setattr(
-        evaluation, "judge", lambda lm, case, made, settings: changes.extend(made) or real(lm, case, made, settings)
+        evaluation, "judge_all", lambda lm, asked: changes.extend(change for _, change, _ in asked) or real(lm, asked)
     )
     again = run(tiny, method=["none", "ft", "in-context"], store=tmp_path)
     assert [change.preamble != "" for change in changes] == [True] * len(CASES)
@@ -130,7 +130,8 @@ def test_other_inputs_are_judged_anew(tiny, tmp_path, other):
     assert len(list(tmp_path.glob("evaluation/*"))) > before
 
 
-def test_interrupted_it_goes_on_where_it_was(tiny, tmp_path):
+def test_interrupted_it_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "TOGETHER", 2)
     spy = Spy([], failing=("Warsaw",), error=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         run(tiny, method=["ft", spy], store=tmp_path)
@@ -232,10 +233,8 @@ def test_groups_are_full_in_order_and_hold_no_subject_twice():
 
 def test_two_names_of_one_method_are_judged_once(tiny, monkeypatch):
     judged = []
-    real = evaluation.judge
-    monkeypatch.setattr(
-        evaluation, "judge", lambda lm, case, made, settings: judged.append(len(made)) or real(lm, case, made, settings)
-    )
+    real = evaluation.judge_all
+    monkeypatch.setattr(evaluation, "judge_all", lambda lm, asked: judged.append(len(asked)) or real(lm, asked))
     table = run(tiny, CASES[:1], ["rome", "rome-both"])
     assert judged == [1]
     assert list(table["method"]) == ["rome", "rome-both"]

@@ -12,14 +12,15 @@ import torch
 from test_changes import changes_of, random_change
 from tiny import FAMILIES, tiny_model
 
-from rome_lab import judging, metrics
+from rome_lab import metrics, scoring
 from rome_lab.audit import TEXT
 from rome_lab.case import Case
 from rome_lab.changes import Change
 from rome_lab.facts import Fact
 from rome_lab.generation import generate
-from rome_lab.judging import JudgeSettings, Question, judge, score, shared_rows
+from rome_lab.judging import JudgeSettings, judge, judge_all
 from rome_lab.prompts import continuation_ids
+from rome_lab.scoring import Question, score, shared_rows
 
 TINY = Case(
     id="1",
@@ -90,13 +91,13 @@ def test_the_batch_is_split_where_memory_is_short_and_the_scores_stay(monkeypatc
     lm = tiny_model("llama")
     whole = judge(lm, TINY, changes_of(lm), SETTINGS)
     calls = []
-    run = judging.last_states
-    monkeypatch.setattr(judging, "text_bytes", lambda lm, length: 1)
+    run = scoring.last_states
+    monkeypatch.setattr(scoring, "text_bytes", lambda lm, length: 1)
     lm.room = 3
     monkeypatch.setattr(
-        judging, "last_states", lambda lm, changes, rows: calls.append(len(rows)) or run(lm, changes, rows)
+        scoring, "last_states", lambda lm, changes, rows: calls.append(len(rows)) or run(lm, changes, rows)
     )
-    monkeypatch.setattr(judging, "READ", 2)
+    monkeypatch.setattr(scoring, "READ", 2)
     for split, together in zip(judge(lm, TINY, changes_of(lm), SETTINGS), whole, strict=True):
         assert numbers(split) == pytest.approx(numbers(together), **TOLERANCE)
     assert len(calls) > 5 and max(calls) == 3
@@ -318,3 +319,21 @@ def test_a_model_that_gives_what_is_not_a_number_is_refused():
         lm.blocks[0].mlp.up_proj.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="judge, with change 0.*not a number"):
         judge(lm, TINY, [Change()], SETTINGS)
+
+
+def test_several_cases_judged_at_once_are_judged_as_each_alone() -> None:
+    lm = tiny_model("llama")
+    other = replace(
+        TINY, target="Oslo", generation_prompts=TINY.generation_prompts[:1], paraphrases=TINY.paraphrases[:1]
+    )
+    known = replace(SETTINGS, known=(Fact("Paris", "{} is in", "France"),))
+    asked = [(TINY, change, SETTINGS) for change in changes_of(lm)] + [(other, changes_of(lm)[0], known)]
+    for one, found in zip(asked, judge_all(lm, asked), strict=True):
+        (alone,) = judge(lm, one[0], [one[1]], one[2])
+        assert found["generations"] == alone["generations"] and found.keys() == alone.keys()
+        assert {name: found[name] for name in alone if name != "generations"} == pytest.approx(
+            {name: alone[name] for name in alone if name != "generations"}, rel=1e-4, abs=1e-4
+        )
+    assert judge_all(lm, []) == []
+    with pytest.raises(ValueError, match="judge those apart"):
+        judge_all(lm, [(TINY, Change(), SETTINGS), (TINY, Change(), replace(SETTINGS, seed=1))])

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 from rome_lab import tracing
 from rome_lab.blocks import record
 from rome_lab.changes import Change
-from rome_lab.judging import last_states
 from rome_lab.prompts import Prompt
+from rome_lab.scoring import last_states
 from rome_lab.trace import KINDS
 from rome_lab.values import record_suffixes
 
