@@ -169,7 +169,7 @@ def test_a_loss_that_is_not_a_number_is_an_error() -> None:
         ({"weight_decay": float("nan")}, "weight_decay is nan"),
         ({"clamp": float("inf")}, "clamp is inf"),
         ({"seed": "0"}, "seed is '0'"),
-        ({"prefixes": "In Paris. "}, "prefixes is the text 'In Paris. '; expected a list of texts"),
+        ({"prefixes": "In Paris. "}, "prefixes is 'In Paris. '; expected a list of texts"),
     ],
 )
 def test_settings_out_of_range_are_refused(wrong, sentence) -> None:
