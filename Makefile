@@ -87,7 +87,7 @@ always:
 
 bench: .venv/ready ## measure tracing and edits beside the plain ways: speed, memory, exactness (an hour)
 	$(BIN)/python -m benchmarks.tracing --page benchmarks/tracing.md
-	$(BIN)/python -m benchmarks.edit
+	$(BIN)/python -m benchmarks.edit --page benchmarks/edit.md
 
 faults: .venv/ready ## kill, fill, damage and wear out what can be, and see what comes of it (half an hour)
 	$(BIN)/python -m faults

@@ -1,7 +1,7 @@
-"""What an edit costs and how exact it is: `python -m benchmarks.edit [--parts value covariance file constraint]`.
+"""What an edit costs and how exact it is: `python -m benchmarks.edit [--parts value edit file constraint]`.
 
 value        v* by the shipped optimisation, set-up included, and by the plain loop, in turns, in this one process
-covariance   C from nothing: of the default layer, and of all layers in one pass
+edit         a whole edit, C measured before, by `rome` and by plain ways for each of its steps, in turns
 file         size of a saved edit
 constraint   |W_hat k* - v*| / |v*| of the weights as stored, over facts and layers
 
@@ -11,28 +11,28 @@ Prints a table and writes it as CSV: a row a measure, with the median, the least
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from benchmarks.measure import Row, about, finish, row
-from benchmarks.plain import plain_loop
+from benchmarks.measure import Row, about, finish, in_turns, ratios, row
+from benchmarks.plain import plain_edit
+from benchmarks.tasks import FACT, TARGET, Sought, edit_settings, edited_layer
 from rome_lab import Fact, LanguageModel, load_facts, load_model, rome
 from rome_lab.covariance import covariances
-from rome_lab.editing import DEFAULTS, default_settings
+from rome_lab.editing import DEFAULTS
 from rome_lab.edits import weight
-from rome_lab.keys import k_star, sample_prefixes
-from rome_lab.measuring import seconds
-from rome_lab.store import Store
 from rome_lab.update import constraint_error
-from rome_lab.values import EditSettings, Objective, optimise_value
+from rome_lab.values import EditSettings
 
-PARTS = ("value", "covariance", "file", "constraint")
-FACT, TARGET = Fact("Eiffel Tower", "The {} is located in the city of", "Paris"), "Rome"
+PARTS = ("value", "edit", "file", "constraint")
 TARGETS = {  # embedded facts of five relations, and what they are to say instead
     "Eiffel Tower": "Rome",
     "Colosseum": "Berlin",
@@ -50,61 +50,50 @@ LAYERS = (3, 6, 9, 12)
 
 
 def value(lm: LanguageModel, layer: int, settings: EditSettings, repetitions: int) -> list[Row]:
-    """Part "value"; the prefixes are sampled beforehand, for both."""
-    if settings.prefixes is None:
-        settings = replace(settings, prefixes=sample_prefixes(lm, settings.prefix_lengths, settings.seed))
-    v = weight(lm, layer).double() @ k_star(lm, FACT, layer, "averaged", settings.prefixes)[:, 0].double()
+    """Part "value"; the prefixes are sampled beforehand, for all."""
+    sought = Sought.of(lm, layer, settings)
+    short = replace(sought, settings=replace(sought.settings, steps=1))
 
-    def shipped(settings: EditSettings) -> torch.Tensor:
-        return optimise_value(Objective(lm, layer, (FACT, TARGET), v, settings), progress=False).delta
-
-    def plain(settings: EditSettings) -> torch.Tensor:
-        return plain_loop(lm, layer, (FACT, TARGET), v, settings)[0]
-
-    def frozen(settings: EditSettings) -> torch.Tensor:
+    def frozen(sought: Sought) -> torch.Tensor:
         lm.model.requires_grad_(False)
         try:
-            return plain(settings)
+            return sought.plain(lm)
         finally:
             lm.model.requires_grad_(True)
 
-    names = {plain: "plain loop", frozen: "plain loop, weights frozen", shipped: "shipped"}
-    times, errors = {loop: [] for loop in names}, []
-    for loop in names:
-        loop(replace(settings, steps=1))
-    for _ in range(repetitions):
-        stars = {}
-        for loop, taken in times.items():
-            spent, delta = seconds(lambda loop=loop: loop(settings))
-            taken.append(spent)
-            stars[loop] = v + delta.double()
-        errors.append(float((stars[shipped] - stars[plain]).norm() / stars[plain].norm()))
-    rows = [row("value", f"v*, {settings.steps} steps, {names[loop]}", taken, "s") for loop, taken in times.items()]
-    for slow in (plain, frozen):
-        ratios = [x / y for x, y in zip(times[slow], times[shipped], strict=True)]
-        rows.append(row("value", f"{names[slow]} / shipped", ratios, "times"))
-    return [*rows, row("value", "|difference of v*| / |v*|", errors, "1")]
+    plain, slow = "plain loop", "plain loop, weights frozen"
+    loops = {plain: lambda sought: sought.plain(lm), slow: frozen, "shipped": lambda sought: sought.shipped(lm)}
+    ways = {name: partial(loop, sought) for name, loop in loops.items()}
+    times, deltas = in_turns(ways, repetitions, lm.device, [partial(loop, short) for loop in loops.values()])
+    rows = [row("value", f"v*, {settings.steps} steps, {name}", taken, "s") for name, taken in times.items()]
+    rows += [
+        row("value", f"{name} / shipped", ratios(times[name], times["shipped"]), "times") for name in (plain, slow)
+    ]
+    apart, star = (deltas["shipped"] - deltas[plain]).norm(), (sought.original + deltas[plain].double()).norm()
+    return [*rows, row("value", "|difference of v*| / |v*|", [float(apart / star)], "1")]
 
 
-def covariance(lm: LanguageModel, layer: int, tokens: int | None = None) -> list[Row]:
-    """Part "covariance", each time in a store that is empty; the time to sample the text is in it."""
-    rows = []
-    for name, layers in ((f"layer {layer}", [layer]), (f"all {lm.n_layers} layers", range(lm.n_layers))):
-        with tempfile.TemporaryDirectory() as folder:
-            store = Store(folder)
-            spent, found = seconds(lambda layers=layers, store=store: covariances(lm, layers, None, tokens, store))
-        seen = next(iter(found.values())).tokens
-        rows.append(row("covariance", f"C of {name}, {seen} tokens", [spent], "s"))
-    return rows
+def edit(lm: LanguageModel, layer: int, settings: EditSettings, repetitions: int) -> list[Row]:
+    """Part "edit": `rome` reads C from the user's cache, where it is by then; the plain edit is the paper's, of one key."""
+    C = covariances(lm, [layer])[layer].C
+    ways = {
+        f"rome, key {key!r}": partial(rome, lm, FACT, TARGET, layer, hparams=replace(settings, key=key), progress=False)
+        for key in dict.fromkeys(("averaged", settings.key))
+    }
+    ours, plain = next(iter(ways)), "plain edit, key 'averaged'"
+    ways[plain] = partial(plain_edit, lm, layer, (FACT, TARGET), C, settings)
+    times, _ = in_turns(ways, repetitions, lm.device, warm_up=[ways[ours]])
+    rows = [row("edit", f"{name}, {settings.steps} steps", taken, "s") for name, taken in times.items()]
+    return [*rows, row("edit", f"{plain} / {ours}", ratios(times[plain], times[ours]), "times")]
 
 
 def file(lm: LanguageModel, layer: int, settings: EditSettings, C: torch.Tensor) -> list[Row]:
-    """Part "file"; the keys of "both" make the larger file."""
+    """Part "file": the more keys, the larger the file."""
     sizes = {}
     with tempfile.TemporaryDirectory() as folder:
-        for key in ("averaged", "both"):
-            edit = rome(lm, FACT, TARGET, layer, C=C, hparams=replace(settings, key=key, steps=2), progress=False)
-            sizes[key] = edit.save(Path(folder, key)).stat().st_size / 1000
+        for key in ("averaged", "both", "all"):
+            made = rome(lm, FACT, TARGET, layer, C=C, hparams=replace(settings, key=key, steps=2), progress=False)
+            sizes[key] = made.save(Path(folder, key)).stat().st_size / 1000
     return [row("file", f"saved edit, key {key!r}", [size], "kB") for key, size in sizes.items()]
 
 
@@ -132,14 +121,12 @@ def requests() -> list[tuple[Fact, str]]:
 
 def run(lm: LanguageModel, parts: Sequence[str], repetitions: int, steps: int | None) -> pd.DataFrame:
     """The table of some parts."""
-    default = default_settings(lm)
-    layer = lm.n_layers // 5 if default.layer is None else default.layer
-    settings = default.settings if steps is None else replace(default.settings, steps=steps)
+    layer, settings = edited_layer(lm), edit_settings(lm, steps)
     rows: list[Row] = []
     if "value" in parts:
         rows += value(lm, layer, settings, repetitions)
-    if "covariance" in parts:
-        rows += covariance(lm, layer)
+    if "edit" in parts:
+        rows += edit(lm, layer, settings, repetitions)
     if {"file", "constraint"} & set(parts):
         layers = {layer, *(LAYERS if "constraint" in parts else ())}
         C = {number: found.C for number, found in covariances(lm, sorted(layers)).items()}
@@ -154,12 +141,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.edit", description="What an edit costs.")
     parser.add_argument("--model", default="smollm2-135m", help=f"such as {', '.join(DEFAULTS)} (%(default)s)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which to run (all)")
-    parser.add_argument("--repetitions", type=int, default=3, help="of the two ways to v* (%(default)s)")
+    parser.add_argument("--repetitions", type=int, default=3, help="of v* and of the edit (%(default)s)")
     parser.add_argument("--steps", type=int, help="of Adam; the model's default otherwise")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/edit.csv"), help="the table (%(default)s)")
+    parser.add_argument("--page", type=Path, help="write the table as Markdown, too")
     given = parser.parse_args(arguments)
     table = run(load_model(given.model), given.parts, given.repetitions, given.steps)
-    finish(table, given.out)
+    command = shlex.join(["python", "-m", "benchmarks.edit", *(sys.argv[1:] if arguments is None else arguments)])
+    finish(table, given.out, given.page, command)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import re
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
@@ -52,7 +54,22 @@ def about(lm: LanguageModel) -> dict[str, object]:
     gpu = lm.device.type == "cuda"
     machine = torch.cuda.get_device_name(lm.device) if gpu else torch.backends.cpu.get_cpu_capability()
     told = {"model": lm.name, "dtype": str(lm.dtype), "device": f"{lm.device.type}, {machine}"}
-    return told | {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    told |= {"processor": processor(), "cores": cores(), "threads": torch.get_num_threads()}
+    return told | {"torch": torch.__version__}
+
+
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        named = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:  # no Linux
+        named = None
+    return named[1] if named else platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def finish(table: pd.DataFrame, path: Path, page: Path | None = None, command: str = "") -> None:

@@ -12,11 +12,10 @@ from dataclasses import asdict
 from benchmarks.measure import Row, row
 from benchmarks.model import Chosen, load
 from benchmarks.tasks import TASKS, Options
-from rome_lab import LanguageModel
 from rome_lab.measuring import peak_bytes
 
 
-def peaks(lm: LanguageModel, chosen: Chosen, options: Options, tasks: Iterable[str] = TASKS) -> list[Row]:
+def peaks(chosen: Chosen, options: Options, tasks: Iterable[str] = TASKS) -> list[Row]:
     """A row a way: megabytes at the peak, beyond what the process held before: the model, and one forward's leftovers.
 
     Raises:
@@ -24,7 +23,7 @@ def peaks(lm: LanguageModel, chosen: Chosen, options: Options, tasks: Iterable[s
     """
     rows = []
     for task in tasks:
-        for way in TASKS[task](lm, options):
+        for way in TASKS[task]:
             asked = json.dumps({"chosen": asdict(chosen), "options": asdict(options)})
             command = [sys.executable, "-m", "benchmarks.memory", task, way, asked]
             said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -40,8 +39,8 @@ def main() -> None:
     given = parser.parse_args()
     asked = json.loads(given.asked)
     lm, options = load(Chosen(**asked["chosen"])), Options(**asked["options"])
-    TASKS["state trace"](lm, options)["one plain forward"]()  # what the first forward of a process leaves behind
-    print(json.dumps(peak_bytes(TASKS[given.task](lm, options)[given.way], lm.device) / 1e6))
+    TASKS["state trace"]["one plain forward"](lm, options)()  # what the first forward of a process leaves behind
+    print(json.dumps(peak_bytes(TASKS[given.task][given.way](lm, options), lm.device) / 1e6))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""v* by the plain loop, written independently of `rome_lab.values`: the yardstick of its speed and the oracle of its tests.
+"""v* by the plain loop, and a whole edit around it, written independently of `rome_lab`: yardsticks and oracles.
 
 Whole texts through the whole model at each step, forwards and backwards, with logits at every token. Texts of equal
 length go together, so that no padding and no mask is needed.
@@ -11,8 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from rome_lab.edits import weight
 from rome_lab.facts import Fact
-from rome_lab.keys import prefixed_prompt
+from rome_lab.keys import OPENINGS, as_sentence, prefixed_prompt
 from rome_lab.models import LanguageModel
 from rome_lab.prompts import continuation_ids
 from rome_lab.values import EditSettings
@@ -73,3 +74,45 @@ def full_log_p(lm: LanguageModel, layer: int, ids: Tensor, place: int, delta: Te
         return lm.model(ids, use_cache=False).logits.log_softmax(-1)
     finally:
         handle.remove()
+
+
+def plain_edit(
+    lm: LanguageModel, layer: int, request: tuple[Fact, str], C: Tensor, settings: EditSettings
+) -> tuple[Tensor, Tensor]:
+    """Lambda (D,) and u (H,) of the paper's edit, with its averaged key: W_hat = W + Lambda uT, with u = C^-1 k*.
+
+    Prefixes, where none are given, by transformers' own generation and keys by whole forwards, one text after the other.
+    """
+    fact = request[0]
+    settings = replace(settings, prefixes=settings.prefixes or plain_prefixes(lm, settings))
+    keys = [plain_key(lm, layer, fact, prefix) for prefix in settings.prefixes]
+    k_star = torch.stack(keys).mean(0)
+    original = weight(lm, layer).double() @ k_star
+    delta, _ = plain_loop(lm, layer, request, original, settings)
+    u = torch.linalg.solve(C.to(k_star), k_star)
+    return delta.double() / (u @ k_star), u
+
+
+def plain_prefixes(lm: LanguageModel, settings: EditSettings) -> tuple[str, ...]:
+    """Sentences sampled one after the other, each among the five most probable tokens at every place."""
+    sampled = {"do_sample": True, "top_k": 5, "pad_token_id": 1}
+    texts = []
+    with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
+        torch.manual_seed(settings.seed)
+        for place, length in enumerate(settings.prefix_lengths):
+            ids = lm.tokenizer(OPENINGS[place % len(OPENINGS)], return_tensors="pt")["input_ids"].to(lm.device)
+            whole = lm.model.generate(ids, attention_mask=ids == ids, max_new_tokens=length, **sampled)
+            texts.append(as_sentence(lm.tokenizer.decode(whole[0], skip_special_tokens=True)))
+    return tuple(texts)
+
+
+@torch.no_grad()
+def plain_key(lm: LanguageModel, layer: int, fact: Fact, prefix: str) -> Tensor:
+    """(H,) float64: the input of W at the subject's last token behind a prefix."""
+    prompt, seen = prefixed_prompt(lm, fact, prefix), []
+    handle = lm.memory(layer).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        lm.model(prompt.ids[None], use_cache=False)
+    finally:
+        handle.remove()
+    return seen[0].reshape(len(prompt.ids), -1)[prompt.subject_range[1] - 1].double()

@@ -46,7 +46,14 @@ class Question:
         return cls(lm, read, noise, window)
 
 
-class OneForwardACell(FullForward):
+class Plain(FullForward):
+    """Full forwards whose probabilities are taken in the model's own precision, as anyone would."""
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1)
+
+
+class OneForwardACell(Plain):
     """As the authors' code has it: the rows of a corrupted run stand behind a clean one."""
 
     def run(self, noise: Tensor | None = None, hold: Collection[tuple] = (), keep: bool = False) -> tuple:
@@ -77,11 +84,11 @@ def one_forward_a_cell(asked: Question, kinds: Collection[str], tokens: Tokens =
 
 def batched_cells(asked: Question, kinds: Collection[str], tokens: Tokens = None) -> Tables:
     """The same by forwards of the whole model over rows of several cells."""
-    plain = FullForward(asked.lm, asked.prompt.ids, asked.prompt.subject_range, asked.noise)
+    plain = Plain(asked.lm, asked.prompt.ids, asked.prompt.subject_range, asked.noise)
     return {kind: batched(plain, kind, asked.window, tokens) for kind in kinds}
 
 
-def batched(plain: FullForward, kind: str, window: int, tokens: Tokens) -> np.ndarray:
+def batched(plain: Plain, kind: str, window: int, tokens: Tokens) -> np.ndarray:
     """(T, L) of one kind: every row of a batch is one sample of a cell and holds what its cell restores."""
     p_clean, clean = plain.run(keep=True)
     answer = int(p_clean[0].argmax())

@@ -1,15 +1,16 @@
-"""What rome_lab does beside tracing, by its own way and by the plain one: known facts, covariance, v* of one edit.
+"""What rome_lab does beside tracing, by its own way and by plain ones: known facts, covariance, v* of one edit.
 
-`TASKS` holds the ways of every task, tracing among them: each is prepared, and what it then does is measured.
+`TASKS` holds the ways of every task, tracing among them. A way is prepared by a model and `Options`; what it gives then,
+a function, is called and measured.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 
 import torch
 from torch import Tensor
@@ -25,11 +26,12 @@ from rome_lab.keys import k_star, sample_prefixes
 from rome_lab.known import rank
 from rome_lab.store import Json, Store
 from rome_lab.update import precise
-from rome_lab.values import Objective, optimise_value
+from rome_lab.values import EditSettings, Objective, optimise_value
 from tests.oracle import plain_known_fact
 
 NEW_TOKENS = 16  # within which an object must be named: the default of known_facts
 PASSAGE = 64  # tokens
+BATCH_TOKENS = 3072  # in a plain batch, three times what GPT-2 reads, as in the authors' code
 FACT, TARGET = Fact("Eiffel Tower", "The {} is located in the city of", "Paris"), "Rome"
 
 
@@ -79,60 +81,93 @@ def plain_known(lm: LanguageModel, facts: Sequence[Fact], n: int) -> tuple[Fact,
     return tuple(islice(filter(None, found), n))
 
 
-def plain_covariance(lm: LanguageModel, layer: int, passages: list[list[int]]) -> Tensor:
-    """C of one layer, one passage after the other, in runs that stop at the layer, as those of the authors' code do."""
+def plain_covariance(lm: LanguageModel, layer: int, passages: list[list[int]], together: int) -> Tensor:
+    """C of one layer, in runs of so many passages of one length, which stop at the layer."""
     sums = []
-    for passage in passages:
 
-        def receive(layer: int, keys: Tensor) -> None:
-            flat = precise(keys.reshape(-1, keys.shape[-1]))
-            sums.append(flat.T @ flat + (sums.pop() if sums else 0))
+    def receive(layer: int, keys: Tensor) -> None:
+        flat = precise(keys.reshape(-1, keys.shape[-1]))
+        sums.append(flat.T @ flat + (sums.pop() if sums else 0))
 
-        run_to_keys(lm, torch.tensor([passage], device=lm.device), [layer], receive)
+    for _, same in groupby(passages, key=len):
+        rest = list(same)
+        while rest:
+            batch, rest = rest[:together], rest[together:]
+            run_to_keys(lm, torch.tensor(batch, device=lm.device), [layer], receive)
     return (sums[0] / sum(map(len, passages))).float().cpu()
 
 
-def trace_ways(lm: LanguageModel, options: Options) -> dict[str, Work]:
-    """One state trace; and one plain forward, below which no way can go."""
-    asked = Question.ask(lm, options.prompt, options.subject, options.samples, options.window)
-    ways = {name: partial(way, asked, ("state",)) for name, way in WAYS.items()}
-    return ways | {"one plain forward": partial(forward, asked)}
+def trace(way: Callable[[Question, tuple[str, ...]], object], lm: LanguageModel, options: Options) -> Work:
+    """One state trace."""
+    return partial(way, question(lm, options), ("state",))
 
 
-def known_ways(lm: LanguageModel, options: Options) -> dict[str, Work]:
-    """The known facts of a data set; both ways return them."""
+def one_forward(lm: LanguageModel, options: Options) -> Work:
+    """One plain forward, below which no trace can go."""
+    return partial(forward, question(lm, options))
+
+
+def question(lm: LanguageModel, options: Options) -> Question:
+    return Question.ask(lm, options.prompt, options.subject, options.samples, options.window)
+
+
+def known(lm: LanguageModel, options: Options) -> Work:
+    """The known facts of a data set."""
     facts = load_facts(options.dataset)
-    settings = {"n": options.facts, "max_new_tokens": NEW_TOKENS, "progress": False}
-    return {
-        "rome_lab": lambda: known_facts(lm, facts, **settings).facts,
-        "one prompt after the other": partial(plain_known, lm, facts, options.facts),
-    }
+    return lambda: known_facts(lm, facts, n=options.facts, max_new_tokens=NEW_TOKENS, progress=False).facts
 
 
-def covariance_ways(lm: LanguageModel, options: Options) -> dict[str, Work]:
-    """C of the layer that is edited, from an empty store; both ways return it."""
+def known_one_by_one(lm: LanguageModel, options: Options) -> Work:
+    return partial(plain_known, lm, load_facts(options.dataset), options.facts)
+
+
+def covariance(lm: LanguageModel, options: Options) -> Work:
+    """C of the layer that is edited, from an empty store."""
     layer = edited_layer(lm)
 
-    def shipped() -> Tensor:
+    def measure() -> Tensor:
         with tempfile.TemporaryDirectory() as folder:
             return covariances(lm, [layer], Sentences(), options.tokens, Store(folder), progress=False)[layer].C
 
-    def plain() -> Tensor:
-        return plain_covariance(lm, layer, Sentences().first(lm, options.tokens))
-
-    return {"rome_lab": shipped, "one passage after the other": plain}
+    return measure
 
 
-def edit_ways(lm: LanguageModel, options: Options) -> dict[str, Work]:
-    """v* of one edit, with prefixes sampled beforehand; both ways return its change."""
-    layer, settings = edited_layer(lm), default_settings(lm).settings
-    settings = replace(settings, prefixes=sample_prefixes(lm, settings.prefix_lengths, settings.seed))
-    settings = settings if options.steps is None else replace(settings, steps=options.steps)
-    v = weight(lm, layer).double() @ k_star(lm, FACT, layer, "averaged", settings.prefixes)[:, 0].double()
-    return {
-        "rome_lab": lambda: optimise_value(Objective(lm, layer, (FACT, TARGET), v, settings), progress=False).delta,
-        "plain loop": lambda: plain_loop(lm, layer, (FACT, TARGET), v, settings)[0],
-    }
+def covariance_together(together: int, lm: LanguageModel, options: Options) -> Work:
+    """The same by `plain_covariance`, of so many passages together."""
+    return lambda: plain_covariance(lm, edited_layer(lm), Sentences().first(lm, options.tokens), together)
+
+
+@dataclass(frozen=True, eq=False)
+class Sought:
+    """v* of one edit, with prefixes sampled beforehand: what both ways are given.
+
+    Attributes:
+        original: W k* (D,), of the averaged key.
+    """
+
+    layer: int
+    request: tuple[Fact, str]
+    original: Tensor
+    settings: EditSettings
+
+    @classmethod
+    def of(cls, lm: LanguageModel, layer: int, settings: EditSettings) -> Sought:
+        prefixes = settings.prefixes or sample_prefixes(lm, settings.prefix_lengths, settings.seed)
+        original = weight(lm, layer).double() @ k_star(lm, FACT, layer, "averaged", prefixes)[:, 0].double()
+        return cls(layer, (FACT, TARGET), original, replace(settings, prefixes=prefixes))
+
+    def shipped(self, lm: LanguageModel) -> Tensor:
+        """The change of W k* by rome_lab."""
+        objective = Objective(lm, self.layer, self.request, self.original, self.settings)
+        return optimise_value(objective, progress=False).delta
+
+    def plain(self, lm: LanguageModel) -> Tensor:
+        """The same by the plain loop."""
+        return plain_loop(lm, self.layer, self.request, self.original, self.settings)[0]
+
+
+def sought(lm: LanguageModel, options: Options) -> Sought:
+    return Sought.of(lm, edited_layer(lm), edit_settings(lm, options.steps))
 
 
 def edited_layer(lm: LanguageModel) -> int:
@@ -141,5 +176,28 @@ def edited_layer(lm: LanguageModel) -> int:
     return lm.n_layers // 5 if layer is None else layer
 
 
-TASKS = {"state trace": trace_ways, "known facts": known_ways, "covariance": covariance_ways, "edit": edit_ways}
-"""Task -> its ways, prepared, ours first; what a way does when it is called is measured."""
+def edit_settings(lm: LanguageModel, steps: int | None) -> EditSettings:
+    """The model's default settings of an edit, but for the number of steps where one is given."""
+    settings = default_settings(lm).settings
+    return settings if steps is None else replace(settings, steps=steps)
+
+
+TASKS: Mapping[str, Mapping[str, Callable[[LanguageModel, Options], Work]]] = {
+    "state trace": {name: partial(trace, way) for name, way in WAYS.items()} | {"one plain forward": one_forward},
+    "known facts": {"rome_lab": known, "one prompt after the other": known_one_by_one},
+    "covariance": {
+        "rome_lab": covariance,
+        "one passage after the other": partial(covariance_together, 1),
+        "passages in batches": partial(covariance_together, BATCH_TOKENS // PASSAGE),
+    },
+    "edit": {
+        "rome_lab": lambda lm, options: partial(sought(lm, options).shipped, lm),
+        "plain loop": lambda lm, options: partial(sought(lm, options).plain, lm),
+    },
+}
+"""Task -> way -> what prepares it; ours is the first."""
+
+
+def prepared(task: str, lm: LanguageModel, options: Options) -> dict[str, Work]:
+    """The ways of a task, ready to be called."""
+    return {name: prepare(lm, options) for name, prepare in TASKS[task].items()}

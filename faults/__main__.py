@@ -7,17 +7,20 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from faults import clocks, damage, disks, kills, long_use, together
 from faults.outcome import Outcome, Setting
-from faults.work import WORK, prepare
+from faults.work import WORK, prepare, said
 from rome_lab.store import write_atomically
 
-PARTS: Mapping[str, Callable[[Setting], list[Outcome]]] = {
+SHARE = {"kills": 6, "together": 1, "clocks": 2, "damage": 3, "disks": 3, "long": 3}
+"""Part -> its share of the time that is left when it begins, beside the shares of those that follow."""
+
+PARTS: Mapping[str, Callable[[Setting], Iterable[Outcome]]] = {
     "kills": kills.kill_all,
     "together": together.run_together,
     "clocks": clocks.jump,
@@ -37,15 +40,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model = prepare(scratch, options.model)
         until, chance = time.monotonic() + options.minutes * 60, random.Random(options.seed)
         setting = Setting(scratch, model, tuple(options.work), options.kills, options.rounds, until, chance)
-        for part in options.parts:
-            for outcome in PARTS[part](setting):
-                print(outcome, flush=True)
-                found.append(outcome)
-    table = pd.DataFrame([vars(outcome) | {"wrong": len(outcome.wrong)} for outcome in found])
-    write_atomically(options.out, lambda temporary: table.to_csv(temporary, index=False))
+        try:
+            for place, part in enumerate(options.parts):
+                left = (until - time.monotonic()) * SHARE[part] / sum(SHARE[x] for x in options.parts[place:])
+                setting.until = time.monotonic() + left
+                for outcome in outcomes(part, setting):
+                    print(outcome, flush=True)
+                    found.append(outcome)
+        finally:
+            table = pd.DataFrame([vars(outcome) | {"wrong": len(outcome.wrong)} for outcome in found])
+            write_atomically(options.out, lambda temporary: table.to_csv(temporary, index=False))
     wrong = sum(bool(outcome.wrong) for outcome in found)
     print(f"{wrong} of {len(found)} checks found something wrong; the table is in {options.out}")
     return int(wrong > 0)
+
+
+def outcomes(part: str, setting: Setting) -> Iterator[Outcome]:
+    """What a part finds; one that ends early has found something wrong."""
+    try:
+        yield from PARTS[part](setting)
+    except Exception as error:
+        yield Outcome(f"the rest of part {part}", wrong=[f"it ended early: {said(error)}"])
 
 
 def parser() -> argparse.ArgumentParser:

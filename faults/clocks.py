@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 
 from faults.kills import finished
 from faults.outcome import Outcome, Setting
+from faults.work import at_once
 
 YEAR = 365 * 24 * 3600
 
 
-def jump(setting: Setting) -> list[Outcome]:
+def jump(setting: Setting) -> Iterator[Outcome]:
     """Move the times of files, and the clocks of processes, of each sort of work."""
-    return [move(setting, kind) for move in (move_files, move_clocks) for kind in setting.in_process]
+    for kind in setting.in_process:
+        yield move_files(setting, kind)
+        yield move_clocks(setting, kind)
 
 
 def move_files(setting: Setting, kind: str) -> Outcome:
     """All finished results are from 1970, or from the year 2100, or older than one another: none is made again."""
     outcome = Outcome(f"files of {kind} from past and future")
+    if setting.no_time_for(outcome):
+        return outcome
     folder, expected, _ = setting.undisturbed(kind)
-    for moment in (0.0, 130.0 * YEAR, time.time() - 2 * YEAR):
+    moments = (0.0, 130.0 * YEAR, time.time() - 2 * YEAR)
+    for number in setting.rounds_of(outcome, len(moments)):
         for place, path in enumerate(sorted(folder.rglob("*"))):
-            os.utime(path, (moment + place, moment + place))
+            os.utime(path, (moments[number] + place,) * 2)
         before = finished(folder)
         found, error = setting.task(kind, folder).run()
         outcome.tried += 1
@@ -33,19 +40,23 @@ def move_files(setting: Setting, kind: str) -> Outcome:
 
 
 def move_clocks(setting: Setting, kind: str) -> Outcome:
-    """Two runs at once, the clock of one of them ten years ahead or behind: each is right, or says what is wrong."""
+    """Two runs at once, the clock of one ten years ahead, and then behind, or the other way round.
+
+    Each is right, or says what is wrong.
+    """
     outcome = Outcome(f"clocks of {kind} ten years apart")
-    _, expected, _ = setting.undisturbed(kind)
-    for ahead in (10.0 * YEAR, -10.0 * YEAR):
+    if setting.no_time_for(outcome):
+        return outcome
+    _, expected, seconds = setting.undisturbed(kind)
+    jumps = (10.0 * YEAR, -10.0 * YEAR)
+    for number in setting.rounds_of(outcome, len(jumps)):
         folder = setting.fresh(kind)
-        tasks = [setting.task(kind, folder), setting.task(kind, folder, ahead=ahead)]
-        for process in [task.start() for task in tasks]:
-            process.join()
+        jumping = setting.task(kind, folder, ahead=jumps[number], turn_s=seconds / 2)
+        disturbed = at_once([setting.task(kind, folder), jumping])
         # What one writes is old to the other, which may clear it away: that run then says so, and goes on another time.
-        for task in (*tasks, setting.task(kind, folder)):
-            found, error = task.outcome() if task in tasks else task.run()
+        for place, (found, error) in enumerate((*disturbed, setting.task(kind, folder).run())):
             outcome.tried += 1
-            outcome.expect(error == "" or told(error, task in tasks), f"it failed: {error}")
+            outcome.expect(error == "" or told(error, place < len(disturbed)), f"it failed: {error}")
             outcome.expect(error != "" or found == expected, "the results differ from those of an undisturbed run")
     return outcome
 

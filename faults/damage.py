@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -55,21 +55,23 @@ def damage(path: Path, chance: random.Random) -> bool:
     return damaged != whole
 
 
-def damage_all(setting: Setting) -> list[Outcome]:
-    """Damage the caches of each sort of work, edits, data sets and converted models."""
+def damage_all(setting: Setting) -> Iterator[Outcome]:
+    """Damage edits, data sets, converted models and, which takes longest, the caches of each sort of work."""
     lm = load(setting.model)
-    stores = [damage_store(setting, lm, kind) for kind in setting.in_process]
-    return [*stores, damage_edit(setting, lm), damage_data_set(setting), damage_converted(setting, lm)]
+    yield damage_edit(setting, lm)
+    yield damage_data_set(setting)
+    yield damage_converted(setting, lm)
+    for kind in setting.in_process:
+        yield damage_store(setting, lm, kind)
 
 
 def damage_store(setting: Setting, lm, kind: str) -> Outcome:
     """Half of the files damaged, or in each other's places: the results are the same as ever."""
     outcome = Outcome(f"damaged files in the caches of {kind}")
+    if setting.no_time_for(outcome):
+        return outcome
     whole, expected, _ = setting.undisturbed(kind)
-    for _ in range(max(1, setting.rounds // SLOW)):
-        if setting.time_is_up():
-            outcome.skipped = "the rest, for want of time"
-            break
+    for _ in setting.rounds_of(outcome, max(1, setting.rounds // SLOW)):
         folder = setting.fresh(kind)
         shutil.copytree(whole, folder, dirs_exist_ok=True)
         paths = list(results(folder))
@@ -96,7 +98,7 @@ def damage_edit(setting: Setting, lm) -> Outcome:
     settings = EditSettings(prefixes=("It is. ",), steps=2)
     edit = rome(lm, known(lm)[0], "another", 1, C=C, hparams=settings, progress=False)
     path = setting.fresh("edit") / "edit.safetensors"
-    for _ in range(setting.rounds):
+    for _ in setting.rounds_of(outcome, setting.rounds):
         edit.save(path)
         if damage(path, setting.chance):
             outcome.tried += 1
@@ -116,19 +118,20 @@ class NoNetwork:
 
 
 def damage_data_set(setting: Setting) -> Outcome:
-    """A damaged data set is thrown away; without a network that is said."""
+    """A data set is thrown away when it is damaged, or its checksum; without a network that is said."""
     outcome = Outcome("damaged data sets in the cache")
     folder = setting.fresh("cache") / "datasets"
     folder.mkdir()
     path = folder / "known_1000.json"
+    seal = path.with_suffix(".sha256")
     with mock.patch.dict(os.environ, ROME_LAB_CACHE=str(folder.parent)):
-        for _ in range(setting.rounds):
+        for _ in setting.rounds_of(outcome, setting.rounds):
             path.write_text(
                 '[{"subject": "Lima", "attribute": "Peru", "template": "{} is in", "prompt": "Lima is in"}]'
             )
-            path.with_suffix(".sha256").write_text(digest_of(path))
+            seal.write_text(digest_of(path))
             outcome.expect(published_file("known_1000", NoNetwork()) == path, "a whole file was not used")
-            if damage(path, setting.chance):
+            if damage(setting.chance.choice((path, seal)), setting.chance):
                 outcome.tried += 1
                 try:
                     published_file("known_1000", NoNetwork())
@@ -146,7 +149,7 @@ def damage_converted(setting: Setting, lm) -> Outcome:
     (folder / embedded.HASHES).write_text(embedded.hashes(folder))
     outcome.expect(embedded.is_whole(folder), "a whole model was taken for a damaged one")
     paths = sorted(folder.iterdir())
-    for _ in range(setting.rounds // SLOW):
+    for _ in setting.rounds_of(outcome, setting.rounds // SLOW):
         path = setting.chance.choice(paths)
         whole = path.read_bytes()
         if damage(path, setting.chance):

@@ -9,9 +9,12 @@ import contextlib
 import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,19 +24,24 @@ from rome_lab.store import Json
 
 NOBODY = 65534
 ROOMS = 5  # sizes of what is left of a disk, between nothing and what the work needs
-SIZE = 64 << 20
+LATE_S = 600  # how long the last round may take after time is up
 MOUNT = 'mount -t tmpfs -o size=64m tmpfs "$0" && chmod 755 "$0"'
 INSIDE = ("unshare", "--map-root-user", "--mount", "sh", "-c")
 ADVICE = ("the disk is full", "the file system is read-only", "permission is denied")
 
 
-def refuse_all(setting: Setting) -> list[Outcome]:
-    """Do each sort of work on a full disk, on a read-only one, and where another user may not write."""
-    return [*in_a_name_space(setting), *(other_user(setting, kind) for kind in setting.in_process)]
+def refuse_all(setting: Setting) -> Iterator[Outcome]:
+    """Do each sort of work where another user may not write, on a full disk, and on a read-only one."""
+    for kind in setting.in_process:
+        yield other_user(setting, kind)
+    yield from in_a_name_space(setting)
 
 
 def in_a_name_space(setting: Setting) -> list[Outcome]:
     """What this module, run as a command where a small disk is mounted, finds."""
+    skipped = Outcome("full and read-only disks")
+    if setting.no_time_for(skipped):
+        return [skipped]
     disk = setting.fresh("disk")
     if not shutil.which("unshare") or subprocess.run([*INSIDE, MOUNT, disk], capture_output=True).returncode:
         return [Outcome("full and read-only disks", skipped="no small file system can be mounted here")]
@@ -44,21 +52,25 @@ def in_a_name_space(setting: Setting) -> list[Outcome]:
     given = setting.scratch / "expected.json"
     given.write_text(json.dumps(expected))
     shell = f'{MOUNT} && exec "$@"'
-    command = [*INSIDE, shell, disk, sys.executable, "-m", "faults.disks", disk, setting.model, given]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    left = max(0.0, setting.until - time.monotonic())
+    command = [*INSIDE, shell, disk, sys.executable, "-m", "faults.disks", disk, setting.model, given, str(left)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=left + LATE_S)
+    except subprocess.TimeoutExpired:
+        return [Outcome("full and read-only disks", wrong=[f"a round went on for {LATE_S} s after time was up"])]
     if done.returncode:
         return [Outcome("full and read-only disks", wrong=[f"the checks ended early: {done.stderr[-2000:]}"])]
     return [Outcome(**row) for row in json.loads(done.stdout.splitlines()[-1])]
 
 
-def main(disk: str, model: str, given: str) -> None:
-    """Called in the name space."""
-    lm, expected, outcomes = load(model), json.loads(Path(given).read_text()), []
-    for kind in expected:
-        outcomes.append(fill(lm, model, Path(disk), kind, **expected[kind]))
-    outcomes.append(export(lm, Path(disk)))
-    for kind in expected:
-        outcomes.append(read_only(lm, model, Path(disk), kind, expected[kind]["found"]))
+def main(disk: str, model: str, given: str, left: str) -> None:
+    """Called in the name space, with the seconds that are left."""
+    until, expected = time.monotonic() + float(left), json.loads(Path(given).read_text())
+    setting = Setting(Path(disk), model, tuple(expected), kills=0, rounds=ROOMS, until=until, chance=random.Random(0))
+    lm = load(model)
+    outcomes = [fill(lm, setting, kind, **expected[kind]) for kind in expected]
+    outcomes.append(export(lm, setting.scratch))
+    outcomes += [read_only(lm, setting, kind, expected[kind]["found"]) for kind in expected]
     print(json.dumps([asdict(outcome) for outcome in outcomes]))
 
 
@@ -70,16 +82,16 @@ def attempt(lm, model: str, folder: Path, kind: str) -> tuple[Json, str]:
         return None, said(error)
 
 
-def fill(lm, model: str, disk: Path, kind: str, found: Json, bytes: int) -> Outcome:
+def fill(lm, setting: Setting, kind: str, found: Json, bytes: int) -> Outcome:
     """Let the disk get full in the middle of the work; then make room, and go on."""
     outcome = Outcome(f"disk full while {kind} runs")
-    refused = 0
-    for number in range(ROOMS):
+    refused, disk = 0, setting.scratch
+    for number in setting.rounds_of(outcome, ROOMS):
         folder, filler = disk / kind, disk / "filler"
         folder.mkdir()
         room = (bytes * number // ROOMS) // 4096 * 4096
         filler.write_bytes(b"x" * (shutil.disk_usage(disk).free - room))
-        result, error = attempt(lm, model, folder, kind)
+        result, error = attempt(lm, setting.model, folder, kind)
         refused += bool(error)
         outcome.tried += 1
         outcome.expect(
@@ -87,11 +99,11 @@ def fill(lm, model: str, disk: Path, kind: str, found: Json, bytes: int) -> Outc
         )
         outcome.expect(error or result == found, f"with {room} bytes left: wrong results")
         filler.unlink()
-        result, error = attempt(lm, model, folder, kind)
+        result, error = attempt(lm, setting.model, folder, kind)
         outcome.expect(not error, f"with room again: {error}")
         outcome.expect(error or result == found, "with room again: the results differ from those of an undisturbed run")
         shutil.rmtree(folder)
-    outcome.expect(refused > 0, "no run was refused, so this showed nothing")
+    outcome.expect(refused > 0 or outcome.tried < ROOMS, "no run was refused, so this showed nothing")
     outcome.note = f"{refused} refused; all went on once there was room"
     return outcome
 
@@ -113,19 +125,20 @@ def export(lm, disk: Path) -> Outcome:
     return outcome
 
 
-def read_only(lm, model: str, disk: Path, kind: str, found: Json) -> Outcome:
+def read_only(lm, setting: Setting, kind: str, found: Json) -> Outcome:
     """Make the disk read-only before the work, and after it."""
     outcome = Outcome(f"{kind} on a read-only disk")
+    disk = setting.scratch
     folder = disk / kind
     folder.mkdir()
-    for _ in range(2):
+    for _ in setting.rounds_of(outcome, 2):
         remount(disk, "ro")
-        result, error = attempt(lm, model, folder, kind)
+        result, error = attempt(lm, setting.model, folder, kind)
         outcome.tried += 1
         outcome.expect(error or result == found, "wrong results")
         outcome.expect(not error or ADVICE[1] in error and "NO SENTENCE" not in error, f"it failed: {error}")
         remount(disk, "rw")
-        result, error = attempt(lm, model, folder, kind)
+        result, error = attempt(lm, setting.model, folder, kind)
         outcome.expect(result == found, f"once it could be written: {error or 'wrong results'}")
     shutil.rmtree(folder)
     return outcome
@@ -138,6 +151,8 @@ def remount(disk: Path, mode: str) -> None:
 def other_user(setting: Setting, kind: str) -> Outcome:
     """Work in a folder that belongs to another user, or that its owner may not write."""
     outcome = Outcome(f"{kind} where permission is denied")
+    if setting.no_time_for(outcome):
+        return outcome
     folder = setting.fresh(kind)
     root = os.geteuid() == 0
     folder.chmod(0o755 if root else 0o555)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import safe_open
 
 from faults.outcome import Outcome, Setting
 from faults.work import results
@@ -16,19 +20,23 @@ IN_A_ROW = 4  # kills of one run, at most
 KERNEL_ENDS_S = 60
 
 
-def kill_all(setting: Setting) -> list[Outcome]:
+def kill_all(setting: Setting) -> Iterator[Outcome]:
     """Kill each sort of work."""
-    return [kill(setting, kind, max(1, round(SHARE[kind] * setting.kills))) for kind in setting.kinds]
+    for kind in setting.kinds:
+        yield kill(setting, kind, max(1, round(SHARE[kind] * setting.kills)))
 
 
 def kill(setting: Setting, kind: str, kills: int) -> Outcome:
     """Kill runs of one sort of work, again and again, and compare what comes out in the end with an undisturbed run."""
     outcome = Outcome(f"kill -9 while {kind} runs")
+    if setting.no_time_for(outcome):
+        return outcome
     _, expected, seconds = setting.undisturbed(kind)
     runs, kept = 0, 0
     while outcome.tried < kills and not setting.time_is_up():
         folder = setting.fresh(kind)
         done: dict[Path, tuple[int, int]] = {}
+        come: dict[Path, int] = {}
         for _ in range(min(IN_A_ROW, kills - outcome.tried)):
             process = setting.task(kind, folder).start()
             process.join(setting.chance.uniform(0, seconds))
@@ -39,6 +47,9 @@ def kill(setting: Setting, kind: str, kills: int) -> Outcome:
             outcome.tried += 1
             outcome.expect(kernel_has_ended(folder), f"{folder.name}: the kernel of a killed batch run lives on")
             done |= finished(folder)
+            before, come = come, summed(folder)
+            lost = [path.name for path, tokens in before.items() if come.get(path, 0) < tokens]
+            outcome.expect(not lost, f"{folder.name}: {len(lost)} sums of a covariance were set back")
         runs, kept = runs + 1, kept + len(done)
         finish(setting, outcome, kind, folder, expected)
         again = [path.name for path, stamp in done.items() if finished(folder).get(path) != stamp]
@@ -58,8 +69,20 @@ def finish(setting: Setting, outcome: Outcome, kind: str, folder: Path, expected
 
 def finished(folder: Path) -> dict[Path, tuple[int, int]]:
     """What tells each finished result from one that was made again; sums of a covariance are meant to be replaced."""
-    stats = {path: path.stat() for path in results(folder) if path.parent.name != "covariance"}
+    stats = {path: path.stat() for path in set(results(folder)) - set(summed(folder))}
     return {path: (stat.st_ino, stat.st_mtime_ns) for path, stat in stats.items()}
+
+
+def summed(folder: Path) -> dict[Path, int]:
+    """How many tokens each sum of a covariance has come to; its key has no number of tokens, that of a finished C has."""
+    tokens = {}
+    for path in results(folder):
+        if path.parent.name == "covariance":
+            with safe_open(path, "numpy") as file:
+                kept = {name: json.loads(file.metadata()[name]) for name in ("inputs", "meta")}
+            if kept["inputs"]["tokens"] is None:
+                tokens[path] = kept["meta"]["tokens"]
+    return tokens
 
 
 def kernel_has_ended(folder: Path) -> bool:

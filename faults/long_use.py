@@ -29,15 +29,14 @@ def use_for_long(setting: Setting) -> list[Outcome]:
     facts = known(lm)
     original = {name: weight.clone() for name, weight in lm.model.state_dict().items()}
     sizes: list[tuple[int, int]] = []
-    while outcome.tried < setting.rounds and not setting.time_is_up():
-        use(lm, facts[outcome.tried % len(facts)], C, outcome.tried)
+    for number in setting.rounds_of(outcome, setting.rounds):
+        use(lm, facts[number % len(facts)], C, number)
         outcome.tried += 1
         sizes.append(in_use())
     changed = [name for name, weight in lm.model.state_dict().items() if not torch.equal(weight, original[name])]
     outcome.expect(not changed, f"weights that are not what they were: {', '.join(changed[:3])}")
-    judge(outcome, np.array(sizes[int(WARM_UP * len(sizes)) :]))
-    if outcome.tried < setting.rounds:
-        outcome.skipped = f"{setting.rounds - outcome.tried} rounds, for want of time"
+    if sizes:
+        judge(outcome, np.array(sizes[int(WARM_UP * len(sizes)) :]))
     return [outcome]
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from faults.work import Task
+from faults.work import Task, wait_for
 from rome_lab.store import Json
 
 
@@ -77,12 +78,26 @@ class Setting:
         folder = self.fresh(kind)
         task = self.task(kind, folder)
         process, began = task.start(), time.monotonic()
-        process.join()
+        wait_for(process)
         seconds = time.monotonic() - began
         found, error = task.outcome()
         if error:
             raise RuntimeError(f"the undisturbed run of {kind} failed: {error}")
         return folder, found, seconds
+
+    def no_time_for(self, outcome: Outcome) -> bool:
+        """Whether time is up before a check has begun, which the outcome then says."""
+        up = self.time_is_up()
+        outcome.skipped = "for want of time" if up else ""
+        return up
+
+    def rounds_of(self, outcome: Outcome, wanted: int, name: str = "rounds") -> Iterator[int]:
+        """The numbers of the rounds of a check, until time is up, which the outcome then says."""
+        for number in range(wanted):
+            if self.time_is_up():
+                outcome.skipped = f"{wanted - number} {name}, for want of time"
+                return
+            yield number
 
     @property
     def in_process(self) -> list[str]:

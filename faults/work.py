@@ -3,6 +3,7 @@
 prepare(scratch, name)           the model that all work is done on, as something that `load_model` takes
 WORK[kind](lm, model, folder)    does the work, all its caches in `folder`; returns its results as JSON
 Task(kind, model, ...)           the same in a process of its own, which can be killed
+at_once(tasks)                   several tasks, whose work begins at one moment
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import json
 import logging
 import multiprocessing
 import os
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from unittest import mock
 
@@ -39,6 +41,8 @@ from tests.bench import QUICK, UNRELATED, case, small
 from tests.tiny import known, talkative_model
 
 ROOT = Path(__file__).parents[1]
+LOADING_S = 600  # how long processes may take until all have loaded the model
+WORKING_S = 900  # how long one may work; it is then ended, without a word
 LAYERS, TOKENS = (1, 2), 6_000  # of the covariance
 METHODS = ("none", "rome", "ft")
 IN_CHAINS = ("rome", "joint", "ft")
@@ -135,7 +139,8 @@ class Task:
 
     Attributes:
         result: file that its results, or the error that ended it, are written to.
-        ahead: seconds by which its clock is ahead of the machine's.
+        ahead: seconds by which its clock is ahead of the machine's,
+        turn_s: until the work has taken so many; then the clock is as far behind.
         user: id of the user that it is done as; the one who asks by default.
     """
 
@@ -144,25 +149,16 @@ class Task:
     folder: Path
     result: Path
     ahead: float = 0.0
+    turn_s: float = float("inf")
     user: int | None = None
 
     def start(self) -> BaseProcess:
         """The process, once it has begun to work."""
-        context = multiprocessing.get_context("forkserver")  # imports once; each process begins in milliseconds
-        context.set_forkserver_preload(["faults.work"])
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=do, args=(self, sender))
-        process.start()
-        sender.close()
-        with contextlib.suppress(EOFError):  # it has ended already
-            receiver.recv()
-        return process
+        return begin([self])[0]
 
     def run(self) -> tuple[Json, str]:
         """What the work gave, and the error that ended it, of which one is empty."""
-        process = self.start()
-        process.join()
-        return self.outcome()
+        return at_once([self])[0]
 
     def outcome(self) -> tuple[Json, str]:
         if not self.result.exists():
@@ -170,24 +166,60 @@ class Task:
         return tuple(json.loads(self.result.read_text()))
 
 
-def do(task: Task, begun: Connection) -> None:
+def begin(tasks: Sequence[Task]) -> list[BaseProcess]:
+    """The processes of the tasks, once all of them begin to work, at one moment."""
+    context = multiprocessing.get_context("forkserver")  # imports once; each process begins in milliseconds
+    context.set_forkserver_preload(["faults.work"])
+    ready = context.Barrier(len(tasks) + 1)
+    processes = [context.Process(target=do, args=(task, ready)) for task in tasks]
+    for process in processes:
+        process.start()
+    with contextlib.suppress(threading.BrokenBarrierError):  # one could not load the model: none has an outcome
+        ready.wait(LOADING_S)
+    return processes
+
+
+def at_once(tasks: Sequence[Task]) -> list[tuple[Json, str]]:
+    """The outcomes of tasks that are begun at one moment."""
+    for process in begin(tasks):
+        wait_for(process)
+    return [task.outcome() for task in tasks]
+
+
+def wait_for(process: BaseProcess) -> None:
+    """Wait until a process has ended, which it is made to where it hangs."""
+    process.join(WORKING_S)
+    process.kill()
+    process.join()
+
+
+def do(task: Task, ready: Barrier) -> None:
     """Called in the process."""
     quieten()
     torch.set_num_threads(1)
     os.environ["PYTHONPATH"] = str(ROOT)
-    real = time.time
-    time.time = lambda: real() + task.ahead
-    lm = load(task.model)
+    try:
+        lm = load(task.model)
+    except BaseException:
+        ready.abort()
+        raise
     if task.user is not None:
         codecs.lookup("utf-8-sig")  # what this user may perhaps not read of the interpreter
         os.setgid(task.user)
         os.setuid(task.user)
-    begun.send(True)
+    ready.wait()
+    set_clock(task)
     try:
         answer = [WORK[task.kind](lm, task.model, task.folder), ""]
     except Exception as error:
         answer = [None, said(error)]
     task.result.write_text(json.dumps(answer))
+
+
+def set_clock(task: Task) -> None:
+    """Move this process's clock, now and, in the middle of the work, once more."""
+    real, turn = time.time, time.monotonic() + task.turn_s
+    time.time = lambda: real() + (task.ahead if time.monotonic() < turn else -task.ahead)
 
 
 def said(error: Exception) -> str:

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rome_lab import embedded
 from rome_lab.layouts import find_layout
-from rome_lab.products import choose_products, precisions
+from rome_lab.products import check_choice, choose_products, precisions
 from rome_lab.store import check_writable, explained
 from rome_lab.weights import device_of, every_weight, is_offloaded
 
@@ -236,7 +236,7 @@ def load_model(
     if device_map is not None and device != "auto":
         raise ValueError(f"load_model: device is {device!r} and device_map {device_map!r}; give only one of them.")
     if products is not None:
-        choose_products(products)
+        check_choice(products)
     folder = str(embedded.folder()) if name == embedded.NAME else str(name)
     try:
         if not os.path.isdir(folder) and not constants.ENDPOINT.startswith("https://"):
@@ -254,6 +254,8 @@ def load_model(
     where = str(Path(name).resolve()) if is_folder else name
     trusted = {"unsafe_weights": unsafe_weights, "remote_code": remote_code}
     lm.origin = {"name": where, "dtype": dtype} | trusted
+    if products is not None:
+        choose_products(products, lm.device)
     return lm
 
 

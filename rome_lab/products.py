@@ -23,24 +23,35 @@ CHOICES = {"default": ("none", "none"), "fast": ("bf16", "tf32")}
 logger = logging.getLogger(__name__)
 
 
-def choose_products(choice: str) -> None:
+def choose_products(choice: str, device: torch.device | str | None = None) -> None:
     """Choose how float32 matrix products are computed from now on, in this process; it enters the key of stored results.
+
+    Args:
+        device: on which the error is measured, which is logged; CUDA by default where there is one, else the CPU.
 
     Raises:
         ValueError: it is no key of `CHOICES`.
     """
-    if choice not in CHOICES:
-        raise ValueError(f"choose_products: there is no choice {choice!r}; give one of {', '.join(CHOICES)}.")
+    check_choice(choice)
     set_precisions(CHOICES[choice])
     if choice != "default":
-        logger.info("Float32 matrix products on the CPU now have a relative error of %.1e.", product_error("cpu"))
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        error = product_error(device)
+        logger.info("Float32 matrix products on %s now have a relative error of %.1e.", device, error)
+
+
+def check_choice(choice: str) -> None:
+    """Raise a ValueError where it is no key of `CHOICES`."""
+    if choice not in CHOICES:
+        raise ValueError(f"choose_products: there is no choice {choice!r}; give one of {', '.join(CHOICES)}.")
 
 
 @contextmanager
 def products(choice: str) -> Iterator[None]:
-    """Within the context, float32 matrix products are computed so; after it, as they were before."""
+    """Within the context, float32 matrix products are computed so; after it, as they were before. Nothing is measured."""
+    check_choice(choice)
     before = precisions()
-    choose_products(choice)
+    set_precisions(CHOICES[choice])
     try:
         yield
     finally:

@@ -7,11 +7,13 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from faults import __main__ as suite
 from faults import damage, kills, long_use
 from faults.outcome import Outcome, Setting
-from faults.work import WORK, load, prepare
+from faults.work import WORK, Task, at_once, load, prepare, set_clock
 from rome_lab.store import Store
 
 
@@ -27,9 +29,63 @@ def test_a_killed_search_and_trace_goes_on_to_the_results_of_an_undisturbed_one(
     assert (outcome.tried, outcome.wrong, outcome.skipped) == (2, [], "")
 
 
+def test_where_one_of_two_processes_has_no_model_both_end(setting) -> None:
+    tasks = [setting.task("trace", setting.fresh("trace")) for _ in range(2)]
+    assert at_once([tasks[0], replace(tasks[1], model="nowhere")]) == [(None, "the process ended without a word")] * 2
+
+
+def test_a_sum_of_a_covariance_is_told_from_a_finished_one(tmp_path) -> None:
+    inputs, store = {"what": "covariance", "layer": 1}, Store(tmp_path)
+    done = store.save({**inputs, "tokens": 100}, {"C": np.eye(2)}, {"tokens": 104})
+    furthest = store.save({**inputs, "tokens": None}, {"total": np.eye(2)}, {"tokens": 80, "passages": 5})
+    assert kills.summed(tmp_path) == {furthest: 80} and set(kills.finished(tmp_path)) == {done}
+
+
+def test_a_clock_jumps_from_ahead_to_behind(tmp_path, monkeypatch) -> None:
+    real = time.time
+    for turn_s, ahead in ((1000, 5000), (0, -5000)):
+        monkeypatch.setattr(time, "time", real)
+        set_clock(Task("trace", "", tmp_path, tmp_path, ahead=5000, turn_s=turn_s))
+        assert time.time() - real() == pytest.approx(ahead, abs=100)
+
+
+def test_without_time_every_part_is_skipped_and_says_so(tmp_path, capsys) -> None:
+    assert suite.main(["--minutes", "0", "--out", str(tmp_path / "faults.csv")]) == 0
+    table = pd.read_csv(tmp_path / "faults.csv")
+    assert (table["tried"] == 0).all() and table["skipped"].str.endswith("for want of time").all()
+    assert len(table) == 5 + 5 + 2 * 4 + 3 + 4 + 5 + 1
+    assert capsys.readouterr().out.count("skipped ") == len(table)
+
+
+def test_a_part_that_ends_early_is_reported_and_the_others_are_made(tmp_path, monkeypatch) -> None:
+    def fails(setting):
+        yield Outcome("before", tried=1)
+        raise RuntimeError("the undisturbed run failed.")
+
+    parts = {"kills": fails, "long": lambda setting: [Outcome("after", tried=1)]}
+    monkeypatch.setattr(suite, "PARTS", parts)
+    monkeypatch.setattr(suite, "prepare", lambda scratch, name: name)
+    assert suite.main(["--parts", *parts, "--out", str(tmp_path / "faults.csv")]) == 1
+    table = pd.read_csv(tmp_path / "faults.csv").set_index("check")
+    assert table["wrong"].to_dict() == {"before": 0, "the rest of part kills": 1, "after": 0}
+
+
+def test_a_table_is_kept_of_a_suite_that_is_interrupted(tmp_path, monkeypatch) -> None:
+    def interrupted(setting):
+        yield Outcome("before", tried=1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "PARTS", {"kills": interrupted})
+    monkeypatch.setattr(suite, "prepare", lambda scratch, name: name)
+    with pytest.raises(KeyboardInterrupt):
+        suite.main(["--parts", "kills", "--out", str(tmp_path / "faults.csv")])
+    assert list(pd.read_csv(tmp_path / "faults.csv")["check"]) == ["before"]
+
+
 def test_damaged_files_are_found_out(setting) -> None:
     lm = load(setting.model)
-    for outcome in (damage.damage_store(setting, lm, "trace"), damage.damage_edit(setting, lm)):
+    made = (damage.damage_store(setting, lm, "trace"), damage.damage_edit(setting, lm), damage.damage_data_set(setting))
+    for outcome in made:
         assert outcome.tried and not outcome.wrong
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from tiny import tiny_model
 
 from rome_lab import choose_products, load_model
+from rome_lab import products as module
 from rome_lab.products import CHOICES, precisions, product_error, products, set_precisions
 
 
@@ -43,6 +46,19 @@ def test_the_error_is_that_of_the_products_made_now() -> None:
     assert fast < 1e-2, "bfloat16 keeps 8 bits of the factors, and no processor does worse"
 
 
+def test_the_error_is_measured_on_the_device_when_a_choice_is_made_and_not_within_a_context(
+    monkeypatch, caplog
+) -> None:
+    asked = []
+    monkeypatch.setattr(module, "product_error", lambda device: asked.append(device) or 0.002)
+    with products("fast"):
+        pass
+    assert asked == []
+    with caplog.at_level(logging.INFO):
+        choose_products("fast", "meta")
+    assert asked == [torch.device("meta")] and "products on meta now have a relative error of 2.0e-03" in caplog.text
+
+
 def test_the_choice_enters_the_key_of_stored_results() -> None:
     lm = tiny_model("gpt2")
     before = lm.key
@@ -59,6 +75,12 @@ def test_load_model_takes_the_choice_and_otherwise_leaves_it_alone(tmp_path) -> 
         assert precisions() == CHOICES["fast"]
         load_model(str(tmp_path / "model"), device="cpu", products="default")
         assert precisions() == CHOICES["default"]
+
+
+def test_a_model_that_cannot_be_loaded_changes_no_choice(tmp_path) -> None:
+    with pytest.raises(ValueError, match="cannot load"):
+        load_model(str(tmp_path), products="fast")
+    assert precisions() == CHOICES["default"]
 
 
 @pytest.mark.parametrize("call", [choose_products, lambda name: load_model(products=name)])

@@ -11,14 +11,15 @@ from tiny import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import tracing as bench
+from benchmarks.aims import AIMS, with_aims
 from benchmarks.floor import floor, replay, shape_of, vectors_for
-from benchmarks.measure import in_turns, markdown, row
-from benchmarks.plain_tracing import WAYS, Question, one_forward_a_cell
+from benchmarks.measure import about, in_turns, markdown, row
+from benchmarks.plain_tracing import KINDS, WAYS, Question, one_forward_a_cell
 from benchmarks.precision import precision
-from benchmarks.tasks import TASKS, Options
+from benchmarks.tasks import TASKS, Options, prepared
 from rome_lab import causal_trace
 from rome_lab.cost import plain_flops, record_flops, size_of, sweep_flops
-from rome_lab.products import precisions
+from rome_lab.products import CHOICES, precisions
 
 EIFFEL = ("The Eiffel Tower is located in the city of", "Eiffel Tower")
 SMALL = Options(samples=2, window=3, facts=2, tokens=300, steps=2)
@@ -84,8 +85,10 @@ def test_every_way_and_choice_of_products_is_timed_and_compared(asked) -> None:
     assert precisions() == before
     times = table[table["unit"] == "s"]
     assert len(times) == 8 and (times["n"] == 2).all() and (times["least"] > 0).all()
-    assert times.loc["state: sweep, default products", "largest difference"] < 1e-5
-    assert times.loc["state: batched cells, default products", "largest difference"] < 1e-5
+    apart = table.loc[table["unit"] == "probability", "median"]
+    assert len(apart) == 5
+    for way in ("sweep", "batched cells"):
+        assert apart[f"state: largest difference of {way}, default products"] < 1e-5
     assert times.loc["state: one plain forward, fast products", "forwards"] == 1
     quotients = table.loc[table["unit"] == "times", "median"]
     assert len(quotients) == 6 and (quotients > 0).all()
@@ -109,6 +112,17 @@ def test_the_floor_makes_the_products_of_a_sweep_and_no_others(family, kind) -> 
     assert 1e9 * counted < record_flops(size, shape) + sweep_flops(size, shape, kind), "attention is left out"
 
 
+def test_every_aim_is_that_of_a_row(learner, asked, folder) -> None:  # noqa: F811
+    rows = bench.trace(asked, KINDS, 1) + bench.all_kinds(asked, 1)
+    rows += [x for kind in KINDS for choice in CHOICES for x in floor(asked, kind, choice, 1)]
+    rows += precision(learner, Options(samples=2, window=3, facts=2, dataset=str(folder / "facts.csv")), 1)
+    table = pd.DataFrame(rows)
+    for device, aims in AIMS.items():
+        found = with_aims(table, torch.device(device)).dropna(subset="aim")
+        assert found.set_index("measure")["aim"].to_dict() == aims
+    assert "aim" not in with_aims(table, torch.device("mps"))
+
+
 def test_lower_precision_is_compared_by_the_figures(learner, folder) -> None:  # noqa: F811
     options = Options(samples=2, window=3, facts=2, dataset=str(folder / "facts.csv"))
     table = pd.DataFrame(precision(learner, options, 1)).set_index("measure")
@@ -119,19 +133,19 @@ def test_lower_precision_is_compared_by_the_figures(learner, folder) -> None:  #
     assert learner.dtype is torch.float32
 
 
-def test_both_ways_to_known_facts_and_to_covariance_agree(learner, folder) -> None:  # noqa: F811
+def test_all_ways_to_known_facts_and_to_covariance_agree(learner, folder) -> None:  # noqa: F811
     options = Options(samples=2, facts=2, tokens=300, dataset=str(folder / "facts.csv"))
     table = pd.DataFrame(bench.tasks(learner, options, 1)).set_index("measure")
-    ours, plain = (way() for way in TASKS["known facts"](learner, options).values())
+    ours, plain = (way() for way in prepared("known facts", learner, options).values())
     assert len(ours) == 2 and set(ours) == set(plain)
-    assert table.loc["known facts: found by one way only", "median"] == 0
-    assert table.loc["covariance: |difference| / |C|", "median"] < 1e-5
-    C = next(iter(TASKS["covariance"](learner, options).values()))()
-    assert C.norm() > 0
+    assert table.loc["known facts: one prompt after the other: found by one way only", "median"] == 0
+    for way in list(TASKS["covariance"])[1:]:
+        assert table.loc[f"covariance: {way}: |difference| / |C|", "median"] < 1e-5
+    assert TASKS["covariance"]["rome_lab"](learner, options)().norm() > 0
 
 
 def test_both_ways_to_an_edits_value_agree(lm) -> None:
-    ours, plain = (way() for way in TASKS["edit"](lm, SMALL).values())
+    ours, plain = (way() for way in prepared("edit", lm, SMALL).values())
     assert (ours - plain).norm() < 1e-3 * plain.norm()
 
 
@@ -141,8 +155,8 @@ def test_the_command_measures_every_part_and_writes_table_and_page(folder, tmp_p
     command += ["--depths", "2", "--sample-numbers", "1"]
     bench.main([*command, "--out", str(tmp_path / "t.csv"), "--page", str(tmp_path / "t.md")])
     table = pd.read_csv(tmp_path / "t.csv")
-    assert list(table["part"].unique()) == ["trace", "growth"] and len(table) == 18 + 3
-    assert {"model", "dtype", "device", "threads", "torch"} <= set(table)
+    assert list(table["part"].unique()) == ["trace", "growth"] and len(table) == 23 + 3
+    assert {"model", "dtype", "device", "processor", "cores", "threads", "torch"} <= set(table)
     page = (tmp_path / "t.md").read_text()
     assert all(table["measure"].map(lambda measure: measure in page))
     assert "state: sweep, default products" in capsys.readouterr().out
@@ -151,8 +165,13 @@ def test_the_command_measures_every_part_and_writes_table_and_page(folder, tmp_p
 def test_peak_memory_is_measured_in_a_process_of_its_own(folder) -> None:
     command = ["--model", str(folder / "model"), "--parts", "memory", "--tokens", "300"]
     table = bench.run(bench.read_arguments([*command, "--tasks", "covariance"]))
-    assert list(table["measure"]) == [f"covariance: {way}" for way in ("rome_lab", "one passage after the other")]
+    assert list(table["measure"]) == [f"covariance: {way}" for way in TASKS["covariance"]]
     assert (table["unit"] == "MB").all() and (table["median"] > 0).all()
+
+
+def test_the_table_names_the_processor(lm) -> None:
+    told = about(lm)
+    assert told["processor"] and told["cores"] >= 1
 
 
 def test_a_page_says_once_what_all_rows_share() -> None:
