@@ -1,4 +1,4 @@
-"""Every sentence of SECURITY.md."""
+"""What SECURITY.md claims."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ from rome_lab.cluster import Work
 from rome_lab.comparison import Look, Probe, side_by_side
 from rome_lab.datasets import PUBLISHED, published_file
 from rome_lab.store import Record, Store
+from rome_lab.texts import WikipediaText
 from rome_lab.trying import Request
 from rome_lab.widgets import Panel
 
@@ -226,12 +227,15 @@ def test_a_data_set_that_was_altered_since_the_download_is_downloaded_again(site
     assert published_file("known_1000", opener_to(site)).read_bytes() == b"the user's own"
 
 
-def test_models_are_fetched_over_https_or_not_at_all(monkeypatch) -> None:
+def test_models_and_wikipedia_are_not_fetched_from_an_address_without_https(monkeypatch) -> None:
     if "HF_ENDPOINT" not in os.environ:
         assert constants.ENDPOINT.startswith("https://")
     monkeypatch.setattr(constants, "ENDPOINT", "http://hub.example")
-    with pytest.raises(ValueError, match=r"http://hub.example \(HF_ENDPOINT\), is not HTTPS"):
+    refused = r"http://hub.example \(HF_ENDPOINT\), is not HTTPS"
+    with pytest.raises(ValueError, match=refused):
         load_model("gpt2")
+    with pytest.raises(ValueError, match=refused):
+        next(WikipediaText().articles(0))
 
 
 # Data stay data
