@@ -40,6 +40,7 @@ from rome_lab.batch import prepare, read_parameters_file
 from rome_lab.cluster import Work
 from rome_lab.comparison import Look, Probe, side_by_side
 from rome_lab.datasets import PUBLISHED, published_file
+from rome_lab.growth import cluster_here
 from rome_lab.store import Record, Store
 from rome_lab.texts import WikipediaText
 from rome_lab.trying import Request
@@ -56,6 +57,7 @@ NEVER_IMPORTED = {
     "joblib",
     "shelve",
     "marshal",
+    "multiprocessing",
     "subprocess",
     "code",
     "runpy",
@@ -176,6 +178,14 @@ def test_dask_sends_the_work_and_its_results_as_pickles() -> None:
     work = Work(causal_trace, {"name": "smollm2-135m"}, {})
     for travelling in (work, ("a result", [({"what": "trace"}, Record({}, {}))])):
         assert serialize(travelling)[0]["serializer"] == "pickle"
+
+
+def test_the_cluster_that_cost_starts_listens_on_this_machine_only() -> None:
+    with cluster_here(1, torch.device("cpu")):
+        process = psutil.Process()
+        found = [c for x in (process, *process.children(recursive=True)) for c in x.net_connections("inet")]
+    listening = {c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN}
+    assert listening == {"127.0.0.1"}
 
 
 def test_without_a_client_dask_is_not_imported() -> None:
