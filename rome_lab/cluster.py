@@ -23,9 +23,11 @@ import numpy as np
 from distributed import CancelledError, Client, Future, KilledWorker, as_completed, get_worker
 from tqdm.auto import tqdm
 
+from rome_lab import evaluation, known, methods, optimised, tracing
 from rome_lab.models import LanguageModel, load_model
 from rome_lab.products import set_precisions
 from rome_lab.store import Json, Record, Store, canonical_json
+from rome_lab.versions import versions
 
 Function: TypeAlias = Callable[[LanguageModel, Any, Store], Any]
 Saved: TypeAlias = tuple[Mapping[str, Json], Record]  # the inputs of a record, and the record
@@ -106,7 +108,7 @@ class Workers:
             logger.warning("the cluster at %s has no workers yet; waiting for the first", self.client.scheduler.address)
         # The work may be large. It is sent once, as a task that can be done again where its result is lost with a worker.
         with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TB"}):
-            sent = self.client.submit(itself, Work(function, self.lm.origin, self.key), pure=False)
+            sent = self.client.submit(itself, Work(function, self.lm.origin, self.key | code()), pure=False)
             futures = self.client.map(do, items, work=sent, pure=False)
         places = {future: place for place, future in enumerate(futures)}
         del futures  # so that the cluster forgets each as soon as its records are in the store
@@ -152,7 +154,7 @@ class Work:
     Attributes:
         function: see `Workers.map`.
         origin: what `load_model` gets.
-        key: which the model must have.
+        key: which the model and the code must have.
     """
 
     function: Function
@@ -187,6 +189,12 @@ def itself(work: Work) -> Work:
     return work
 
 
+def code() -> dict[str, Json]:
+    """Which rome_lab this is, as far as it changes results or what they are stored under."""
+    numbered = {f"NUMERICS of {x.__name__}": x.NUMERICS for x in (evaluation, known, methods, optimised, tracing)}
+    return {"rome_lab": versions(["rome_lab"])["rome_lab"], **numbered}
+
+
 def do(item: Any, work: Work) -> tuple[Any, list[Saved]]:
     """On a worker: what the function returns for an item, and what it saves."""
     held: Held = vars(get_worker()).setdefault("rome_lab", Held())
@@ -203,11 +211,11 @@ def load_here(work: Work) -> LanguageModel:
         lm = load_model(**work.origin)
     except (ValueError, OSError) as error:
         raise ValueError(f"On {where}: {error}") from error
-    key = lm.key
+    key = lm.key | code()
     other = [f"{name} ({key.get(name)}, not {value})" for name, value in work.key.items() if key.get(name) != value]
     if other:
         raise ValueError(
-            f"On {where}, {work.origin['name']!r} is not the client's model: it has other {', '.join(other)}; give all "
-            "machines the same files and the same versions of packages."
+            f"On {where}, {work.origin['name']!r} is not the client's model, or rome_lab not the client's: other "
+            f"{', '.join(other)}; give all machines the same files and the same versions of packages."
         )
     return lm

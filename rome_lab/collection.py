@@ -58,7 +58,7 @@ def trace_facts(
     Raises:
         ValueError: an unknown kind, no facts, or none that `lm` knows.
         OSError: the store cannot be written; found before any work is done.
-        RuntimeError: the cluster has failed; what was finished is in the store.
+        RuntimeError: the cluster has failed, and what was finished is in the store; or the store loses what it is given.
     """
     kinds, facts = tuple(kinds), list(dict.fromkeys(facts))
     if unknown := set(kinds) - set(KINDS):
@@ -142,6 +142,14 @@ def trace_on_workers(
     done = len(facts) - len(asked)
     with tqdm(desc="tracing", unit="fact", total=len(facts), initial=done, disable=not progress) as bar:
         said = workers.map(partial(trace_there, settings=settings, common=common), asked, bar)
+    for (fact, missing), why in zip(asked, said, strict=True):
+        prompt = read_prompt(workers.lm, fact)
+        wanted = (trace_inputs(common, fact, prompt, label, settings) for label in missing)
+        if not why and any(workers.store.load(inputs) is None for inputs in wanted):
+            raise RuntimeError(
+                f"trace_facts: the workers have traced {fact.prompt!r}, and it was written to {workers.store.folder}, but "
+                "is not there; see that nothing removes or alters files in the store, and call again."
+            )
     return {fact: why for (fact, _), why in zip(asked, said, strict=True) if why}
 
 

@@ -15,7 +15,7 @@ LABELS = {
     "layers": "layers",
     "samples": "samples of the noise",
     "facts": "facts",
-    "workers": "processes side by side",
+    "workers": "Dask workers",
 }
 MEASURED = {"color": "#0072B2", "marker": "o", "markersize": 3.5, "linestyle": "none"}
 COUNTED = {"color": "#D55E00", "linewidth": 1.0}

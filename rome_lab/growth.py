@@ -1,8 +1,8 @@
 """How the time and the memory of tracing grow, measured on the machine at hand and counted beside it.
 
-    growth(lm, lengths, depths, samples)      with tokens, layers and samples of the noise
-    growth_with_facts(lm, facts, numbers)     with facts
-    growth_with_workers(name, facts, numbers) with processes side by side, each with a model of its own
+    growth(lm, lengths, depths, samples)     with tokens, layers and samples of the noise
+    growth_with_facts(lm, facts, numbers)    with facts
+    growth_with_workers(lm, facts, numbers)  with the workers of a Dask cluster on this machine
 
 All return a tidy DataFrame: `along` (what grows), `at` (how much of it), the shape of the trace, `gflop` counted by
 `rome_lab.cost`, and `seconds` and `mb` measured. `growth` gives the median, `least` and `greatest` of several, the median of
@@ -12,12 +12,10 @@ All return a tidy DataFrame: `along` (what grows), `at` (how much of it), the sh
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import statistics
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from multiprocessing.synchronize import Barrier
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -28,12 +26,14 @@ from rome_lab.corruption import GaussianNoise
 from rome_lab.cost import Shape, record_flops, size_of, sweep_bytes, sweep_flops
 from rome_lab.facts import Fact, load_facts
 from rome_lab.measuring import peak_bytes, seconds
-from rome_lab.models import LanguageModel, load_model
+from rome_lab.models import LanguageModel
 from rome_lab.prompts import read_prompt
 from rome_lab.tracing import causal_trace
 
-LOADING_S = 600  # how long the workers may take to load their models
 SENTENCES = 200  # of the embedded facts, from which long prompts are cut
+
+if TYPE_CHECKING:
+    from distributed import Client, LocalCluster
 
 Row = dict[str, object]
 
@@ -138,50 +138,47 @@ def facts_gflop(lm: LanguageModel, facts: Sequence[Fact], kinds: Sequence[str], 
 
 
 def growth_with_workers(
-    name: str, facts: Sequence[Fact], numbers: Sequence[int], kinds: Sequence[str], samples: int = 10
+    lm: LanguageModel, facts: Sequence[Fact], numbers: Sequence[int], kinds: Sequence[str], samples: int = 10
 ) -> pd.DataFrame:
-    """Tracing all the facts in several processes at once, which share the cores; loading the models is not timed.
+    """Tracing all the facts by `trace_facts` with a client, whose workers are processes that share this machine.
+
+    Each has a model like `lm` and its part of the threads. All facts are traced once before, so that loading the models is
+    not timed; what is timed includes that the client reads its weights to know them from others.
 
     Raises:
+        ImportError: Dask is not installed.
+        ValueError: there are fewer facts than workers, or `load_model` has not loaded `lm`.
         RuntimeError: a worker failed.
     """
     enough_facts(facts, numbers)
+    corruption = GaussianNoise().measured(lm)
     rows = []
     for number in numbers:
         threads = max(1, torch.get_num_threads() // number)
-        context = multiprocessing.get_context("spawn")
-        ready = context.Barrier(number + 1)
-        shares = [(name, facts[place::number], kinds, samples, threads, ready) for place in range(number)]
-        workers = [context.Process(target=trace_share, args=share) for share in shares]
-        for worker in workers:
-            worker.start()
-        try:
-            ready.wait(LOADING_S)
-            spent, _ = seconds(lambda workers=workers: [worker.join() for worker in workers])
-        except threading.BrokenBarrierError:
-            spent = float("nan")
-        for worker in workers:
-            worker.join()
-        if any(worker.exitcode for worker in workers):
-            raise RuntimeError(f"growth_with_workers: one of {number} workers failed; its own message says why.")
+        with cluster_here(number, lm.device) as cluster, cluster.get_client() as client:
+            client.run(torch.set_num_threads, threads)
+
+            def trace(client: Client = client) -> None:
+                trace_facts(lm, facts, kinds, None, False, corruption=corruption, samples=samples, client=client)
+
+            trace()
+            spent, _ = seconds(trace)
         rows.append({"along": "workers", "at": number, "threads": threads, "seconds": spent, "samples": samples})
     return pd.DataFrame(rows)
 
 
-def trace_share(
-    name: str, facts: Sequence[Fact], kinds: Sequence[str], samples: int, threads: int, ready: Barrier
-) -> None:
-    """What one worker does: load the model, trace one fact to warm up, wait for the others, and trace its share."""
+def cluster_here(n_workers: int, device: torch.device) -> LocalCluster:
+    """A Dask cluster of processes on this machine, which nobody reaches from another; without GPUs for the CPU."""
     try:
-        torch.set_num_threads(threads)
-        lm = load_model(name, "cpu")
-        corruption = GaussianNoise().measured(lm)
-        trace_facts(lm, facts[:1], kinds, progress=False, corruption=corruption, samples=samples)
-    except BaseException:
-        ready.abort()
-        raise
-    ready.wait()
-    trace_facts(lm, facts, kinds, progress=False, corruption=corruption, samples=samples)
+        from distributed import LocalCluster  # an optional extra
+    except ImportError as error:
+        raise ImportError(
+            "growth_with_workers needs Dask; install it with `pip install -e '.[cluster]'`, or measure without workers."
+        ) from error
+    env = {"CUDA_VISIBLE_DEVICES": ""} if device.type == "cpu" else {}  # a worker takes the best device that it sees
+    return LocalCluster(
+        n_workers=n_workers, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0", env=env
+    )
 
 
 def enough_facts(facts: Sequence[Fact], numbers: Sequence[int]) -> None:

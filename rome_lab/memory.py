@@ -2,6 +2,7 @@
 
 text_bytes(lm, length)               what one text takes in a pass, by estimate
 Batching(lm, doing, bytes_each)      how many go together; `over` works through all of them
+enough_memory(doing)                 says so in a sentence where memory runs out in what cannot be halved
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -19,8 +22,15 @@ from rome_lab.models import LanguageModel
 from rome_lab.weights import device_of
 
 SHARE = 0.3  # of the free memory that one batch may take; the rest is for what the batch is made from
-# What allocators say besides raising torch.OutOfMemoryError: MPS and the CUDA driver, the CPU's, cuBLAS.
-SAID = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# What allocators say besides raising torch.OutOfMemoryError: MPS and the CUDA driver, the CPU's on Linux and on Windows,
+# C++'s own, cuBLAS.
+SAID = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "std::bad_alloc",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +43,35 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    return psutil.virtual_memory().available
+    return int(min(psutil.virtual_memory().available, free_in_groups()))
+
+
+def free_in_groups(own: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")) -> float:
+    """What the control groups that this process is in leave it (containers, batch systems); infinite without any.
+
+    What a group has read from files counts as free, since the system gives it up where memory is needed.
+
+    Args:
+        own: names the groups, of version 1 or 2, a line each.
+        mounted: where they are; in a container a named group may be missing there, but not the ones above it.
+    """
+    free = [float("inf")]
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, name = line.split(":", 2)
+        if not controllers:
+            top, limit, used, files = mounted, "memory.max", "memory.current", ("inactive_file", "active_file")
+        elif controllers == "memory":
+            top, limit, used = mounted / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            files = ("total_inactive_file", "total_active_file")
+        else:
+            continue
+        group = top / name.strip("/")
+        for folder in (group, *group.parents[: len(group.parts) - len(top.parts)]):
+            if (folder / limit).exists() and (most := (folder / limit).read_text().strip()) != "max":
+                stat = dict(entry.split() for entry in (folder / "memory.stat").read_text().splitlines())
+                taken = int((folder / used).read_text()) - sum(int(stat.get(file, 0)) for file in files)
+                free.append(int(most) - taken)
+    return min(free)
 
 
 def text_bytes(lm: LanguageModel, length: int, cached: bool = False) -> int:
@@ -52,6 +90,10 @@ def text_bytes(lm: LanguageModel, length: int, cached: bool = False) -> int:
         return inside + scores + 2 * 4 * config.vocab_size
     kept = 2 * lm.n_layers * length * config.hidden_size * memory.element_size()
     return inside + scores + kept + 24 * config.vocab_size
+
+
+class SingleTooLarge(MemoryError):
+    """Not even one item fits, so that halving does not help; the message says what does."""
 
 
 @dataclass
@@ -88,7 +130,7 @@ class Batching:
         must change nothing that a second call does not set right. The model remembers what was too much.
 
         Raises:
-            MemoryError: a single item is too much.
+            SingleTooLarge: a single item is too much.
         """
         begin = 0
         while begin < len(items):
@@ -98,7 +140,7 @@ class Batching:
             except (MemoryError, RuntimeError) as error:
                 if not ran_out(error):
                     raise
-                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                reason = reason_of(error)
             # Not before the error is gone, whose traceback holds on to all tensors of the part.
             if reason:
                 self.shrink(len(part), reason)
@@ -110,7 +152,7 @@ class Batching:
         """Halve what goes together, after `size` items were too much; said once for each model."""
         release()
         if size == 1:
-            raise MemoryError(
+            raise SingleTooLarge(
                 f"{self.doing}: the memory does not suffice for a single text with {self.lm.name} ({reason}); "
                 'shorten the text, load the model with dtype="bfloat16", or spread it with device_map="auto".'
             )
@@ -126,6 +168,31 @@ class Batching:
 def ran_out(error: Exception) -> bool:
     """Whether it says that memory ran out, on any device."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(said in str(error) for said in SAID)
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what it says, or else its kind."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+@contextmanager
+def enough_memory(doing: str) -> Iterator[None]:
+    """Within it, memory that runs out outside of a `Batching`, in what is kept whole, becomes a sentence.
+
+    Raises:
+        MemoryError: it did; the message says what to do.
+    """
+    try:
+        yield
+    except SingleTooLarge:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        raise MemoryError(
+            f"{doing}: the memory does not suffice for what is kept of all texts together ({reason_of(error)}); take "
+            'fewer samples, shorten the text, load the model with dtype="bfloat16", or spread it with device_map="auto".'
+        ) from error
 
 
 def release() -> None:

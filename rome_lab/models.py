@@ -150,6 +150,9 @@ class LanguageModel:
     def save_pretrained(self, folder: str | Path) -> None:
         """Save model and tokenizer, with the edits in force, as a new folder that plain transformers loads.
 
+        Weights on disk are read in parts where `load_model` has put them there by a device_map; where accelerate was called
+        otherwise, all of them are in memory at once while they are saved.
+
         Raises:
             FileExistsError: there is something in `folder` already.
             OSError: it cannot be written.
@@ -197,6 +200,12 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def check_hub() -> None:
+    """Raise a ValueError where anything from the Hugging Face hub would come by another way than HTTPS."""
+    if not constants.ENDPOINT.startswith("https://"):
+        raise ValueError(f"the hub's address, {constants.ENDPOINT} (HF_ENDPOINT), is not HTTPS; correct it.")
+
+
 def load_model(
     name: str = embedded.NAME,
     device: str | torch.device = "auto",
@@ -239,8 +248,8 @@ def load_model(
         check_choice(products)
     folder = str(embedded.folder()) if name == embedded.NAME else str(name)
     try:
-        if not os.path.isdir(folder) and not constants.ENDPOINT.startswith("https://"):
-            raise ValueError(f"the hub's address, {constants.ENDPOINT} (HF_ENDPOINT), is not HTTPS; correct it.")
+        if not os.path.isdir(folder):
+            check_hub()
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
         options = {"dtype": dtype, "use_safetensors": None if unsafe_weights else True}
         places = {"device_map": device_map, "max_memory": max_memory and dict(max_memory)}

@@ -25,6 +25,7 @@ from typing import TypeAlias
 
 import numpy as np
 import platformdirs
+import psutil
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -35,7 +36,7 @@ HEADER = {"format", "inputs", "meta", "sha256"}
 # What safetensors raises on files that are not what they seem; a dtype unknown to numpy is an AttributeError there.
 UNREADABLE = (SafetensorError, OSError, ValueError, TypeError, AttributeError)
 PROBE_BYTES = 1 << 16
-ABANDONED_AFTER_S = 24 * 3600
+ABANDONED_AFTER_S = 24 * 3600  # files of other machines
 
 logger = logging.getLogger(__name__)
 
@@ -270,11 +271,16 @@ def _flush(path: Path) -> None:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove what processes that were killed while writing have left; files of processes that may be alive stay."""
+    """Remove what processes that were killed while writing have left.
+
+    A file of this machine is left behind when its process is gone, whatever the clock says; of another machine's only its
+    age is known.
+    """
     for path in folder.glob(".rome_lab-*"):
         try:
             host, pid = path.name.split("-")[1:3]
-            if (host == _host() and not _is_alive(int(pid))) or time.time() - path.stat().st_mtime > ABANDONED_AFTER_S:
+            age = time.time() - path.stat().st_mtime
+            if not psutil.pid_exists(int(pid)) if host == _host() else age > ABANDONED_AFTER_S:
                 path.unlink()
         except (OSError, ValueError):
             continue  # another process has just removed it, it belongs to another user, or it is no such file at all
@@ -282,16 +288,3 @@ def _remove_abandoned(folder: Path) -> None:
 
 def _host() -> str:
     return f"{zlib.crc32(platform.node().encode()):08x}"
-
-
-def _is_alive(pid: int) -> bool:
-    """Whether a process may be alive; True where that cannot be asked (on Windows, signal 0 would interrupt it)."""
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

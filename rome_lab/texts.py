@@ -24,7 +24,7 @@ from rome_lab.completion import stop_tokens
 from rome_lab.corruption import seed_from
 from rome_lab.facts import load_relations
 from rome_lab.memory import Batching, text_bytes
-from rome_lab.models import LanguageModel
+from rome_lab.models import LanguageModel, check_hub
 from rome_lab.store import Json, Store
 
 FORMAT = 1  # raised when the same source gives other text, so that what was made of the older text is made again
@@ -185,6 +185,7 @@ class WikipediaText:
 
     def articles(self, begin: int) -> Iterator[str]:
         """The texts of the articles from number `begin` on."""
+        check_hub()
         instead = "without a network, use SampledText() or FolderText(folder)"
         try:
             from datasets import load_dataset  # an optional package, and slow to import

@@ -19,7 +19,7 @@ import torch
 from rome_lab.blocks import Recording, at_least_float32, joined, output_changed, record, run_block
 from rome_lab.corruption import Corruption, FixedNoise, GaussianNoise, noise_key
 from rome_lab.facts import Fact
-from rome_lab.memory import Batching, text_bytes
+from rome_lab.memory import Batching, enough_memory, text_bytes
 from rome_lab.models import LanguageModel
 from rome_lab.prompts import Prompt, continuation_ids, read_prompt
 from rome_lab.trace import KINDS, Trace
@@ -117,7 +117,7 @@ def causal_trace(
             their values in the same corrupted run (Figure 3). In models whose MLP stands beside the attention both
             read the restored state directly, so that severing one leaves the other's reading intact.
         max_rows: most texts in one call of a block; by default as many as fit in the free memory. Where memory runs
-            out all the same, the batch is halved.
+            out all the same, the batch is halved. What blocks hand on, up to L * S texts, is kept whole.
 
     Returns: a Trace; `p_restored` is (T, L).
 
@@ -126,7 +126,7 @@ def causal_trace(
     Raises:
         ValueError: bad arguments; the subject is not in the prompt; the prompt is too long; the model does not know
             the Fact; the model's weights hold NaN.
-        MemoryError: the memory of the device does not suffice for a single text.
+        MemoryError: the memory of the device does not suffice for a single text, or for what is kept whole.
     """
     if (kind, severed) not in KINDS.values():
         raise ValueError(
@@ -137,6 +137,7 @@ def causal_trace(
     return restore(runs, kind, severed)
 
 
+@enough_memory("causal_trace")
 def run_clean_and_corrupted(lm: LanguageModel, prompt: str | Fact, subject: str | None, settings: Settings) -> Runs:
     """Record the clean run and the S corrupted runs, together where they fit."""
     read = read_prompt(lm, prompt, subject)
@@ -165,6 +166,7 @@ def run_clean_and_corrupted(lm: LanguageModel, prompt: str | Fact, subject: str 
 
 
 @torch.no_grad()
+@enough_memory("causal_trace")
 def restore(runs: Runs, kind: str, severed: str | None = None, tokens: Collection[int] | None = None) -> Trace:
     """The restored runs of all layers at `tokens`, all tokens by default; the rows of other tokens are NaN."""
     lm, prompt, settings = runs.lm, runs.prompt, runs.settings

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +16,7 @@ from rome_lab.cost import Shape
 from rome_lab.cost_plots import growth_panels
 from rome_lab.growth import growth, growth_with_facts, growth_with_workers, of_depth, prompt_of_length
 from rome_lab.measuring import peak_bytes, seconds
+from rome_lab.models import load_model
 from rome_lab.prompts import read_prompt
 
 CPU = torch.device("cpu")
@@ -74,14 +78,24 @@ def test_facts_and_workers_are_measured_and_drawn(talker, tmp_path) -> None:  # 
     talker.save_pretrained(tmp_path / "model")
     by_facts = growth_with_facts(talker, facts, [1, 2], ["state"], samples=2)
     assert list(by_facts["at"]) == [1, 2] and by_facts["gflop"].is_monotonic_increasing
-    by_workers = growth_with_workers(str(tmp_path / "model"), facts, [2], ["state"], samples=2)
+    lm = load_model(str(tmp_path / "model"), device="cpu", dtype="bfloat16")
+    by_workers = growth_with_workers(lm, known(lm), [2], ["state"], samples=2)
     assert list(by_workers["at"]) == [2] and (by_workers["seconds"] > 0).all()
     figure = growth_panels(pd.concat([by_facts, by_workers], ignore_index=True), rate=1.0)
-    assert [ax.get_xlabel() for ax in figure.axes] == ["", "processes side by side", "facts", ""]
+    assert [ax.get_xlabel() for ax in figure.axes] == ["", "Dask workers", "facts", ""]
     with pytest.raises(ValueError, match="99 facts were asked for"):
         growth_with_facts(talker, facts, [99], ["state"])
 
 
 def test_a_worker_that_fails_is_reported(talker, tmp_path) -> None:  # noqa: F811
-    with pytest.raises(RuntimeError, match="one of 1 workers failed"):
-        growth_with_workers(str(tmp_path / "nothing"), known(talker), [1], ["state"])
+    talker.save_pretrained(tmp_path / "model")
+    lm = load_model(str(tmp_path / "model"), device="cpu")
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(ValueError, match="On the worker at .*cannot load"):
+        growth_with_workers(lm, known(lm), [1], ["state"])
+
+
+def test_without_dask_workers_are_not_measured_and_that_is_said(talker, monkeypatch) -> None:  # noqa: F811
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(ImportError, match="growth_with_workers needs Dask; install it with"):
+        growth_with_workers(talker, known(talker), [1], ["state"])

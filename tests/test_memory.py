@@ -16,12 +16,13 @@ import torch
 from test_changes import changes_of
 from test_judging import SETTINGS, TINY, numbers
 from tiny import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rome_lab import causal_trace, covariance, known_facts, load_facts
 from rome_lab.covariance import Sum, add_passages
 from rome_lab.generation import generate
 from rome_lab.judging import judge
-from rome_lab.memory import Batching, text_bytes
+from rome_lab.memory import Batching, free_in_groups, ran_out, text_bytes
 from rome_lab.store import Store
 from rome_lab.texts import SampledText
 from rome_lab.trace import KINDS
@@ -143,6 +144,66 @@ def test_a_single_text_that_does_not_fit_is_said_in_a_sentence():
         "causal_trace: the memory does not suffice for a single text with tiny-gpt2 (CUDA out of memory. Tried to "
         'allocate 1 GiB.); shorten the text, load the model with dtype="bfloat16", or spread it with device_map="auto".'
     )
+
+
+class Small(TorchDispatchMode):
+    """A device on which no tensor can be put together of others that has more than `most` bytes."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most = most
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.cat.default and made.nbytes > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nGPU 0 has some.")
+        return made
+
+
+@pytest.mark.parametrize("samples, fitting", [(10, 6), (4, 6), (10**13, 10**20)], ids=["recorded", "swept", "noise"])
+def test_texts_that_do_not_fit_side_by_side_are_said_in_a_sentence(samples, fitting):
+    lm = tiny_model("gpt2")
+    each = len(lm.tokenizer(PROMPT[0])["input_ids"]) * 32 * 4  # 5 of them are recorded of 4 samples, 16 are swept
+    sentence = (
+        r"^causal_trace: .* for what is kept of all texts together \(.*(out of|allocate) .*\); take fewer samples"
+    )
+    with Small(fitting * each), pytest.raises(MemoryError, match=sentence):
+        causal_trace(lm, *PROMPT, samples=samples, max_rows=1)
+    assert lm.room == float("inf")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
+        "[enforce fail at alloc_cpu.cpp:80] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.",
+        "std::bad_alloc",
+        "MPS backend out of memory (MPS allocated: 9.00 GB)",
+    ],
+)
+def test_what_allocators_say_is_understood(said):
+    assert ran_out(RuntimeError(said)) and not ran_out(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+GROUPS = {  # version: the line that names the group, where it is, and what its files are called
+    1: ("4:memory:/batch/job", "memory/batch", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    2: ("0::/batch/job", "batch", "memory.max", "memory.current", ""),
+}
+
+
+@pytest.mark.parametrize("version", GROUPS)
+def test_a_control_group_leaves_what_it_or_one_above_it_has_not_given_out_and_what_was_read_from_files(
+    version, tmp_path
+):
+    line, place, limit, usage, total = GROUPS[version]
+    (own := tmp_path / "own").write_text(f"9:name=systemd:/\n{line}\n")
+    assert free_in_groups(tmp_path / "nowhere", tmp_path) == free_in_groups(own, tmp_path) == float("inf")
+    for folder, most, taken in ((tmp_path / place, 10**6, 10**5), (tmp_path / place / "job", "max", 99)):
+        folder.mkdir(parents=True)
+        (folder / limit).write_text(f"{most}\n" if version == 2 or most != "max" else f"{2**63}\n")
+        (folder / usage).write_text(f"{taken}\n")
+        (folder / "memory.stat").write_text(f"anon 5\n{total}inactive_file 20\n{total}active_file 3\n")
+    assert free_in_groups(own, tmp_path) == 10**6 - 10**5 + 23
 
 
 def test_what_is_no_lack_of_memory_is_raised_as_it_is():

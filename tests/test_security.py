@@ -1,4 +1,4 @@
-"""Every sentence of SECURITY.md."""
+"""What SECURITY.md claims."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ from rome_lab.batch import prepare, read_parameters_file
 from rome_lab.cluster import Work
 from rome_lab.comparison import Look, Probe, side_by_side
 from rome_lab.datasets import PUBLISHED, published_file
+from rome_lab.growth import cluster_here
 from rome_lab.store import Record, Store
+from rome_lab.texts import WikipediaText
 from rome_lab.trying import Request
 from rome_lab.widgets import Panel
 
@@ -55,6 +57,7 @@ NEVER_IMPORTED = {
     "joblib",
     "shelve",
     "marshal",
+    "multiprocessing",
     "subprocess",
     "code",
     "runpy",
@@ -177,6 +180,14 @@ def test_dask_sends_the_work_and_its_results_as_pickles() -> None:
         assert serialize(travelling)[0]["serializer"] == "pickle"
 
 
+def test_the_cluster_that_cost_starts_listens_on_this_machine_only() -> None:
+    with cluster_here(1, torch.device("cpu")):
+        process = psutil.Process()
+        found = [c for x in (process, *process.children(recursive=True)) for c in x.net_connections("inet")]
+    listening = {c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN}
+    assert listening == {"127.0.0.1"}
+
+
 def test_without_a_client_dask_is_not_imported() -> None:
     program = (
         "import sys; sys.path.insert(0, 'tests'); import rome_lab as rl; from tiny import known, talkative_model; "
@@ -226,12 +237,15 @@ def test_a_data_set_that_was_altered_since_the_download_is_downloaded_again(site
     assert published_file("known_1000", opener_to(site)).read_bytes() == b"the user's own"
 
 
-def test_models_are_fetched_over_https_or_not_at_all(monkeypatch) -> None:
+def test_models_and_wikipedia_are_not_fetched_from_an_address_without_https(monkeypatch) -> None:
     if "HF_ENDPOINT" not in os.environ:
         assert constants.ENDPOINT.startswith("https://")
     monkeypatch.setattr(constants, "ENDPOINT", "http://hub.example")
-    with pytest.raises(ValueError, match=r"http://hub.example \(HF_ENDPOINT\), is not HTTPS"):
+    refused = r"http://hub.example \(HF_ENDPOINT\), is not HTTPS"
+    with pytest.raises(ValueError, match=refused):
         load_model("gpt2")
+    with pytest.raises(ValueError, match=refused):
+        next(WikipediaText().articles(0))
 
 
 # Data stay data
