@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -17,6 +18,8 @@ from rome_lab import load_model
 transformers.utils.logging.disable_progress_bar()
 settings.register_profile("rome_lab", deadline=None, derandomize=True)
 settings.load_profile("rome_lab")
+# What a shell starts in the background ignores interrupts, and so would tests that interrupt themselves, and never end.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
