@@ -14,7 +14,7 @@ import pandas as pd
 
 from faults import clocks, damage, disks, kills, long_use, together
 from faults.outcome import Outcome, Setting
-from faults.work import WORK, prepare, said
+from faults.work import WORK, prepare, quieten, said
 from rome_lab.store import write_atomically
 
 SHARE = {"kills": 6, "together": 1, "clocks": 2, "damage": 3, "disks": 3, "long": 3}
@@ -83,4 +83,5 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    quieten()
     sys.exit(main())
