@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import ClassVar, Protocol
 
 import torch
@@ -23,7 +24,7 @@ from rome_lab.keys import PARTS, opening_key
 from rome_lab.models import LanguageModel
 from rome_lab.optimised import Optimised, Optimum, Request
 from rome_lab.store import Json
-from rome_lab.texts import SampledText, Source
+from rome_lab.texts import SampledText, Source, source_of
 from rome_lab.update import Factor, solve_update
 from rome_lab.values import EditSettings
 
@@ -251,9 +252,9 @@ class NoEdit:
         return Proposal()
 
 
-def measured_on(method: Method, source: Source) -> Method:
-    """The same method with C measured on `source`, where it has to do with C."""
-    return replace(method, source=source) if isinstance(method, Rome) else method
+def measured_on(method: Method, text: str | Path) -> Method:
+    """The same method with C, where it has to do with it, measured on what `rome_lab.texts.source_of` makes of `text`."""
+    return replace(method, source=source_of(text)) if isinstance(method, Rome) else method
 
 
 def check_settled(name: str, *choices: object) -> None:

@@ -20,10 +20,11 @@ from rome_lab.edits import weight
 from rome_lab.facts import Fact
 from rome_lab.finetuning import Tuning, fine_tune
 from rome_lab.keys import k_star
-from rome_lab.methods import METHODS, SEARCH, FineTuning, InContext, NoEdit, Rome
+from rome_lab.methods import METHODS, SEARCH, FineTuning, InContext, NoEdit, Rome, measured_on
 from rome_lab.models import LanguageModel
 from rome_lab.optimised import Optimised
 from rome_lab.sequence import sequence
+from rome_lab.texts import FolderText, WikipediaText
 from rome_lab.update import constraint_error
 from rome_lab.values import EditSettings
 
@@ -446,3 +447,11 @@ def test_a_sequence_in_context_tells_one_fact_more_each_time() -> None:
     told = [total.preamble for total in sequence(lm, SEVERAL, InContext())]
     assert told[0] == "The Eiffel Tower is in Rome. " and told[2] == told[1] + "The capital of Japan is Microsoft. "
     assert [total.delta for total in sequence(lm, SEVERAL, NoEdit())] == [None] * 3
+
+
+def test_the_text_of_C_is_chosen_by_name_and_only_for_methods_that_have_one(tmp_path) -> None:
+    for name in ("rome", "rome-identity", "joint"):
+        assert measured_on(METHODS[name], "wikipedia").source == WikipediaText()
+        assert measured_on(METHODS[name], "sampled") == METHODS[name]
+        assert measured_on(METHODS[name], tmp_path).source == FolderText(tmp_path)
+    assert measured_on(METHODS["ft"], "wikipedia") is METHODS["ft"]
