@@ -11,7 +11,7 @@ from tiny import FAMILIES, tiny_model
 from rome_lab import causal_trace
 from rome_lab.trace import KINDS
 
-PROMPT = ("The Eiffel Tower is located in the city of", "Eiffel Tower")
+PROMPT = ("The Eiffel Tower is in", "Eiffel Tower")
 # The largest that were seen, rounded up: a probability of a trace, and |W_hat k* - v*| / |v*| of the weights as stored.
 ERRORS = {torch.bfloat16: (0.05, 3e-3), torch.float16: (0.006, 4e-4)}
 
