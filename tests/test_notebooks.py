@@ -60,7 +60,7 @@ SMALL = {
     "figure_1": DEFAULT | {"examples": ["Windows 95", "Nobody at all"]},
 }
 """Parameters that make a notebook quick, where they are not `DEFAULT`."""
-OF_CASES = ("evaluation", "many_edits", "search")  # they look for what the model knows in a whole data set
+OF_CASES = ("evaluation", "many_edits", "search", "cost")  # they look for known facts in a whole data set
 
 
 def read(name: str) -> NotebookNode:
