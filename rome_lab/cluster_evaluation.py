@@ -42,10 +42,8 @@ def judge_on_workers(workers: Workers, bench: Bench, questions: Sequence[Questio
 
 def unanswered(bench: Bench, question: Question) -> Question:
     """The question without the methods whose rows the store holds."""
-    case, methods, requests = question
-    rows = zip(methods, requests, bench.inputs(*question), strict=True)
-    missing = [(method, given) for method, given, inputs in rows if bench.store.load(inputs) is None]
-    return case, [method for method, _ in missing], [given for _, given in missing]
+    missing = [one for one in bench.asked(*question) if bench.store.load(one.inputs) is None]
+    return question[0], [one.method for one in missing], [one.requests for one in missing]
 
 
 def sought(questions: Sequence[Question]) -> list[Sought]:

@@ -27,7 +27,7 @@ from rome_lab.metrics import METRICS
 from rome_lab.models import LanguageModel
 from rome_lab.optimised import Optimised
 from rome_lab.store import Json, Store, canonical_json
-from rome_lab.touched import spared, unrelated_to
+from rome_lab.touched import requests_by_case, spared, unrelated_to
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -101,16 +101,17 @@ def evaluate(
     pool = known_pool(lm, store, progress) if unrelated is None else tuple(unrelated)
     optimised = Optimised(lm, store, progress)
     bench = Bench(lm, settings or JudgeSettings(), pool, optimised, store, optimised.common)
-    asked = [requests_by_case(cases, chosen.together) for chosen in methods]
-    questions = [(case, methods, [requests[case.id] for requests in asked]) for case in cases]
+    given = {size: requests_by_case(cases, size) for size in {chosen.together for chosen in methods}}
+    questions = [(case, methods, [given[chosen.together][case.id] for chosen in methods]) for case in cases]
     if client is not None:
         judge_on_workers(workers, bench, questions, progress)
     rows: list[dict] = []
     size = together(lm, len(methods))
     with tqdm(desc="judging", unit="case", total=len(cases), disable=not progress or client is not None) as bar:
         for begin in range(0, len(questions), size):
-            rows += bench.rows(questions[begin : begin + size])
-            bar.update(len(questions[begin : begin + size]))
+            part = questions[begin : begin + size]
+            rows += bench.rows(part)
+            bar.update(len(part))
     table = as_table(rows)
     report(table, lm.name)
     return table
@@ -141,21 +142,21 @@ def known_pool(
     return known_facts(lm, load_facts("embedded"), n=n, seed=POOL_SEED, progress=progress, store=store).facts
 
 
-def groups(cases: Iterable[Case], size: int) -> list[list[Case]]:
-    """The cases in groups of at most `size`, in order, no subject twice in one group, since one key has one value."""
-    found: list[list[Case]] = []
-    for case in cases:
-        free = (x for x in found if len(x) < size and case.fact.subject not in {other.fact.subject for other in x})
-        place = next(free, None)
-        if place is None:
-            found.append(place := [])
-        place.append(case)
-    return found
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """One row that is to be made: the case it is about, the method, and what the method is given.
 
+    Attributes:
+        judged, settings: what is judged, and how, see `Bench.sheet`.
+        inputs: what the row is stored under.
+    """
 
-def requests_by_case(cases: Iterable[Case], size: int) -> dict[str, list[Request]]:
-    """Case id -> the requests that are met together with it, itself among them."""
-    return {case.id: [(other.fact, other.target) for other in group] for group in groups(cases, size) for case in group}
+    case: Case
+    method: Method
+    requests: Sequence[Request]
+    judged: Case
+    settings: JudgeSettings
+    inputs: dict[str, Json]
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,33 +179,31 @@ class Bench:
         known = unrelated_to(case, requests, self.pool, self.settings.seed)
         return spared(case, requests), replace(self.settings, known=known)
 
-    def inputs(
-        self, case: Case, methods: Sequence[Method], requests: Sequence[Sequence[Request]]
-    ) -> list[dict[str, Json]]:
-        """What the row of each method for one case is stored under."""
-        asked = zip(methods, requests, strict=True)
-        return [evaluation_inputs(self.common, *self.sheet(case, given), method, given) for method, given in asked]
+    def asked(self, case: Case, methods: Sequence[Method], requests: Sequence[Sequence[Request]]) -> list[Asked]:
+        """The row of each method for one case."""
+        sheets = {given: self.sheet(case, given) for given in set(map(tuple, requests))}
+        found = []
+        for method, given in zip(methods, requests, strict=True):
+            sheet = sheets[tuple(given)]
+            inputs = evaluation_inputs(self.common, *sheet, method, given)
+            found.append(Asked(case, method, given, *sheet, inputs))
+        return found
 
     def rows(self, questions: Sequence[Question]) -> list[dict]:
         """A row of each method for each case, from the store where it has them; the others are judged side by side."""
-        asked: dict[str, tuple[dict[str, Json], Case, Method, Sequence[Request]]] = {}
-        places: list[tuple[Case, Method, str]] = []
-        for case, methods, requests in questions:
-            for inputs, method, given in zip(self.inputs(case, methods, requests), methods, requests, strict=True):
-                key = canonical_json(inputs)  # two names may mean one method
-                asked[key] = (inputs, case, method, given)
-                places.append((case, method, key))
-        records = {key: self.store.load(inputs) if self.store else None for key, (inputs, *_) in asked.items()}
+        rows = [(canonical_json(one.inputs), one) for question in questions for one in self.asked(*question)]
+        asked = dict(rows)  # each once: two names may mean one method
+        records = {key: self.store.load(one.inputs) if self.store else None for key, one in asked.items()}
         found = {key: dict(record.meta) for key, record in records.items() if record}
-        made = {key: self.propose(method, given) for key, (*_, method, given) in asked.items() if key not in found}
+        made = {key: self.propose(one.method, one.requests) for key, one in asked.items() if key not in found}
         changes = {key: proposal for key, proposal in made.items() if isinstance(proposal, Proposal)}
-        sheets = [(*self.sheet(asked[key][1], asked[key][3]), proposal) for key, proposal in changes.items()]
+        sheets = [(asked[key].judged, asked[key].settings, proposal) for key, proposal in changes.items()]
         judged = dict(zip(changes, judged_or_why(self.lm, sheets), strict=True))
         for key, proposal in made.items():
             found[key] = judged.get(key) or {"judged": False, "remark": proposal}
             if self.store:
-                self.store.save(asked[key][0], {}, found[key])
-        return [about(case) | {"method": method.name} | found[key] for case, method, key in places]
+                self.store.save(asked[key].inputs, {}, found[key])
+        return [about(one.case) | {"method": one.method.name} | found[key] for key, one in rows]
 
     def propose(self, method: Method, requests: Sequence[Request]) -> Proposal | str:
         """The method's change, or the reason why it makes none."""

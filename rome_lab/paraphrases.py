@@ -51,8 +51,10 @@ def paraphrase_scores(
         except ValueError:
             continue
         sheet = questions_of(lm, case, 0, change.preamble, SCORES_ONLY)
-        wanted, other = (score(lm, [change], sheet[name]) for name in ("paraphrases", "paraphrases_true"))
-        for text, target, true in zip(case.paraphrases, wanted, other, strict=True):
+        # Asked together, both continuations of a paraphrase are read off one text.
+        scores = score(lm, [change], sheet["paraphrases"] + sheet["paraphrases_true"])
+        n = len(case.paraphrases)
+        for text, target, true in zip(case.paraphrases, scores[:n], scores[n:], strict=True):
             place = {"case": case.id, "paraphrase": text, "opens": text.startswith(case.fact.subject)}
             won = 100.0 * (target.total > true.total)
             rows.append(place | {"log_p_target": target.total, "log_p_true": true.total, "won": won})

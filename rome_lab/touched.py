@@ -1,5 +1,6 @@
-"""What requests that are met together touch, so that damage is measured, and neighbours are judged, where none of them is.
+"""Which requests are met together, and what they touch: damage is measured, and neighbours are judged, elsewhere.
 
+requests_by_case(cases, size)       the requests that are met together with each case
 touched(requests)                   the names and relations in them
 unrelated_to(case, requests, ...)   known facts that none of them touches
 spared(case, requests)              the case without neighbours that are edited themselves
@@ -18,6 +19,23 @@ from rome_lab.facts import Fact
 from rome_lab.optimised import Request
 
 UNRELATED = 12  # known facts that a case does not touch, of which "known" is the share that stays
+
+
+def groups(cases: Iterable[Case], size: int) -> list[list[Case]]:
+    """The cases in groups of at most `size`, in order, no subject twice in one group, since one key has one value."""
+    found: list[list[Case]] = []
+    for case in cases:
+        free = (x for x in found if len(x) < size and case.fact.subject not in {other.fact.subject for other in x})
+        place = next(free, None)
+        if place is None:
+            found.append(place := [])
+        place.append(case)
+    return found
+
+
+def requests_by_case(cases: Iterable[Case], size: int) -> dict[str, list[Request]]:
+    """Case id -> the requests that are met together with it, itself among them."""
+    return {case.id: [(other.fact, other.target) for other in group] for group in groups(cases, size) for case in group}
 
 
 def touched(requests: Iterable[Request]) -> tuple[set[str], set[str]]:

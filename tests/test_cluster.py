@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -284,27 +285,32 @@ def test_what_is_no_client_is_refused(lm, cluster):
 # Clients that stop, or go away
 
 
-class Interrupted(Store):
-    """A store whose user presses Ctrl-C at the first result, when the workers have finished all others."""
+class Eventful(Store):
+    """A store at whose first result something happens."""
 
-    def __init__(self, folder: Path, client: Client) -> None:
+    def __init__(self, folder: Path, event: Callable[[], object]) -> None:
         super().__init__(folder)
-        self.client = client
+        self.events = [event]
 
     def save(self, *args):
         path = super().save(*args)
-        if self.client:
-            while any(future.status == "pending" for future in self.client.futures.values()):
-                time.sleep(0.01)
-            self.client = None
-            signal.raise_signal(signal.SIGINT)
+        if self.events:
+            self.events.pop()()
         return path
+
+
+def interrupt_at_the_end(client: Client) -> None:
+    """Press Ctrl-C when the workers have finished everything."""
+    while any(future.status == "pending" for future in client.futures.values()):
+        time.sleep(0.01)
+    signal.raise_signal(signal.SIGINT)
 
 
 def test_what_was_finished_when_the_user_interrupts_is_kept(lm, client, tmp_path):
     facts = known(lm)
+    store = Eventful(tmp_path, partial(interrupt_at_the_end, client))
     with pytest.raises(KeyboardInterrupt):
-        trace_facts(lm, facts, ("state",), store=Interrupted(tmp_path, client), client=client, **TRACING)
+        trace_facts(lm, facts, ("state",), store=store, client=client, **TRACING)
     assert len(records(tmp_path)) == len(facts)
 
 
@@ -358,25 +364,12 @@ def test_a_client_that_is_killed_and_comes_back_finds_all_that_was_stored(lm, cl
     assert before.items() <= times(tmp_path).items()
 
 
-class Closing(Store):
-    """A store at whose first result the cluster goes away."""
-
-    def __init__(self, folder: Path, cluster: LocalCluster) -> None:
-        super().__init__(folder)
-        self.cluster = cluster
-
-    def save(self, *args):
-        path = super().save(*args)
-        self.cluster.close()
-        return path
-
-
 def test_a_lost_connection_is_reported_and_another_cluster_goes_on(lm, client, tmp_path, quiet):
     facts = known(lm)
     options = THREADS | {"protocol": "tcp"}
     lost_connection = pytest.raises(RuntimeError, match="connection to the Dask scheduler was lost")
     with LocalCluster(**options) as lost, Client(lost) as other, lost_connection:
-        trace_facts(lm, facts, ("state",), store=Closing(tmp_path, lost), client=other, **TRACING)
+        trace_facts(lm, facts, ("state",), store=Eventful(tmp_path, lost.close), client=other, **TRACING)
     before = times(tmp_path)
     assert 1 <= len(before) < len(facts)
     traces = trace_facts(lm, facts, ("state",), store=tmp_path, client=client, **TRACING)

@@ -21,13 +21,13 @@ from tiny import tiny_model
 from rome_lab import evaluation, evaluation_plots, paper
 from rome_lab.cases import known_cases, load_cases
 from rome_lab.changes import Change
-from rome_lab.evaluation import evaluate, groups, reference_corpus, remarks, story
+from rome_lab.evaluation import evaluate, reference_corpus, remarks, story
 from rome_lab.judging import judge
 from rome_lab.known import KnownFacts
 from rome_lab.methods import METHODS, Proposal, Rome
 from rome_lab.metrics import METRICS, summarise
 from rome_lab.touched import UNRELATED as MOST
-from rome_lab.touched import spared, unrelated_to
+from rome_lab.touched import groups, spared, unrelated_to
 
 SUBJECTS = ("Paris", "Japan", "Warsaw", "France")
 CASES = [case(i, subject) for i, subject in enumerate(SUBJECTS)]
