@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.edit", description="What an edit costs.")
     parser.add_argument("--model", default="smollm2-135m", help=f"such as {', '.join(DEFAULTS)} (%(default)s)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which to run (all)")
-    parser.add_argument("--repetitions", type=int, default=3, help="of v* and of the edit (%(default)s)")
+    parser.add_argument("--repetitions", type=int, default=2, help="of v* and of the edit (%(default)s)")
     parser.add_argument("--steps", type=int, help="of Adam; the model's default otherwise")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/edit.csv"), help="the table (%(default)s)")
     parser.add_argument("--page", type=Path, help="write the table as Markdown, too")

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.measure import Row, in_turns, ratios, row
 from benchmarks.plain_tracing import Question, sweep
 from rome_lab import LanguageModel
-from rome_lab.cost import Shape, columns_in_blocks, matrices, record_flops, size_of, sweep_flops
+from rome_lab.cost import Shape, columns_in_blocks, matrices, record_flops, size_of, sweep_flops, swept_tokens
 from rome_lab.measuring import seconds
 from rome_lab.products import products
 
@@ -71,16 +71,17 @@ def replay(lm: LanguageModel, shape: Shape, kind: str, vectors: dict[int, torch.
     columns = columns_in_blocks(kind, lm.n_layers, shape.window)
     read = lm.model.get_output_embeddings()
     read(vectors[width][: 2 * (1 + samples)])
-    for token in range(shape.begin, shape.tokens):
-        run_blocks(lm, [samples * number * (shape.tokens - token) for number in columns], vectors)
+    for number in swept_tokens(shape, kind):
+        run_blocks(lm, [samples * several * number for several in columns], vectors, samples * columns[-1])
         read(vectors[width][: samples * lm.n_layers])
 
 
-def run_blocks(lm: LanguageModel, rows: list[int], vectors: dict[int, torch.Tensor]) -> None:
-    """Every matrix of each block, on its number of rows."""
+def run_blocks(lm: LanguageModel, rows: list[int], vectors: dict[int, torch.Tensor], last: int | None = None) -> None:
+    """Every matrix of each block on its number of rows, those of the last block's MLP on `last`."""
+    spared = matrices(mlp) if last is not None and (mlp := lm.feed_forward(lm.n_layers - 1)) else []
     for block, number in zip(lm.blocks, rows, strict=True):
         for module in matrices(block) if number else ():
-            module(vectors[inputs(module)][:number])
+            module(vectors[inputs(module)][: last if module in spared else number])
 
 
 def inputs(module: torch.nn.Module) -> int:

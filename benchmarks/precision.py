@@ -23,8 +23,8 @@ TRIED = 10  # times as many facts as are wanted are tried
 
 def precision(lm: LanguageModel, options: Options, repetitions: int) -> list[Row]:
     """Part "precision": facts that `lm` knows, or any where it knows none, traced by each way in turns."""
-    facts = sorted(load_facts(options.dataset), key=lambda fact: rank(0, fact))[: TRIED * options.facts]
-    facts = list(known_facts(lm, facts, options.facts, progress=False)) or facts[: options.facts]
+    facts = sorted(load_facts(options.dataset), key=lambda fact: rank(0, fact))[: TRIED * options.traced]
+    facts = list(known_facts(lm, facts, options.traced, progress=False)) or facts[: options.traced]
     low = lower(lm, torch.bfloat16)
     settings, low_settings = (Settings(GaussianNoise().measured(x), options.samples, options.window) for x in (lm, low))
     ways = {

@@ -44,16 +44,18 @@ class Options:
         samples, window: of the trace.
         dataset, facts: where known facts are sought, and how many.
         tokens: that C is measured on.
+        traced: known facts that are traced in every precision.
         steps: of Adam in an edit; the model's default by default.
     """
 
-    prompt: str = FACT.prompt
+    prompt: str = "The Eiffel Tower is in the city of"
     subject: str = FACT.subject
     samples: int = 10
     window: int = 10
     dataset: str = "embedded"
     facts: int = 20
     tokens: int = 8192
+    traced: int = 3
     steps: int | None = None
 
 

@@ -38,6 +38,7 @@ from rome_lab.products import CHOICES, products
 
 PARTS = ("trace", "floor", "precision", "growth", "tasks", "memory")
 MANY = 1000  # facts, to which the time of one is extrapolated
+GROWN_SAMPLES = 4  # of growth with tokens and layers: with 10, 80 tokens alone would take a quarter of an hour
 
 
 def trace(asked: Question, kinds: Sequence[str], repetitions: int) -> list[Row]:
@@ -93,7 +94,7 @@ def all_kinds(asked: Question, repetitions: int) -> list[Row]:
 
 def grown(lm: LanguageModel, given: argparse.Namespace) -> list[Row]:
     """Part "growth"."""
-    at = Shape(tokens=9, samples=given.samples, window=given.window)
+    at = Shape(tokens=9, samples=GROWN_SAMPLES, window=given.window)
     numbers = (given.lengths, given.depths, given.sample_numbers)
     found = growth(lm, *numbers, at=at, repetitions=given.repetitions)
     spread = found.rename(columns={"seconds": "median", "gflop": "GFLOP", "mb": "peak MB", "expected_mb": "counted MB"})
@@ -129,7 +130,7 @@ def run(given: argparse.Namespace) -> pd.DataFrame:
     """The table of some parts."""
     chosen = Chosen(given.model, given.shape, given.device, given.dtype)
     lm = load(chosen)
-    names = ("prompt", "subject", "samples", "window", "dataset", "facts", "tokens", "steps")
+    names = ("prompt", "subject", "samples", "window", "dataset", "facts", "tokens", "steps", "traced")
     options = Options(**{name: getattr(given, name) for name in names})
     asked = Question.ask(lm, options.prompt, options.subject, options.samples, options.window)
     parts: dict[str, Callable[[], list[Row]]] = {
@@ -156,17 +157,17 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape, with the model's tokenizer")
     parser.add_argument("--device", default=model.device, help="(%(default)s)")
     parser.add_argument("--dtype", default=model.dtype, help="(%(default)s)")
-    parser.add_argument("--repetitions", type=int, default=3, help="of every way (%(default)s)")
+    parser.add_argument("--repetitions", type=int, default=2, help="of every way (%(default)s)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of trace and floor (all)")
     for name in ("prompt", "subject", "dataset"):
         parser.add_argument(f"--{name}", default=getattr(default, name), help="(%(default)s)")
-    for name in ("samples", "window", "facts", "tokens"):
+    for name in ("samples", "window", "facts", "tokens", "traced"):
         parser.add_argument(f"--{name}", type=int, default=getattr(default, name), help="(%(default)s)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=tuple(TASKS), help="of memory (all)")
     parser.add_argument("--steps", type=int, help="of Adam; the model's default otherwise")
     parser.add_argument("--lengths", type=int, nargs="*", default=[5, 10, 20, 40, 80], help="tokens, of growth")
     parser.add_argument("--depths", type=int, nargs="*", default=[8, 15, 30, 60], help="layers, of growth")
-    parser.add_argument("--sample-numbers", type=int, nargs="*", default=[1, 5, 10, 20], help="of growth")
+    parser.add_argument("--sample-numbers", type=int, nargs="*", default=[1, 4, 10, 20], help="of growth")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/tracing.csv"), help="(%(default)s)")
     parser.add_argument("--page", type=Path, help="write the table as Markdown, too")
     return parser.parse_args(arguments)

@@ -210,6 +210,25 @@ def output_changed(module: nn.Module, change: Callable[[torch.Tensor], torch.Ten
         handle.remove()
 
 
+@contextlib.contextmanager
+def last_token_only(feed_forward: nn.Module | None) -> Iterator[None]:
+    """Within the context, an MLP is given the last token of each text only; what it says is added to all of its tokens.
+
+    Args:
+        feed_forward: called with (B, N, D); where there is none, nothing is spared.
+    """
+
+    def narrow(module: nn.Module, args: tuple) -> tuple:
+        return (args[0][:, -1:], *args[1:])
+
+    handle = feed_forward.register_forward_pre_hook(narrow) if feed_forward is not None else None
+    try:
+        yield
+    finally:
+        if handle:
+            handle.remove()
+
+
 def last_logits_only(model: nn.Module) -> dict[str, int]:
     """Arguments that spare `model` the logits of all tokens but the last, where its forward knows how."""
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

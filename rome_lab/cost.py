@@ -37,6 +37,7 @@ class Size:
         mlp_width: H.
         query_width, key_width: heads times D_head, and key heads times D_head.
         block_weights: entries of all matrices of a block that a token's vector is multiplied with.
+        mlp_weights: those of them that are the MLP's; none where it is no module, see `LanguageModel.feed_forward`.
         vocabulary: V.
         parameters: of the whole model, shared ones once.
     """
@@ -47,6 +48,7 @@ class Size:
     query_width: int
     key_width: int
     block_weights: float
+    mlp_weights: int
     vocabulary: int
     parameters: int
 
@@ -68,9 +70,14 @@ class Shape:
     window: int = 10
 
 
-def matrices(block: nn.Module) -> list[nn.Module]:
-    """The modules of a block that multiply a token's vector with a matrix."""
-    return [module for module in block.modules() if isinstance(module, nn.Linear | Conv1D)]
+def matrices(part: nn.Module) -> list[nn.Module]:
+    """The modules of a block, or of a part of it, that multiply a token's vector with a matrix."""
+    return [module for module in part.modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
+def entries(module: nn.Module) -> int:
+    """Of all its matrices."""
+    return sum(matrix.weight.numel() for matrix in matrices(module))
 
 
 def size_of(model: PreTrainedModel) -> Size:
@@ -89,7 +96,8 @@ def size_of(model: PreTrainedModel) -> Size:
         mlp_width=max(blocks[0].get_submodule(layout.memory).weight.shape),
         query_width=heads * head_width,
         key_width=(getattr(config, "num_key_value_heads", None) or heads) * head_width,
-        block_weights=sum(module.weight.numel() for block in blocks for module in matrices(block)) / len(blocks),
+        block_weights=sum(entries(block) for block in blocks) / len(blocks),
+        mlp_weights=entries(blocks[-1].get_submodule(mlp)) if (mlp := layout.memory.rpartition(".")[0]) else 0,
         vocabulary=config.vocab_size,
         parameters=sum(weight.numel() for weight in model.parameters()),
     )
@@ -140,20 +148,31 @@ def record_flops(size: Size, trace: Shape) -> float:
     return size.layers * forward_flops(size, rows, trace.tokens, trace.tokens) + logit_flops(size, 2 * rows)
 
 
+def swept_tokens(trace: Shape, kind: str) -> list[int]:
+    """How many tokens go through the blocks in each sweep, one for every token from the subject's first on.
+
+    Where a state of that first token is restored, the token stays as in the clean run, and only the others are swept.
+    """
+    numbers = list(range(trace.tokens - trace.begin, 0, -1))
+    return [max(1, numbers[0] - 1), *numbers[1:]] if kind == "state" else numbers
+
+
 def sweep_flops(size: Size, trace: Shape, kind: str) -> float:
     """The restored runs of one kind, without the clean and corrupted runs that all kinds share (`record_flops`).
 
-        sum over tokens t from the subject's first on, over blocks l:
-            S c_l (T - t) (2 (block weights) + 4 (query width) T)
-        + for each such token, S L logits
+        sum over sweeps of n tokens, over blocks l:
+            S c_l n (2 (block weights) + 4 (query width) T)
+        - in the last block: S c_l (n - 1) 2 (MLP weights)
+        + for each sweep, S L logits
 
-    c_l is how many of the L columns pass through block l: l for states, so that with n tokens from the subject on,
+    c_l is how many of the L columns pass through block l: l for states, so that with n tokens from the subject on, some
     S (L (L - 1) / 2) (n (n + 1) / 2) vectors go through the weights of a block, and (1 + S) (L T)^2 with one forward a cell.
     """
-    passing = sum(columns_in_blocks(kind, size.layers, trace.window))
+    passing = columns_in_blocks(kind, size.layers, trace.window)
     flops = 0.0
-    for token in range(trace.begin, trace.tokens):
-        flops += forward_flops(size, trace.samples * passing, trace.tokens - token, trace.tokens)
+    for number in swept_tokens(trace, kind):
+        flops += forward_flops(size, trace.samples * sum(passing), number, trace.tokens)
+        flops -= trace.samples * passing[-1] * (number - 1) * 2 * size.mlp_weights
         flops += logit_flops(size, trace.samples * size.layers)
     return flops
 
@@ -174,19 +193,14 @@ def recorded_bytes(size: Size, trace: Shape, item: int = 4) -> float:
 def sweep_bytes(size: Size, trace: Shape, kind: str, item: int = 4) -> float:
     """About the most memory that a sweep takes beside the weights, with entries of `item` bytes and all rows in one batch.
 
-    Beside what is recorded there are the rows of the first token swept, twice where more join. A block adds some three
-    vectors of the MLP's width and four of the model's to each token; reading the answer, two rows of float32 logits a
-    row. Where less is free, the batch is cut, and these last two shrink.
+    Beside what is recorded there are the rows of the longest sweep. A block adds some three vectors of the MLP's width and
+    five of the model's to each token; reading the answer, two rows of float32 logits a row. Where less is free, the batch
+    is cut, and these last two shrink.
     """
-    columns = max(columns_in_blocks(kind, size.layers, trace.window))
-    rows, length = trace.samples * columns, trace.tokens - trace.begin
+    rows, length = trace.samples * size.layers, max(swept_tokens(trace, kind))
     swept = rows * length * size.width * item
-    block = rows * length * (3 * size.mlp_width + 4 * size.width) * item
-    return (
-        recorded_bytes(size, trace, item)
-        + swept
-        + max(swept + block, 2 * trace.samples * size.layers * size.vocabulary * 4)
-    )
+    block = rows * length * (3 * size.mlp_width + 5 * size.width) * item
+    return recorded_bytes(size, trace, item) + swept + max(block, 2 * rows * size.vocabulary * 4)
 
 
 def extrapolate(

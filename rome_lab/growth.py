@@ -86,7 +86,7 @@ def trace_row(lm: LanguageModel, shape: Shape, kind: str, repetitions: int) -> R
         lm.model(read.ids.expand(1 + shape.samples, -1), use_cache=False)
 
     forward()
-    trace()
+    peak = peak_bytes(trace, lm.device)  # which also warms up
     times = [(seconds(trace, lm.device)[0], seconds(forward, lm.device)[0]) for _ in range(repetitions)]
     size = size_of(lm.model)
     return {
@@ -98,7 +98,7 @@ def trace_row(lm: LanguageModel, shape: Shape, kind: str, repetitions: int) -> R
         "least": min(spent for spent, _ in times),
         "greatest": max(spent for spent, _ in times),
         "forwards": statistics.median(spent / one for spent, one in times),
-        "mb": peak_bytes(trace, lm.device) / 1e6,
+        "mb": peak / 1e6,
         "expected_mb": sweep_bytes(size, shape, kind, lm.dtype.itemsize) / 1e6,
     }
 

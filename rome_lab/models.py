@@ -105,6 +105,11 @@ class LanguageModel:
         """Module whose output is m, the MLP's contribution to the residual stream at `layer`."""
         return attrgetter(self.layout.mlp)(self.blocks[layer])
 
+    def feed_forward(self, layer: int) -> nn.Module | None:
+        """The MLP at `layer` as a module, given (B, T, D); None in OPT, whose two matrices stand in the block itself."""
+        path = self.layout.memory.rpartition(".")[0]
+        return attrgetter(path)(self.blocks[layer]) if path else None
+
     def memory(self, layer: int) -> nn.Module:
         """Module of the matrix W of Appendix A at `layer`; its input is the key k."""
         return attrgetter(self.layout.memory)(self.blocks[layer])

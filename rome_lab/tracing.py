@@ -3,7 +3,8 @@
 The naive way runs the whole model once for every (token, layer). But nothing before the restored layer and no token
 left of the restored one depends on the restoration. So the layers are swept once for each token: at every layer the
 texts that restore there join the batch, holding only the tokens from the restored one on, and all texts that have
-joined go through the next block together. This is exact: the arithmetic that is left out would give what is kept.
+joined go through the next block together. In the last block only the last token goes through the MLP. This is exact:
+the arithmetic that is left out would give what is kept, or what nobody reads.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from rome_lab.blocks import Recording, at_least_float32, joined, output_changed, record, run_block
+from rome_lab.attention import suited_attention
+from rome_lab.blocks import Recording, at_least_float32, joined, last_token_only, output_changed, record, run_block
 from rome_lab.corruption import Corruption, FixedNoise, GaussianNoise, noise_key
 from rome_lab.facts import Fact
 from rome_lab.memory import Batching, enough_memory, text_bytes
@@ -24,7 +26,7 @@ from rome_lab.models import LanguageModel
 from rome_lab.prompts import Prompt, continuation_ids, read_prompt
 from rome_lab.trace import KINDS, Trace
 
-NUMERICS = 1  # raised when a change here moves any number, so that stored traces are made again
+NUMERICS = 2  # raised when a change here moves any number, so that stored traces are made again
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,8 @@ def run_clean_and_corrupted(lm: LanguageModel, prompt: str | Fact, subject: str 
         return record(lm, read.ids.expand(len(rows), -1), corrupt)
 
     together = Batching(lm, "causal_trace", text_bytes(lm, len(read.ids)), settings.max_rows)
-    recording = joined(list(together.over(range(len(noise)), record_part)))
+    with suited_attention(lm):
+        recording = joined(list(together.over(range(len(noise)), record_part)))
     lm.check_finite(recording.logits, "causal_trace")
     check_readout(lm, recording)
     answer_id = known_answer(lm, prompt, recording.logits[0]) if isinstance(prompt, Fact) else None
@@ -174,9 +177,11 @@ def restore(runs: Runs, kind: str, severed: str | None = None, tokens: Collectio
     p_corrupted = float(runs.p[1:].mean())
     columns = columns_of(kind, lm.n_layers, settings.window)
     p_restored = np.full((len(prompt.ids), lm.n_layers), np.nan)
-    for token in range(len(prompt.ids)) if tokens is None else tokens:
-        # Restoring a token left of the subject restores what never changed.
-        p_restored[token] = p_corrupted if token < begin else Sweep(runs, token, kind, severed, columns).p_restored()
+    with suited_attention(lm):
+        for token in range(len(prompt.ids)) if tokens is None else tokens:
+            # Restoring a token left of the subject restores what never changed.
+            swept = Sweep(runs, token, kind, severed, columns)
+            p_restored[token] = p_corrupted if token < begin else swept.p_restored()
     return Trace(
         kind=kind,
         severed=severed,
@@ -218,31 +223,48 @@ class Sweep:
     severed: str | None
     columns: list[Column]
 
+    @property
+    def stays_clean(self) -> bool:
+        """Whether all that follows at the restored token is as in the clean run: nothing left of it is corrupted."""
+        begin, length = self.runs.prompt.subject_range[0], len(self.runs.prompt.ids)
+        return self.kind == "state" and not self.severed and self.token == begin and begin + 1 < length
+
     def p_restored(self) -> np.ndarray:
         """(L,) mean over the samples of the answer's probability."""
-        runs, states = self.runs, self.runs.recording.states
+        runs, states, samples = self.runs, self.runs.recording.states, self.runs.settings.samples
         together = Batching(runs.lm, "causal_trace", text_bytes(runs.lm, len(runs.prompt.ids)), runs.settings.max_rows)
-        active = states[0][:0, self.token :]  # (C * S, N, D), the S texts of a column side by side
+        first = self.token + self.stays_clean
+        # (C, S, N, D): the S texts of each column, in the order in which the columns join.
+        active = states[0].new_empty(len(self.columns), samples, *states[0][0, first:].shape)
+        joined = 0
         for depth in range(runs.lm.n_layers + 1):
-            joining = sum(column.depth == depth for column in self.columns)
-            entering = states[depth][1:, self.token :].repeat(joining, 1, 1)
-            if self.kind == "state":
-                entering[:, 0] = states[depth][0, self.token]
-            active = torch.cat([active.to(entering.device), entering])
+            active = active.to(states[depth].device)
+            joining = slice(joined, joined + sum(column.depth == depth for column in self.columns))
+            active[joining] = states[depth][1:, first:]
+            if self.kind == "state" and not self.stays_clean:
+                active[joining, :, 0] = states[depth][0, self.token]
+            joined = joining.stop
             if depth < runs.lm.n_layers:
-                list(together.over(range(len(active)), partial(self.run_block, depth, active)))
-        parts = together.over(active[:, -1], lambda last: at_least_float32(runs.lm.logits(last)))
+                texts = active[:joined].flatten(0, 1)
+                list(together.over(range(len(texts)), partial(self.run_block, depth, texts)))
+        parts = together.over(active[:, :, -1].flatten(0, 1), lambda last: at_least_float32(runs.lm.logits(last)))
         p = np.concatenate([probability(logits, runs.answer_id) for logits in parts])
-        return p.reshape(-1, runs.settings.samples).mean(axis=1)
+        return p.reshape(-1, samples).mean(axis=1)
 
-    def run_block(self, layer: int, active: torch.Tensor, rows: range) -> None:
-        """Put what block `layer` makes of some of the texts in their place."""
-        part = slice(rows.start, rows.stop)
-        continued = 1 + torch.arange(rows.start, rows.stop, device=active.device) % self.runs.settings.samples
-        with ExitStack() as held:
-            for module, change in self.held_outputs(layer, rows, continued):
-                held.enter_context(output_changed(module, change))
-            active[part] = run_block(self.runs.lm, layer, active[part], self.runs.recording, continued)
+    def run_block(self, layer: int, texts: torch.Tensor, rows: range) -> None:
+        """Put what block `layer` makes of some of the texts, of (C * S, N, D), in their place."""
+        lm, part = self.runs.lm, slice(rows.start, rows.stop)
+        continued = 1 + torch.arange(rows.start, rows.stop, device=texts.device) % self.runs.settings.samples
+        if self.stays_clean:
+            continued = torch.zeros_like(continued)  # the row of the clean run
+        with ExitStack() as hooks:
+            if layer == lm.n_layers - 1 and texts.shape[1] > 1:
+                # Nothing reads the other tokens, what is held at the restored one among them.
+                hooks.enter_context(last_token_only(lm.feed_forward(layer)))
+            else:
+                for module, change in self.held_outputs(layer, rows, continued):
+                    hooks.enter_context(output_changed(module, change))
+            texts[part] = run_block(lm, layer, texts[part], self.runs.recording, continued)
 
     def held_outputs(
         self, layer: int, rows: range, continued: torch.Tensor

@@ -147,7 +147,7 @@ def test_a_single_text_that_does_not_fit_is_said_in_a_sentence():
 
 
 class Small(TorchDispatchMode):
-    """A device on which no tensor can be put together of others that has more than `most` bytes."""
+    """A device on which no tensor of more than `most` bytes can be made in advance, or put together of others."""
 
     def __init__(self, most):
         super().__init__()
@@ -155,7 +155,8 @@ class Small(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
-        if function is torch.ops.aten.cat.default and made.nbytes > self.most:
+        making = (torch.ops.aten.cat.default, torch.ops.aten.new_empty.default)
+        if function in making and made.nbytes > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory.\nGPU 0 has some.")
         return made
 
