@@ -53,7 +53,7 @@ class Options:
     samples: int = 10
     window: int = 10
     dataset: str = "embedded"
-    facts: int = 20
+    facts: int = 10
     tokens: int = 8192
     traced: int = 3
     steps: int | None = None

@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rome_lab.models import find_layout
-from rome_lab.tracing import columns_of
+from rome_lab.tracing import READ_TOGETHER, columns_of
 
 
 @dataclass(frozen=True)
@@ -194,13 +194,14 @@ def sweep_bytes(size: Size, trace: Shape, kind: str, item: int = 4) -> float:
     """About the most memory that a sweep takes beside the weights, with entries of `item` bytes and all rows in one batch.
 
     Beside what is recorded there are the rows of the longest sweep. A block adds some three vectors of the MLP's width and
-    five of the model's to each token; reading the answer, two rows of float32 logits a row. Where less is free, the batch
-    is cut, and these last two shrink.
+    five of the model's to each token; reading the answer, two rows of float32 logits for each of the texts read together.
+    Where less is free, the batch is cut, and these last two shrink.
     """
     rows, length = trace.samples * size.layers, max(swept_tokens(trace, kind))
     swept = rows * length * size.width * item
     block = rows * length * (3 * size.mlp_width + 5 * size.width) * item
-    return recorded_bytes(size, trace, item) + swept + max(block, 2 * rows * size.vocabulary * 4)
+    logits = 2 * min(rows, READ_TOGETHER) * size.vocabulary * 4
+    return recorded_bytes(size, trace, item) + swept + max(block, logits)
 
 
 def extrapolate(

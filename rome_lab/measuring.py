@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +10,8 @@ from typing import TypeVar
 
 import psutil
 import torch
+
+from rome_lab.allocation import give_back_freed_memory
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 def resident_peak(work: Callable[[], object]) -> int:
     """`peak_bytes` of this process's resident memory."""
-    give_back_free_memory()
+    give_back_freed_memory()
     process, done = psutil.Process(), threading.Event()
     before = highest = process.memory_info().rss
 
@@ -61,12 +61,6 @@ def resident_peak(work: Callable[[], object]) -> int:
         done.set()
         watcher.join()
     return highest - before
-
-
-def give_back_free_memory() -> None:
-    """Let the C library return what it keeps for later, so that later work is seen to take it; only glibc can."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)
 
 
 def wait_for(device: torch.device | None) -> None:

@@ -18,6 +18,7 @@ from typing import TypeVar
 import psutil
 import torch
 
+from rome_lab.allocation import give_back_freed_memory
 from rome_lab.models import LanguageModel
 from rome_lab.weights import device_of
 
@@ -198,5 +199,6 @@ def enough_memory(doing: str) -> Iterator[None]:
 def release() -> None:
     """Give back what nothing refers to any more."""
     gc.collect()
+    give_back_freed_memory()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()

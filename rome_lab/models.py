@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.pytorch_utils import Conv1D
 
 from rome_lab import embedded
+from rome_lab.allocation import keep_freed_memory
 from rome_lab.layouts import find_layout
 from rome_lab.products import check_choice, choose_products, precisions
 from rome_lab.store import check_writable, explained
@@ -270,6 +271,8 @@ def load_model(
     lm.origin = {"name": where, "dtype": dtype} | trusted
     if products is not None:
         choose_products(products, lm.device)
+    if lm.device.type == "cpu":
+        keep_freed_memory()
     return lm
 
 

@@ -28,6 +28,8 @@ from rome_lab.trace import KINDS, Trace
 
 NUMERICS = 2  # raised when a change here moves any number, so that stored traces are made again
 
+READ_TOGETHER = 80  # texts whose logits are made at once: those of more do not stay in a processor's cache
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -247,6 +249,7 @@ class Sweep:
             if depth < runs.lm.n_layers:
                 texts = active[:joined].flatten(0, 1)
                 list(together.over(range(len(texts)), partial(self.run_block, depth, texts)))
+        together.most = min(READ_TOGETHER, together.most or READ_TOGETHER)
         parts = together.over(active[:, :, -1].flatten(0, 1), lambda last: at_least_float32(runs.lm.logits(last)))
         p = np.concatenate([probability(logits, runs.answer_id) for logits in parts])
         return p.reshape(-1, samples).mean(axis=1)
