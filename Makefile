@@ -6,6 +6,7 @@
 
 MODEL ?= smollm2-135m
 DATASET ?= embedded
+DTYPE ?= float32
 N_FACTS ?= 20
 N_CASES ?= 25
 N_SEARCH ?= 20
@@ -23,12 +24,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python -m rome_lab.batch --runs runs
 COMMON := -p model $(MODEL) -p dataset $(DATASET) -p seed $(SEED) -p figures $(FIGURES)
-PARAMETERS_figures := $(COMMON) -p n_facts $(N_FACTS)
+PARAMETERS_figures := $(COMMON) -p dtype $(DTYPE) -p n_facts $(N_FACTS)
 JUDGED := $(COMMON) -p known_only $(KNOWN_ONLY) -p n_search $(N_SEARCH) -p c_text $(C_TEXT)
 PARAMETERS_evaluation := $(JUDGED) -p n_cases $(N_CASES)
 PARAMETERS_many_edits := $(JUDGED) -p sizes "[$(EDITS)]" -p least $(N_CASES_EACH) -p chains $(CHAINS)
 PARAMETERS_edit_anatomy := -p model $(MODEL) -p seed $(SEED) -p figures $(FIGURES)
-PARAMETERS_cost := -p model $(MODEL) -p seed $(SEED) -p figures $(FIGURES)
+PARAMETERS_cost := -p model $(MODEL) -p dtype $(DTYPE) -p seed $(SEED) -p figures $(FIGURES)
 PARAMETERS_search := $(COMMON) -p known_only $(KNOWN_ONLY) -p n_search $(N_SEARCH) -p configurations $(CONFIGURATIONS)
 SOURCES := $(wildcard rome_lab/*.py rome_lab/data/*.csv)
 NUMBERS := 1 2 3 7
@@ -39,7 +40,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 	@echo
 	@echo 'Settings, with their defaults: MODEL=$(MODEL) DATASET=$(DATASET) SEED=$(SEED) FIGURES=$(FIGURES)'
-	@echo '  of figures: N_FACTS=$(N_FACTS); of evaluate: N_CASES=$(N_CASES) KNOWN_ONLY=$(KNOWN_ONLY) EDITS=$(EDITS) N_CASES_EACH=$(N_CASES_EACH) CHAINS=$(CHAINS) C_TEXT=$(C_TEXT)'
+	@echo '  of figures: N_FACTS=$(N_FACTS) DTYPE=$(DTYPE); of evaluate: N_CASES=$(N_CASES) KNOWN_ONLY=$(KNOWN_ONLY) EDITS=$(EDITS) N_CASES_EACH=$(N_CASES_EACH) CHAINS=$(CHAINS) C_TEXT=$(C_TEXT)'
 	@echo '  of search: N_SEARCH=$(N_SEARCH), also set apart from evaluate; CONFIGURATIONS=$(CONFIGURATIONS)'
 	@echo "The paper's own runs, online: make figures MODEL=gpt2-xl DATASET=known_1000 N_FACTS=1000"
 	@echo '                              make evaluate MODEL=gpt2-xl DATASET=counterfact N_CASES=7500 C_TEXT=wikipedia'
