@@ -62,7 +62,7 @@ def is_whole(target: Path) -> bool:
     try:
         if (target / HASHES).read_text() == hashes(target):
             return True
-    except OSError:
+    except (OSError, UnicodeError):
         pass
     logger.warning("the unpacked model in %s is damaged; unpacking it again", target)
     return False

@@ -11,7 +11,7 @@ from typing import TypeVar
 import psutil
 import torch
 
-from rome_lab.allocation import give_back_freed_memory
+from rome_lab.allocation import freed_memory_given_back
 
 T = TypeVar("T")
 
@@ -44,9 +44,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 def resident_peak(work: Callable[[], object]) -> int:
     """`peak_bytes` of this process's resident memory."""
-    give_back_freed_memory()
     process, done = psutil.Process(), threading.Event()
-    before = highest = process.memory_info().rss
 
     def look() -> None:
         nonlocal highest
@@ -54,12 +52,14 @@ def resident_peak(work: Callable[[], object]) -> int:
             highest = max(highest, process.memory_info().rss)
 
     watcher = threading.Thread(target=look, daemon=True)
-    watcher.start()
-    try:
-        work()
-    finally:
-        done.set()
-        watcher.join()
+    with freed_memory_given_back():
+        before = highest = process.memory_info().rss
+        watcher.start()
+        try:
+            work()
+        finally:
+            done.set()
+            watcher.join()
     return highest - before
 
 
