@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ KERNEL_ENDS_S = 60
 def kill_all(setting: Setting) -> Iterator[Outcome]:
     """Kill each sort of work."""
     for kind in setting.kinds:
-        yield kill(setting, kind, max(1, round(SHARE[kind] * setting.kills)))
+        yield kill(setting, kind, math.ceil(SHARE[kind] * setting.kills))
 
 
 def kill(setting: Setting, kind: str, kills: int) -> Outcome:
@@ -37,10 +38,12 @@ def kill(setting: Setting, kind: str, kills: int) -> Outcome:
         folder = setting.fresh(kind)
         done: dict[Path, tuple[int, int]] = {}
         come: dict[Path, int] = {}
-        for _ in range(min(IN_A_ROW, kills - outcome.tried)):
-            process = setting.task(kind, folder).start()
+        for number in range(min(IN_A_ROW, kills - outcome.tried)):
+            begin, process = time.monotonic(), setting.task(kind, folder).start()
             process.join(setting.chance.uniform(0, seconds))
             if process.exitcode is not None:
+                if number == 0:  # it did all that there is to do
+                    seconds = min(seconds, time.monotonic() - begin)
                 break
             process.kill()
             process.join()
