@@ -87,7 +87,8 @@ runs/%.parameters: always
 always:
 
 bench: .venv/ready ## measure tracing and edits beside the plain ways: speed, memory, exactness (an hour)
-	$(BIN)/python -m benchmarks.tracing --page benchmarks/tracing.md
+	$(BIN)/python -m benchmarks.tracing --parts trace floor precision memory --page benchmarks/tracing.md
+	$(BIN)/python -m benchmarks.tracing --parts growth tasks --out benchmarks/results/growth.csv --page benchmarks/growth.md
 	$(BIN)/python -m benchmarks.edit --page benchmarks/edit.md
 
 faults: .venv/ready ## kill, fill, damage and wear out what can be, and see what comes of it (half an hour)
