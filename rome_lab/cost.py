@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rome_lab.models import find_layout
-from rome_lab.tracing import READ_TOGETHER, columns_of
+from rome_lab.sweep import READ_TOGETHER, columns_of
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def size_of(model: PreTrainedModel) -> Size:
         query_width=heads * head_width,
         key_width=(getattr(config, "num_key_value_heads", None) or heads) * head_width,
         block_weights=sum(entries(block) for block in blocks) / len(blocks),
-        mlp_weights=entries(blocks[-1].get_submodule(mlp)) if (mlp := layout.memory.rpartition(".")[0]) else 0,
+        mlp_weights=entries(blocks[-1].get_submodule(layout.feed_forward)) if layout.feed_forward else 0,
         vocabulary=config.vocab_size,
         parameters=sum(weight.numel() for weight in model.parameters()),
     )

@@ -27,6 +27,11 @@ class Layout:
     memory: str
     tail: tuple[str, ...]
 
+    @property
+    def feed_forward(self) -> str:
+        """Path from a block to its MLP as a module; empty in OPT, whose two matrices stand in the block itself."""
+        return self.memory.rpartition(".")[0]
+
 
 # The first layout all of whose paths exist is taken, so a layout comes before the ones whose paths it also has.
 LAYOUTS = (

@@ -107,8 +107,8 @@ class LanguageModel:
         return attrgetter(self.layout.mlp)(self.blocks[layer])
 
     def feed_forward(self, layer: int) -> nn.Module | None:
-        """The MLP at `layer` as a module, given (B, T, D); None in OPT, whose two matrices stand in the block itself."""
-        path = self.layout.memory.rpartition(".")[0]
+        """The MLP at `layer`, which is given (B, T, D); None where it is no module, see `Layout`."""
+        path = self.layout.feed_forward
         return attrgetter(path)(self.blocks[layer]) if path else None
 
     def memory(self, layer: int) -> nn.Module:

@@ -145,7 +145,7 @@ def test_facts_of_one_shape_have_noise_of_their_own():
 
 
 def test_window_is_the_papers_and_clipped_at_the_ends():
-    from rome_lab.tracing import columns_of
+    from rome_lab.sweep import columns_of
 
     columns = columns_of("mlp", 30, 10)
     assert [(c.first, c.last) for c in (columns[0], columns[15], columns[29])] == [(0, 5), (11, 20), (25, 29)]

@@ -13,7 +13,7 @@ from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rome_lab import tracing
+from rome_lab import sweep, tracing
 from rome_lab.blocks import record
 from rome_lab.changes import Change
 from rome_lab.prompts import Prompt
@@ -59,15 +59,15 @@ def lm(request, monkeypatch):
 
 @pytest.mark.parametrize("label", KINDS)
 def test_a_sweep_stays_where_the_blocks_are(lm, label, monkeypatch):
-    monkeypatch.setattr(tracing, "probability", lambda logits, token_id: np.zeros(tuple(logits.shape[:-1])))
+    monkeypatch.setattr(sweep, "probability", lambda logits, token_id: np.zeros(tuple(logits.shape[:-1])))
     ids = torch.arange(2, 11)
     recording = record(lm, ids.expand(4, -1), lambda embedded: embedded)
     assert [state.device for state in recording.states] == [CPU, CPU, CPU, META, META]
     runs = tracing.Runs(lm, Prompt("", "", ids, (1, 3)), tracing.Settings(samples=3), recording, 5, np.zeros(4), 1.0)
     kind, severed = KINDS[label]
     with torch.no_grad():
-        sweep = tracing.Sweep(runs, 2, kind, severed, tracing.columns_of(kind, lm.n_layers, 2))
-        assert sweep.p_restored().shape == (4,)
+        swept = sweep.Sweep(runs, 2, kind, severed, sweep.columns_of(kind, lm.n_layers, 2))
+        assert swept.p_restored().shape == (4,)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
