@@ -92,7 +92,7 @@ bench: .venv/ready ## measure tracing and edits beside the plain ways: speed, me
 	$(BIN)/python -m benchmarks.edit --page benchmarks/edit.md
 
 faults: .venv/ready ## kill, fill, damage and wear out what can be, and see what comes of it (half an hour)
-	$(BIN)/python -m faults
+	$(BIN)/python -m tests.faults
 
 # Kernels start at the top, as they do in batch, so that both share results/ and figures/.
 lab: .venv/ready ## open JupyterLab on the notebooks

@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 
 from benchmarks.plain_tracing import KINDS
-from rome_lab.products import CHOICES
+from rome_lab.models.process import PRODUCTS
 
 SWEEP = "largest difference of sweep"
 ON_CPU = {  # on two cores, the embedded model and 9 tokens
@@ -20,7 +20,7 @@ ON_CPU = {  # on two cores, the embedded model and 9 tokens
     **{
         f"{kind}, {choice} products: sweep / (arithmetic / rate of one large product)": "at most 1.3"
         for kind in KINDS
-        for choice in CHOICES
+        for choice in PRODUCTS
     },
 }
 ON_CUDA = {  # on an H100, random weights of GPT-2 XL's shape; "fast" is TF32 there

@@ -26,11 +26,9 @@ from benchmarks.measure import Row, about, finish, in_turns, ratios, row
 from benchmarks.plain import plain_edit
 from benchmarks.tasks import FACT, TARGET, Sought, edit_settings, edited_layer
 from rome_lab import Fact, LanguageModel, load_facts, load_model, rome
-from rome_lab.covariance import covariances
-from rome_lab.editing import DEFAULTS
-from rome_lab.edits import weight
-from rome_lab.update import constraint_error
-from rome_lab.values import EditSettings
+from rome_lab.editing.second_moment import covariances
+from rome_lab.editing.settings import DEFAULTS, EditSettings
+from rome_lab.editing.update import constraint_error
 
 PARTS = ("value", "edit", "file", "constraint")
 TARGETS = {  # embedded facts of five relations, and what they are to say instead
@@ -108,7 +106,7 @@ def constraint(
             edit = rome(lm, fact, target, layer, C=matrix, hparams=settings, progress=False)
             K, V = (x.view(len(x), -1) for x in (edit.k_star, edit.v_star))
             with edit.applied(lm):
-                errors += constraint_error(weight(lm, layer), K, V).tolist()
+                errors += constraint_error(lm.weight(layer), K, V).tolist()
         rows.append(row("constraint", f"layer {layer}, {len(facts)} facts: |W_hat k* - v*| / |v*|", errors, "1"))
     return rows
 

@@ -11,9 +11,17 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.measure import Row, in_turns, ratios, row
 from benchmarks.plain_tracing import Question, sweep
 from rome_lab import LanguageModel
-from rome_lab.cost import Shape, columns_in_blocks, matrices, record_flops, size_of, sweep_flops, swept_tokens
-from rome_lab.measuring import seconds
-from rome_lab.products import products
+from rome_lab.models.process import products
+from rome_lab.studies.cost.counting import (
+    Shape,
+    columns_in_blocks,
+    matrices,
+    record_flops,
+    size_of,
+    sweep_flops,
+    swept_tokens,
+)
+from rome_lab.studies.cost.measuring import seconds
 
 ROWS = 2048  # of a product that is large enough to reach the machine's rate
 

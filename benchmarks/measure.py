@@ -14,8 +14,8 @@ import pandas as pd
 import torch
 
 from rome_lab import LanguageModel
-from rome_lab.measuring import seconds
-from rome_lab.store import write_atomically
+from rome_lab.base.files import write_atomically
+from rome_lab.studies.cost.measuring import seconds
 
 Row = dict[str, object]
 Work = Callable[[], object]

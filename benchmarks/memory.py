@@ -12,7 +12,7 @@ from dataclasses import asdict
 from benchmarks.measure import Row, row
 from benchmarks.model import Chosen, load
 from benchmarks.tasks import TASKS, Options
-from rome_lab.measuring import peak_bytes
+from rome_lab.studies.cost.measuring import peak_bytes
 
 
 def peaks(chosen: Chosen, options: Options, tasks: Iterable[str] = TASKS) -> list[Row]:

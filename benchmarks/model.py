@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rome_lab import LanguageModel, load_model
-from rome_lab.cost import gpt2_xl
-from rome_lab.growth import random_model
+from rome_lab.studies.cost.counting import gpt2_xl
+from rome_lab.studies.cost.growth import random_model
 
 SHAPES = {"gpt2-xl": gpt2_xl}
 

@@ -11,18 +11,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rome_lab.edits import weight
-from rome_lab.facts import Fact
-from rome_lab.keys import OPENINGS, as_sentence, prefixed_prompt
-from rome_lab.models import LanguageModel
-from rome_lab.prompts import continuation_ids
-from rome_lab.values import EditSettings
+from rome_lab.editing.keys import OPENINGS, as_sentence, prefixed_prompt
+from rome_lab.editing.settings import EditSettings
+from rome_lab.facts.fact import Fact
+from rome_lab.facts.prompts import continuation_ids
+from rome_lab.models.language_model import LanguageModel
 
 
 def plain_loop(
     lm: LanguageModel, layer: int, request: tuple[Fact, str], original: Tensor, settings: EditSettings
 ) -> tuple[Tensor, list[float]]:
-    """The best change of W k* (D,), and the loss at every step; arguments as for `rome_lab.values.Objective`.
+    """The best change of W k* (D,), and the loss at every step; arguments as for `rome_lab.editing.values.Objective`.
 
     It also makes the gradients of the weights, which nobody needs, unless these are frozen.
     """
@@ -87,7 +86,7 @@ def plain_edit(
     settings = replace(settings, prefixes=settings.prefixes or plain_prefixes(lm, settings))
     keys = [plain_key(lm, layer, fact, prefix) for prefix in settings.prefixes]
     k_star = torch.stack(keys).mean(0)
-    original = weight(lm, layer).double() @ k_star
+    original = lm.weight(layer).double() @ k_star
     delta, _ = plain_loop(lm, layer, request, original, settings)
     u = torch.linalg.solve(C.to(k_star), k_star)
     return delta.double() / (u @ k_star), u

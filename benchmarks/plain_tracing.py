@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from rome_lab import FixedNoise, GaussianNoise, LanguageModel
-from rome_lab.corruption import noise_key
-from rome_lab.prompts import Prompt, read_prompt
-from rome_lab.tracing import Settings, restore, run_clean_and_corrupted
+from rome_lab.facts.prompts import Prompt, read_prompt
+from rome_lab.tracing.corruption import noise_key
+from rome_lab.tracing.one_fact import restore
+from rome_lab.tracing.runs import TraceSettings, run_clean_and_corrupted
 from tests.oracle import FullForward
 
 BATCH = 32  # rows, the default of the library on PyPI
@@ -71,7 +72,7 @@ def forward(asked: Question) -> Tensor:
 
 def sweep(asked: Question, kinds: Collection[str], tokens: Tokens = None) -> Tables:
     """p_restored (T, L) of each kind by rome_lab."""
-    settings = Settings(FixedNoise(asked.noise), window=asked.window)
+    settings = TraceSettings(FixedNoise(asked.noise), window=asked.window)
     runs = run_clean_and_corrupted(asked.lm, asked.prompt.text, asked.prompt.subject, settings)
     return {kind: restore(runs, kind, tokens=tokens).p_restored for kind in kinds}
 

@@ -13,9 +13,10 @@ from benchmarks.measure import Row, in_turns, ratios, row
 from benchmarks.plain_tracing import KINDS
 from benchmarks.tasks import Options
 from rome_lab import Fact, GaussianNoise, LanguageModel, Trace, Traces, known_facts, load_facts
-from rome_lab.known import rank
-from rome_lab.products import CHOICES, product_error, products
-from rome_lab.tracing import Settings, restore, run_clean_and_corrupted
+from rome_lab.facts.known import rank
+from rome_lab.models.process import PRODUCTS, product_error, products
+from rome_lab.tracing.one_fact import restore
+from rome_lab.tracing.runs import TraceSettings, run_clean_and_corrupted
 
 REFERENCE, FAST, LOW = "float32, default products", "float32, fast products", "bfloat16"
 TRIED = 10  # times as many facts as are wanted are tried
@@ -26,7 +27,9 @@ def precision(lm: LanguageModel, options: Options, repetitions: int) -> list[Row
     facts = sorted(load_facts(options.dataset), key=lambda fact: rank(0, fact))[: TRIED * options.traced]
     facts = list(known_facts(lm, facts, options.traced, progress=False)) or facts[: options.traced]
     low = lower(lm, torch.bfloat16)
-    settings, low_settings = (Settings(GaussianNoise().measured(x), options.samples, options.window) for x in (lm, low))
+    settings, low_settings = (
+        TraceSettings(GaussianNoise().measured(x), options.samples, options.window) for x in (lm, low)
+    )
     ways = {
         REFERENCE: partial(traced, lm, settings),
         FAST: products("fast")(partial(traced, lm, settings)),
@@ -37,7 +40,7 @@ def precision(lm: LanguageModel, options: Options, repetitions: int) -> list[Row
         ways = {name: partial(way, facts) for name, way in ways.items()}
         times, results = in_turns(ways, repetitions, lm.device, warm_up)
     rows = []
-    for choice in CHOICES:
+    for choice in PRODUCTS:
         error = products(choice)(product_error)(lm.device)
         rows.append(row("precision", f"relative error of {choice} products", [error], "1"))
     for name, taken in times.items():
@@ -54,7 +57,7 @@ def lower(lm: LanguageModel, dtype: torch.dtype) -> LanguageModel:
     return LanguageModel(copy.deepcopy(lm.model).to(dtype), lm.tokenizer, name=f"{lm.name}, {dtype}")
 
 
-def traced(lm: LanguageModel, settings: Settings, facts: Sequence[Fact]) -> list[list[Trace]]:
+def traced(lm: LanguageModel, settings: TraceSettings, facts: Sequence[Fact]) -> list[list[Trace]]:
     """The traces of each fact's prompt, to the answer that the model gives now."""
     runs = (run_clean_and_corrupted(lm, fact.prompt, fact.subject, settings) for fact in facts)
     return [[restore(one, kind) for kind in KINDS] for one in runs]

@@ -19,14 +19,13 @@ from benchmarks.measure import Work
 from benchmarks.plain import plain_loop
 from benchmarks.plain_tracing import WAYS, Question, forward
 from rome_lab import Fact, LanguageModel, known_facts, load_facts
-from rome_lab.covariance import covariances, run_to_keys
-from rome_lab.editing import default_settings
-from rome_lab.edits import weight
-from rome_lab.keys import k_star, sample_prefixes
-from rome_lab.known import rank
-from rome_lab.store import Json, Store
-from rome_lab.update import precise
-from rome_lab.values import EditSettings, Objective, optimise_value
+from rome_lab.base.store import Json, Store
+from rome_lab.editing.keys import k_star, run_to_keys, sample_prefixes
+from rome_lab.editing.second_moment import covariances
+from rome_lab.editing.settings import EditSettings, default_settings
+from rome_lab.editing.update import precise
+from rome_lab.editing.values import Objective, optimise_value
+from rome_lab.facts.known import rank
 from tests.oracle import plain_known_fact
 
 NEW_TOKENS = 16  # within which an object must be named: the default of known_facts
@@ -155,7 +154,7 @@ class Sought:
     @classmethod
     def of(cls, lm: LanguageModel, layer: int, settings: EditSettings) -> Sought:
         prefixes = settings.prefixes or sample_prefixes(lm, settings.prefix_lengths, settings.seed)
-        original = weight(lm, layer).double() @ k_star(lm, FACT, layer, "averaged", prefixes)[:, 0].double()
+        original = lm.weight(layer).double() @ k_star(lm, FACT, layer, "averaged", prefixes)[:, 0].double()
         return cls(layer, (FACT, TARGET), original, replace(settings, prefixes=prefixes))
 
     def shipped(self, lm: LanguageModel) -> Tensor:

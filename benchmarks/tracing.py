@@ -32,9 +32,9 @@ from benchmarks.plain_tracing import KINDS, WAYS, Question, forward, sweep
 from benchmarks.precision import precision
 from benchmarks.tasks import TASKS, Options, prepared
 from rome_lab import Fact, LanguageModel
-from rome_lab.cost import Shape
-from rome_lab.growth import growth
-from rome_lab.products import CHOICES, products
+from rome_lab.models.process import PRODUCTS, products
+from rome_lab.studies.cost.counting import Shape
+from rome_lab.studies.cost.growth import growth_of_one_trace
 
 PARTS = ("trace", "floor", "precision", "growth", "tasks", "memory")
 MANY = 1000  # facts, to which the time of one is extrapolated
@@ -46,8 +46,8 @@ def trace(asked: Question, kinds: Sequence[str], repetitions: int) -> list[Row]:
     lm, last = asked.lm, [len(asked.prompt.ids) - 1]
     rows = []
     for kind in kinds:
-        ways = {(n, c): with_products(c, partial(w, asked, (kind,))) for n, w in WAYS.items() for c in CHOICES}
-        forwards = {("one plain forward", c): with_products(c, partial(forward, asked)) for c in CHOICES}
+        ways = {(n, c): with_products(c, partial(w, asked, (kind,))) for n, w in WAYS.items() for c in PRODUCTS}
+        forwards = {("one plain forward", c): with_products(c, partial(forward, asked)) for c in PRODUCTS}
         warm_up = [partial(way, tokens=last) for way in ways.values()]
         times, results = in_turns(forwards | ways, repetitions, lm.device, [*forwards.values(), *warm_up])
         exact = results["one forward a cell", "default"][kind]
@@ -82,7 +82,7 @@ def with_products(choice: str, work: Callable[..., object]) -> Callable[..., obj
 
 def all_kinds(asked: Question, repetitions: int) -> list[Row]:
     """Part "trace": the three kinds of one fact by the sweep, which share their clean and corrupted runs."""
-    ways = {choice: with_products(choice, partial(sweep, asked, KINDS)) for choice in CHOICES}
+    ways = {choice: with_products(choice, partial(sweep, asked, KINDS)) for choice in PRODUCTS}
     times, _ = in_turns(ways, repetitions, asked.lm.device, warm_up=ways.values())
     rows = []
     for choice, taken in times.items():
@@ -96,7 +96,7 @@ def grown(lm: LanguageModel, given: argparse.Namespace) -> list[Row]:
     """Part "growth"."""
     at = Shape(tokens=9, samples=GROWN_SAMPLES, window=given.window)
     numbers = (given.lengths, given.depths, given.sample_numbers)
-    found = growth(lm, *numbers, at=at, repetitions=given.repetitions)
+    found = growth_of_one_trace(lm, *numbers, at=at, repetitions=given.repetitions)
     spread = found.rename(columns={"seconds": "median", "gflop": "GFLOP", "mb": "peak MB", "expected_mb": "counted MB"})
     measure = spread["along"] + " " + spread["at"].astype(str) + ": state, sweep"
     columns = ["median", "least", "greatest", "forwards", "GFLOP", "peak MB", "counted MB"]
@@ -136,8 +136,8 @@ def run(given: argparse.Namespace) -> pd.DataFrame:
     parts: dict[str, Callable[[], list[Row]]] = {
         "trace": lambda: trace(asked, given.kinds, given.repetitions) + all_kinds(asked, given.repetitions),
         "floor": lambda: [
-            *(x for kind in given.kinds for choice in CHOICES for x in floor(asked, kind, choice, given.repetitions)),
-            *(x for choice in CHOICES for x in idle(asked, KINDS, choice, given.repetitions)),
+            *(x for kind in given.kinds for choice in PRODUCTS for x in floor(asked, kind, choice, given.repetitions)),
+            *(x for choice in PRODUCTS for x in idle(asked, KINDS, choice, given.repetitions)),
         ],
         "precision": lambda: precision(lm, options, given.repetitions),
         "growth": lambda: grown(lm, given),

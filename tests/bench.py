@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rome_lab.case import Case
-from rome_lab.facts import Fact
-from rome_lab.finetuning import Tuning
-from rome_lab.judging import JudgeSettings
-from rome_lab.methods import METHODS, FineTuning, Method
-from rome_lab.values import EditSettings
+from rome_lab.editing.fine_tuning import Tuning
+from rome_lab.editing.methods import METHODS, FineTuning, Method
+from rome_lab.editing.settings import EditSettings
+from rome_lab.evaluation.case import Case
+from rome_lab.evaluation.judging import JudgeSettings
+from rome_lab.facts.fact import Fact
 
 EDITING = EditSettings(prefix_lengths=(3, 4), steps=3)
 JUDGING = JudgeSettings(new_tokens=4, text_tokens=8)

@@ -12,10 +12,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from rome_lab.completion import Outcome
-from rome_lab.facts import Fact
-from rome_lab.known import shuffled
-from rome_lab.models import LanguageModel
+from rome_lab.facts.completion import Outcome
+from rome_lab.facts.fact import Fact
+from rome_lab.facts.known import templates_in_order
+from rome_lab.models.language_model import LanguageModel
 
 
 def first(output):
@@ -118,7 +118,7 @@ def judge_by_search(text: str, begin: int, answer: str) -> tuple[Outcome, int | 
 
 def plain_known_fact(lm: LanguageModel, fact: Fact, seed: int, limit: int) -> Fact | None:
     """One prompt at a time with transformers' own generation, searched with regular expressions."""
-    for template in shuffled(fact, seed):
+    for template in templates_in_order(fact, seed):
         asked = replace(fact, template=template)
         ids = lm.tokenizer(asked.prompt, return_tensors="pt")["input_ids"].to(lm.device)
         whole = lm.model.generate(ids, attention_mask=ids == ids, max_new_tokens=limit, do_sample=False, pad_token_id=1)

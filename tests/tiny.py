@@ -9,9 +9,9 @@ import transformers as tf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rome_lab.facts import Fact
-from rome_lab.models import LanguageModel
-from rome_lab.prompts import continuation_ids
+from rome_lab.facts.fact import Fact
+from rome_lab.facts.prompts import continuation_ids
+from rome_lab.models.language_model import LanguageModel
 
 TEXT = [
     "The Eiffel Tower is located in the city of Paris, and the Colosseum stands in Rome.",

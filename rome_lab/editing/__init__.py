@@ -1,0 +1,50 @@
+"""TODO front door editing."""
+
+from rome_lab.editing.auditing import TEXT, audit
+from rome_lab.editing.edit import Edit, load_edit
+from rome_lab.editing.edit_files import describe_edit
+from rome_lab.editing.exact import check_requests, rome, rome_many, traced_layer
+from rome_lab.editing.keys import key_size, prefixed_prompt, run_to_keys, sample_prefixes, subject_keys
+from rome_lab.editing.methods import METHODS, SEARCH, Method, Proposal, Rome
+from rome_lab.editing.optimised import Optimised, Request
+from rome_lab.editing.second_moment import covariance, covariances
+from rome_lab.editing.settings import KEYS, EditSettings, default_settings
+from rome_lab.editing.texts import FolderText, SampledText, Source, WikipediaText
+from rome_lab.editing.update import ENOUGH, Factor, factorise, solve_update
+
+__all__ = [
+    "ENOUGH",
+    "Edit",
+    "EditSettings",
+    "Factor",
+    "FolderText",
+    "KEYS",
+    "METHODS",
+    "Method",
+    "Optimised",
+    "Proposal",
+    "Request",
+    "Rome",
+    "SEARCH",
+    "SampledText",
+    "Source",
+    "TEXT",
+    "WikipediaText",
+    "audit",
+    "check_requests",
+    "covariance",
+    "covariances",
+    "default_settings",
+    "describe_edit",
+    "factorise",
+    "key_size",
+    "load_edit",
+    "prefixed_prompt",
+    "rome",
+    "rome_many",
+    "run_to_keys",
+    "sample_prefixes",
+    "solve_update",
+    "subject_keys",
+    "traced_layer",
+]

@@ -1,0 +1,177 @@
+"""Edits as things: `Edit`, applied to a model and undone again, bit for bit; saved, and loaded by `load_edit`.
+
+A LanguageModel keeps the edits in force in `lm.edits` and, for each matrix that they change, its original weight in
+`lm.overlay.originals`. The weight in force is always the original one plus the sum of the updates, rounded once. So edits can be
+undone in any order, and what is left after the last one is the original itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rome_lab.editing.edit_files import VECTORS, read_edit, write_edit
+from rome_lab.editing.settings import EditSettings
+from rome_lab.facts import Fact
+from rome_lab.models import LanguageModel
+
+PLAIN_FIELDS = (
+    "targets",
+    "layer",
+    "module",
+    "converged",
+    "constraint_error",
+    "model",
+    "fingerprint",
+)  # JSON as they are
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """An exact change of one matrix, W_hat = W + Lambda uT, such that W_hat k* = v* (Appendix A, Eqns 13 and 17).
+
+    With one fact and one key the vectors are 1-D; otherwise they have n columns, the keys of each fact side by side.
+
+    Attributes:
+        facts, targets: what was edited, and what the model is to say instead of each fact's object.
+        layer, module: where W is.
+        k_star: (H,) or (H, n) float32, the keys.
+        v_star: (D,) or (D, n) float32, the value that W_hat gives each key.
+        Lambda: (D,) or (D, n) float32.
+        u: (H,) or (H, n) float32, C^-1 k*.
+        settings: how v* was found, with the prefixes that were used.
+        history: the optimisation of v*, a row a step: step, loss, nll, kl, weight_decay, p_target, norm, as in
+            `rome_lab.editing.values.Value`, and fact, its place in `facts`.
+        converged: whether v* makes every target probable enough; where it is False, v* is the best that was found.
+        constraint_error: largest |W_hat k* - v*| / |v*| of the weights as stored when the edit was made.
+        model, fingerprint: the model that the edit is for; see `fingerprint_without_edits`.
+    """
+
+    facts: tuple[Fact, ...]
+    targets: tuple[str, ...]
+    layer: int
+    module: str
+    k_star: Float[Tensor, "H ..."]
+    v_star: Float[Tensor, "D ..."]
+    Lambda: Float[Tensor, "D ..."]
+    u: Float[Tensor, "H ..."]
+    settings: EditSettings
+    history: pd.DataFrame
+    converged: bool
+    constraint_error: float
+    model: str
+    fingerprint: str
+
+    def __str__(self) -> str:
+        said = "; ".join(f"{x.prompt!r} -> {target!r}" for x, target in zip(self.facts, self.targets, strict=True))
+        return f"edit of layer {self.layer} of {self.model}: {said}" + ("" if self.converged else " (not converged)")
+
+    @property
+    def fact(self) -> Fact:
+        """The fact that was edited; the first of several."""
+        return self.facts[0]
+
+    @property
+    def target(self) -> str:
+        """What the model is to say; of the first of several facts."""
+        return self.targets[0]
+
+    @property
+    def delta(self) -> Float[Tensor, "D H"]:
+        """W_hat - W, float64: a sum of outer products, added up one by one so that every machine gets the same bits."""
+        columns = zip(
+            self.Lambda.double().view(len(self.Lambda), -1).T, self.u.double().view(len(self.u), -1).T, strict=True
+        )
+        return sum(torch.outer(Lambda, u) for Lambda, u in columns)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the edit does, and to which model: two edits with the same digest are the same edit."""
+        digest = hashlib.sha256(json.dumps([self.fingerprint, self.layer, self.Lambda.shape]).encode())
+        for tensor in (self.Lambda, self.u):
+            digest.update(tensor.contiguous().numpy())
+        return digest.hexdigest()
+
+    def save(self, path: str | Path) -> Path:
+        """Write the edit to one safetensors file, whole or not at all; returns its path.
+
+        Raises:
+            OSError: the folder cannot be written; the message says why and what to do.
+        """
+        about = {name: getattr(self, name) for name in PLAIN_FIELDS}
+        about |= {"facts": [asdict(fact) for fact in self.facts], "settings": asdict(self.settings)}
+        about["history"] = self.history.to_dict("split", index=False)
+        return write_edit(path, {name: getattr(self, name) for name in VECTORS}, about)
+
+    def is_applied(self, lm: LanguageModel) -> bool:
+        """Whether this edit, or one loaded from its file, is in force."""
+        return self.digest in [edit.digest for edit in lm.edits]
+
+    def apply(self, lm: LanguageModel) -> None:
+        """Put the edit in force, beside those that are.
+
+        Raises:
+            ValueError: it is in force already, it is for another model or does not fit, or the weights would overflow.
+        """
+        if self.is_applied(lm):
+            raise ValueError(f"apply: the {self} is in force already; undo it first to apply it anew.")
+        if self.fingerprint != lm.identity(edited=False).fingerprint:
+            raise ValueError(
+                f"apply: the {self} is for another model than the {lm.name} that is loaded (in {lm.dtype}); "
+                "load the model that it was made on, in the same dtype, or make the edit anew."
+            )
+        if self.layer >= lm.n_layers or lm.weight(self.layer).shape != (len(self.Lambda), len(self.u)):
+            raise ValueError(f"apply: the {self} does not fit the matrices of {lm.name}; make the edit anew.")
+        lm.overlay.put([*lm.edits, self])
+
+    def undo(self, lm: LanguageModel) -> None:
+        """Take the edit back; the others stay in force. Once none is, the weights are bit for bit the original ones.
+
+        Raises:
+            ValueError: it is not in force.
+        """
+        if not self.is_applied(lm):
+            raise ValueError(f"undo: the {self} is not in force in this {lm.name}; lm.edits lists those that are.")
+        lm.overlay.put([edit for edit in lm.edits if edit.digest != self.digest])
+
+    @contextlib.contextmanager
+    def applied(self, lm: LanguageModel) -> Iterator[LanguageModel]:
+        """Within the context `lm` is edited; after it, also after an exception, it is bit for bit what it was."""
+        before = self.is_applied(lm)
+        try:
+            self.apply(lm)  # inside, so that Ctrl-C just after it is no exception
+            yield lm
+        finally:
+            if not before and self.is_applied(lm):
+                self.undo(lm)
+
+
+def load_edit(path: str | Path) -> Edit:
+    """The edit that `Edit.save` wrote. Whether it fits a model is checked when it is applied.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no edit, it was truncated or altered, or what it holds does not fit together.
+    """
+    vectors, about = read_edit(path)
+    try:
+        return Edit(
+            facts=tuple(Fact(**fact) for fact in about["facts"]),
+            targets=tuple(about["targets"]),
+            settings=EditSettings(**about["settings"]),
+            history=pd.DataFrame(**about["history"]),
+            **{name: about[name] for name in PLAIN_FIELDS if name != "targets"},
+            **vectors,
+        )
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"load_edit: {path} does not hold a possible edit: {reason}; save the edit anew.") from error

@@ -1,0 +1,207 @@
+"""Fine-tuning of one W, to compare with: FT, and FT+L within an L-infinity bound (Zhu et al., 2020).
+
+fine_tune(lm, requests, tuning)    the change of W that it ends with; `lm` is unchanged
+default_tuning(lm, name)           layer and numbers of "ft" and "ft-linf" for the model
+
+The change dW is a variable of its own, added to what W says at every token; no weight is written. Below the edited layer
+nothing depends on it, so the texts are run once and recorded, and each step drives the blocks from that layer up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rome_lab.base import check_whole
+from rome_lab.facts import Fact, continuation_ids, read_prompt
+from rome_lab.models import (
+    Change,
+    LanguageModel,
+    Recording,
+    at_least_float32,
+    record_run,
+    run_block,
+    run_blocks,
+    side_by_side,
+)
+
+TEXTS_TOGETHER = 16  # texts in one pass: more would only take more memory
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How to fine-tune one W; but for the layer, the numbers published for GPT-2 XL by default.
+
+    Attributes:
+        layer: whose W to change.
+        learning_rate: of Adam.
+        steps: of Adam, at most.
+        bound: greatest change of any one weight, for FT+L; None for FT.
+        enough: loss, in nats, below which to stop.
+
+    Raises:
+        ValueError: one of them is out of its range.
+    """
+
+    layer: int
+    learning_rate: float = 5e-4
+    steps: int = 25
+    bound: float | None = None
+    enough: float = 1e-2
+
+    def __post_init__(self) -> None:
+        check_whole("Tuning", layer=(self.layer, 0), steps=(self.steps, 1))
+        for name in ("learning_rate", "bound", "enough"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"Tuning: {name} is {value!r}; expected a finite number above 0.")
+
+
+PUBLISHED_TUNINGS = {"ft": Tuning(21), "ft-linf": Tuning(0, bound=5e-4)}
+PUBLISHED_LAYERS = 48  # of GPT-2 XL
+TUNINGS = {  # those of the embedded model are the best of notebooks/search.ipynb
+    "gpt2-xl": PUBLISHED_TUNINGS,
+    "smollm2-135m": {"ft": Tuning(0, learning_rate=1e-3), "ft-linf": Tuning(0, bound=5e-3)},
+}
+
+
+def default_tuning(lm: LanguageModel, name: str) -> Tuning:
+    """The entry "ft" or "ft-linf" of `DEFAULTS` for the model, by the last part of its name.
+
+    For other models it is the published one, at the same relative depth.
+    """
+    known = TUNINGS.get(lm.name.rsplit("/", 1)[-1].lower())
+    if known:
+        return known[name]
+    return replace(PUBLISHED_TUNINGS[name], layer=PUBLISHED_TUNINGS[name].layer * lm.n_layers // PUBLISHED_LAYERS)
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """Where the fine-tuning has come to.
+
+    Attributes:
+        delta: (D, H) W_hat - W, float32 at least.
+        losses: before the first step and after each; the last one is that of `delta`.
+    """
+
+    delta: Float[Tensor, "D H"]
+    losses: tuple[float, ...]
+
+
+def fine_tune(lm: LanguageModel, requests: Sequence[tuple[Fact, str]], tuning: Tuning) -> Tuned:
+    """Fine-tune one W by Adam until the model says the targets.
+
+        loss = -1/R sum_r log P[target_r | prompt_r]
+
+    After each step of FT+L every weight is brought back to within the bound of its original value (Zhu et al., 2020).
+
+    Differs: the authors' code reads the probabilities of all tokens of a target at the prompt's last token, as if each
+    of them came first, and takes their mean; here each token follows those before it, and all of them count. Several
+    requests share each step, where the authors' code makes a step for each.
+
+    Args:
+        requests: R pairs of a fact and its target.
+
+    Raises:
+        ValueError: there are no requests, the model has no such layer, a text is too long, a target is empty, or the
+            loss is NaN or infinite.
+    """
+    if not requests:
+        raise ValueError("fine_tune: there is nothing to edit; give at least one fact with its target.")
+    if tuning.layer >= lm.n_layers:
+        raise ValueError(
+            f"fine_tune: layer is {tuning.layer}; {lm.name} has the layers 0 to {lm.n_layers - 1}, so choose one of them."
+        )
+    batches = record_batches(lm, requests, tuning.layer)
+    W = lm.weight(tuning.layer)
+    delta = torch.zeros(W.shape, dtype=torch.promote_types(torch.float32, W.dtype), device=W.device, requires_grad=True)
+    adam = torch.optim.Adam([delta], lr=tuning.learning_rate)
+    losses: list[float] = []
+    while True:
+        loss, delta.grad = loss_and_gradient(lm, batches, tuning.layer, delta, len(requests))
+        losses.append(loss)
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"fine_tune: the loss is {loss} after {len(losses) - 1} steps, because {lm.name} overflows or the learning "
+                f'rate {tuning.learning_rate} is too large; load it with dtype="float32", or lower the learning rate.'
+            )
+        if loss < tuning.enough or len(losses) > tuning.steps:
+            return Tuned(delta.detach(), tuple(losses))
+        adam.step()
+        if tuning.bound is not None:
+            with torch.no_grad():
+                delta.clamp_(-tuning.bound, tuning.bound)
+
+
+@dataclass(frozen=True, eq=False)
+class TargetBatch:
+    """Prompts with their targets behind them, recorded once below the edited layer.
+
+    Attributes:
+        recording: with the states that go into the edited layer and nothing else; B rows, padded on the right, where
+            no token of a causal model sees it.
+        rows, places: (N,) where the next token is one of a target.
+        target_ids: (N,) that token.
+    """
+
+    recording: Recording
+    rows: Int[Tensor, " N"]
+    places: Int[Tensor, " N"]
+    target_ids: Int[Tensor, " N"]
+
+    def log_p(self, lm: LanguageModel, layer: int, delta: Tensor) -> Tensor:
+        """(N,) log probabilities of the target tokens, with delta k added to what W says of each key k."""
+        (hidden,) = self.recording.states
+        with side_by_side(lm, [Change(layer, delta)], [0] * len(hidden)):
+            hidden = run_block(lm, layer, hidden, self.recording)  # (B, T, D)
+        hidden = run_blocks(lm, range(layer + 1, lm.n_layers), hidden, self.recording)
+        log_p = at_least_float32(lm.logits(hidden.to(lm.device)[self.rows, self.places])).log_softmax(-1)
+        return log_p.gather(1, self.target_ids[:, None])[:, 0]
+
+
+def record_batches(lm: LanguageModel, requests: Sequence[tuple[Fact, str]], layer: int) -> list[TargetBatch]:
+    """The requests' texts, `TOGETHER` at a time, those of like length together."""
+    texts = []
+    for fact, target in requests:
+        prompt, said = read_prompt(lm, fact).ids.tolist(), continuation_ids(lm, fact.prompt, target)
+        length = len(prompt) + len(said) - 1
+        if length > lm.context_length:
+            raise ValueError(
+                f"fine_tune: the prompt {fact.prompt!r} with its target has {length} tokens, but {lm.name} reads at most "
+                f"{lm.context_length}; shorten it."
+            )
+        texts.append((prompt, said))
+    texts.sort(key=lambda text: len(text[0]) + len(text[1]))
+    return [record_batch(lm, texts[i : i + TEXTS_TOGETHER], layer) for i in range(0, len(texts), TEXTS_TOGETHER)]
+
+
+def record_batch(lm: LanguageModel, texts: Sequence[tuple[list[int], list[int]]], layer: int) -> TargetBatch:
+    """Record pairs of a prompt's and its target's token ids, the longest text last."""
+    ids = torch.zeros(len(texts), len(texts[-1][0]) + len(texts[-1][1]) - 1, dtype=torch.long)
+    places = []  # (row, place, target id)
+    for row, (prompt, said) in enumerate(texts):
+        ids[row, : len(prompt) + len(said) - 1] = torch.tensor(prompt + said[:-1])
+        places += [(row, len(prompt) - 1 + i, token) for i, token in enumerate(said)]
+    whole = record_run(lm, ids.to(lm.device), lambda embedded: None)
+    lm.check_finite(whole.logits, "fine_tune")
+    needed = replace(whole, states=[whole.states[layer]], attn=[], mlp=[], keys=[], values=[])
+    return TargetBatch(needed, *torch.tensor(places, device=lm.device).T)
+
+
+def loss_and_gradient(
+    lm: LanguageModel, batches: Sequence[TargetBatch], layer: int, delta: Tensor, n_requests: int
+) -> tuple[float, Tensor]:
+    """The loss at `delta`, and its gradient (D, H); a batch at a time, so that only one is held in memory."""
+    total, gradient = 0.0, torch.zeros_like(delta)
+    with torch.enable_grad():
+        for batch in batches:
+            loss = -batch.log_p(lm, layer, delta).sum() / n_requests
+            gradient += torch.autograd.grad(loss, [delta])[0]
+            total += float(loss.detach())
+    return total, gradient

@@ -1,0 +1,291 @@
+"""Methods that make a model say something else, behind one interface: requests in, a Change out, the model unchanged.
+
+METHODS                          name -> Method as it is compared: a row each of one table
+SEARCH                           name -> as many configurations of each method that has something to choose
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rome_lab.base import Json, code_version
+from rome_lab.editing.exact import NothingToEdit, check_independent, distinct
+from rome_lab.editing.fine_tuning import Tuning, default_tuning, fine_tune
+from rome_lab.editing.keys import opening_key
+from rome_lab.editing.optimised import Optimised, Optimum, Request
+from rome_lab.editing.settings import PARTS, EditSettings, default_settings
+from rome_lab.editing.texts import SampledText, Source, source_of
+from rome_lab.editing.update import Factor, solve_update
+from rome_lab.models import Change, LanguageModel
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal(Change):
+    """The Change that a method makes of requests.
+
+    Attributes:
+        remark: what whoever reads the result should know, such as that v* did not converge; "" where there is nothing.
+        failed: in a `rome_lab.studies.many_edits`: whether the last request could not be met; the remark says why.
+    """
+
+    remark: str = ""
+    failed: bool = False
+
+
+class Method(Protocol):
+    """A way to make a model say something else.
+
+    A method may leave choices to the model's defaults; `settled` makes them.
+
+    Attributes:
+        together: how many requests `evaluate` gives it at once. Where that is more than one, `many_edits` gives it all.
+    """
+
+    name: str
+    together: int
+
+    def settled(self, lm: LanguageModel) -> Method:
+        """The same method with nothing left to choose for this model."""
+
+    def describe(self) -> dict[str, Json]:
+        """All that determines a settled method's Change besides `lm.identity().key()` and the requests; name and together do not."""
+
+    def change(self, lm: LanguageModel, requests: Sequence[Request], optimised: Optimised) -> Proposal:
+        """The one Change that meets all requests; `lm` is unchanged."""
+
+
+@dataclass(frozen=True)
+class Rome:
+    """ROME: the smallest change of W that maps the keys to v* (Appendix A, Eqn 17), of all requests at once.
+
+        dW = Lambda (C^-1 K*)T,  Lambda = (V* - W K*) (K*T C^-1 K*)^-1
+
+    v* is the same whatever the key: W k* + delta of the averaged k*, with delta found once. So methods of this family
+    differ in nothing but what they map to v* and how they measure the smallness of a change. A v* that did not converge
+    is used and remarked on. Requests whose target the model says already are left out and remarked on; where none is
+    left, there is no change (`Proposal.delta` is None).
+
+    Attributes:
+        key: one of `rome_lab.editing.settings.KEYS`, of which "averaged" is the paper's; by default that of the settings.
+        layer, settings: by default those of `default_settings`.
+        source: text that C is measured on.
+        together: see `Method`.
+    """
+
+    solution: ClassVar[str] = "exact"
+    name: str = "rome"
+    key: str | None = None
+    layer: int | None = None
+    settings: EditSettings | None = None
+    source: Source = field(default_factory=SampledText)
+    together: int = 1
+
+    def settled(self, lm: LanguageModel) -> Rome:
+        """Raises a ValueError where no layer is known for the model, or it has no such layer."""
+        default = default_settings(lm)
+        layer = default.layer if self.layer is None else self.layer
+        if layer not in range(lm.n_layers):
+            raise ValueError(
+                f"{self.name}: layer is {layer!r}; {lm.name} has the layers 0 to {lm.n_layers - 1}. Choose one, say where a "
+                f'causal trace of MLP outputs has its peak: dataclasses.replace(METHODS["{self.name}"], layer=...).'
+            )
+        settings = self.settings or default.settings
+        return replace(self, layer=layer, settings=settings, key=self.key or settings.key)
+
+    def describe(self) -> dict[str, Json]:
+        check_settled(self.name, self.layer, self.settings, self.key)
+        settings = {name: value for name, value in asdict(self.settings).items() if name != "key"}
+        chosen = {"key": self.key, "layer": self.layer, "settings": settings, "C": self.source.describe()}
+        return {"method": "rome", "code": code_version(__name__), "solution": self.solution, **chosen}
+
+    def change(self, lm: LanguageModel, requests: Sequence[Request], optimised: Optimised) -> Proposal:
+        method = self.settled(lm)
+        optima, remarks = [], []
+        for request in requests:
+            try:
+                optima.append(optimised.find(request, method.layer, method.settings))
+            except NothingToEdit as reason:
+                remarks.append(str(reason))
+                continue
+            if not optima[-1].converged:
+                p, prompt = optima[-1].p_target, request[0].prompt
+                remarks.append(f"v* did not converge: {prompt!r} -> {request[1]!r} has a mean probability of {p:.2f}")
+        remark = "; ".join(remarks)
+        if not optima:
+            return Proposal(remark=remark)
+        return Proposal(method.layer, method.solve(lm, method.factor(lm, optimised), optima).float(), remark=remark)
+
+    def factor(self, lm: LanguageModel, optimised: Optimised) -> Factor:
+        """Of the matrix that measures the smallness of a change."""
+        return optimised.factor(self.layer, self.source)
+
+    def solve(self, lm: LanguageModel, factor: Factor, optima: Sequence[Optimum]) -> Float[Tensor, "D H"]:
+        """dW, float64."""
+        keys = [distinct(lm, self.layer, factor, self.keys_of(lm, x)) for x in optima]
+        check_independent(lm, self.layer, factor, [x.request for x in optima], keys)
+        stars = [x.v_star[:, None].expand(-1, K.shape[1]) for x, K in zip(optima, keys, strict=True)]
+        return solve_update(lm.weight(self.layer), factor, torch.cat(keys, dim=1), torch.cat(stars, dim=1)).delta.cpu()
+
+    def keys_of(self, lm: LanguageModel, optimum: Optimum) -> Float[Tensor, "H n"]:
+        """What `k_star` would find for the method's choice of the key."""
+        found = {"bare": optimum.keys[:, :1], "averaged": optimum.keys[:, 1:]}
+        if "opening" in PARTS[self.key]:
+            found["opening"] = opening_key(lm, optimum.request[0], self.layer).cpu()
+        return torch.cat([found[part] for part in PARTS[self.key]], dim=1)
+
+
+@dataclass(frozen=True)
+class IdentityRome(Rome):
+    """ROME with C replaced by the identity: the change of least Frobenius norm. What it loses is what C buys."""
+
+    solution: ClassVar[str] = "identity"
+
+    def factor(self, lm: LanguageModel, optimised: Optimised) -> Factor:
+        return Factor(torch.eye(lm.weight(self.layer).shape[1], dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class MismatchedRome(Rome):
+    """The update of the authors' published code, in which k* is averaged in one place and bare in two others.
+
+        dW = Lambda uT,  u = C^-1 k_averaged / |C^-1 k_averaged|,  Lambda = (v* - W k_bare) / (uT k_bare)
+
+    W_hat maps k_bare to v*, but in a direction that is not that of k_bare: the change is larger than it need be, and
+    k_averaged, which the direction belongs to, misses v*. What it loses is what exactness buys.
+
+    Differs: v* is that of the other methods, W k_averaged + delta; the authors' code starts from W k_bare.
+    """
+
+    solution: ClassVar[str] = "mismatched"
+
+    def change(self, lm: LanguageModel, requests: Sequence[Request], optimised: Optimised) -> Proposal:
+        if len(requests) != 1:
+            raise ValueError(
+                f"{self.name}: the published update is of one fact, but {len(requests)} requests are given; give one, "
+                "or make one change after the other with sequence()."
+            )
+        return super().change(lm, requests, optimised)
+
+    def solve(self, lm: LanguageModel, factor: Factor, optima: Sequence[Optimum]) -> Float[Tensor, "D H"]:
+        (optimum,) = optima
+        bare, averaged = optimum.keys.double().T
+        u = factor.solve(averaged[:, None].to(factor.lower.device))[:, 0].cpu()
+        u = u / u.norm()
+        Lambda = (optimum.v_star - lm.weight(self.layer).cpu().double() @ bare) / (u @ bare)
+        return torch.outer(Lambda, u)
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Fine-tuning of one W, on all requests at once: FT, or FT+L where the tuning has a bound; see `fine_tune`.
+
+    Attributes:
+        name: "ft" or "ft-linf"; says which default to take.
+        tuning: by default that of `default_tuning`.
+    """
+
+    together: ClassVar[int] = 1
+    name: str = "ft"
+    tuning: Tuning | None = None
+
+    def settled(self, lm: LanguageModel) -> FineTuning:
+        return replace(self, tuning=self.tuning or default_tuning(lm, self.name))
+
+    def describe(self) -> dict[str, Json]:
+        check_settled(self.name, self.tuning)
+        return {"method": "fine-tuning", "code": code_version(__name__), **asdict(self.tuning)}
+
+    def change(self, lm: LanguageModel, requests: Sequence[Request], optimised: Optimised) -> Proposal:
+        tuning = self.settled(lm).tuning
+        return Proposal(tuning.layer, fine_tune(lm, requests, tuning).delta.float().cpu())
+
+
+@dataclass(frozen=True)
+class InContext:
+    """The facts stated before every prompt, each as a sentence of its own: prompt, target, full stop.
+
+    Attributes:
+        introduction: words before each of these sentences, with the blank that parts them.
+    """
+
+    together: ClassVar[int] = 1
+    name: str = "in-context"
+    introduction: str = ""
+
+    def settled(self, lm: LanguageModel) -> InContext:
+        return self
+
+    def describe(self) -> dict[str, Json]:
+        return {"method": "in-context", "introduction": self.introduction}
+
+    def change(self, lm: LanguageModel, requests: Sequence[Request], optimised: Optimised) -> Proposal:
+        stated = [f"{self.introduction}{fact.prompt.rstrip()} {target.strip()}." for fact, target in requests]
+        return Proposal(preamble="".join(f"{sentence} " for sentence in stated))
+
+
+@dataclass(frozen=True)
+class NoEdit:
+    """Nothing is changed."""
+
+    together: ClassVar[int] = 1
+    name: str = "none"
+
+    def settled(self, lm: LanguageModel) -> NoEdit:
+        return self
+
+    def describe(self) -> dict[str, Json]:
+        return {"method": "none"}
+
+    def change(self, lm: LanguageModel, requests: Sequence[Request], optimised: Optimised) -> Proposal:
+        return Proposal()
+
+
+def measured_on(method: Method, text: str | Path) -> Method:
+    """The same method with C, where it has to do with it, measured on what `rome_lab.editing.texts.source_of` makes of `text`."""
+    return replace(method, source=source_of(text)) if isinstance(method, Rome) else method
+
+
+def check_settled(name: str, *choices: object) -> None:
+    if None in choices:
+        raise ValueError(f"{name}: a choice is left to the model's defaults; describe what settled(lm) returns.")
+
+
+METHODS: Mapping[str, Method] = {
+    method.name: method
+    for method in (
+        NoEdit(),
+        Rome(),
+        Rome("rome-averaged", key="averaged"),
+        Rome("rome-bare", key="bare"),
+        Rome("rome-both", key="both"),
+        IdentityRome("rome-identity"),
+        MismatchedRome("rome-mismatched"),
+        Rome("joint", together=10),
+        FineTuning("ft"),
+        FineTuning("ft-linf"),
+        InContext(introduction="Breaking news: "),
+    )
+}
+# Eight configurations of each, for the embedded model.
+INTRODUCTIONS = ("", "New fact: ", "Fact: ", "Note: ", "Remember: ", "Breaking news: ", "It is known: ", "Suppose: ")
+SEARCH: Mapping[str, tuple[Method, ...]] = {
+    "rome": tuple(
+        Rome(layer=layer, settings=EditSettings(key="all", weight_decay=decay))
+        for layer in (2, 3, 4, 6)
+        for decay in (0.5, 0.1)
+    ),
+    "ft": tuple(
+        FineTuning("ft", Tuning(layer, learning_rate=rate)) for layer in (0, 3) for rate in (5e-4, 1e-3, 2e-3, 4e-3)
+    ),
+    "ft-linf": tuple(
+        FineTuning("ft-linf", Tuning(layer, bound=bound)) for layer in (0, 3) for bound in (1e-3, 3e-3, 5e-3, 1e-2)
+    ),
+    "in-context": tuple(InContext(introduction=words) for words in INTRODUCTIONS),
+}

@@ -1,0 +1,224 @@
+"""Values: v*, what W has to say at the subject's last token for the model to go on with the target (Appendix A).
+
+Only the tokens from the subject's last on, and only the layers from the edited one up, depend on the variable that is
+optimised. So every text is run once and recorded; each step then drives those blocks on those tokens alone, with the
+recorded keys and values standing for the rest, and makes logits only where they are read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from rome_lab.editing.keys import prefixed_prompt
+from rome_lab.editing.settings import EditSettings
+from rome_lab.facts import Fact, continuation_ids
+from rome_lab.models import (
+    LanguageModel,
+    Recording,
+    at_least_float32,
+    causal_mask,
+    output_changed,
+    record_run,
+    run_block,
+    run_blocks,
+)
+
+Callback = Callable[[Mapping[str, float]], bool | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """What the optimisation found.
+
+    Attributes:
+        delta: (D,), the change of what W says at the subject's last token: v* = W k* + delta.
+        history: a row a step, step 0 before any change: step, loss, nll, kl, weight_decay, p_target (a mean over the
+            prefixes), norm (|delta| in lengths of the original value). The terms add up to the loss.
+        converged: whether `delta` makes the target probable enough.
+    """
+
+    delta: Float[Tensor, " D"]
+    history: pd.DataFrame
+    converged: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Suffixes:
+    """Texts recorded once, of which the tokens from the subject's last one on are run again, all in one batch.
+
+    Attributes:
+        recording: their run as the model is, each text shifted so that its subject ends in the same place. What is then
+            left of a text is seen by none of its tokens.
+        begin: that place.
+    """
+
+    recording: Recording
+    begin: int
+
+    def run(self, lm: LanguageModel, layer: int, delta: Tensor) -> Tensor:
+        """(B, N, D): the last block's outputs at the suffixes, with `delta` added to what W says at their first tokens."""
+        hidden = self.recording.states[layer][:, self.begin :]
+        with output_changed(lm.memory(layer), lambda said: self.change(said, delta)):
+            hidden = run_block(lm, layer, hidden, self.recording)
+        return run_blocks(lm, range(layer + 1, lm.n_layers), hidden, self.recording)
+
+    def change(self, said: Tensor, delta: Tensor) -> Tensor:
+        """What W says, with `delta` added at the first token of every suffix."""
+        changed = said.clone()
+        changed.view(len(self.recording.logits), -1, len(delta))[:, 0] += delta.to(said)  # OPT hands over (B * T, D)
+        return changed
+
+
+def record_suffixes(lm: LanguageModel, texts: Sequence[Sequence[int]], begins: Sequence[int]) -> Suffixes:
+    """Record texts of any lengths, each with the place of its subject's last token, in one run of the model."""
+    begin = max(begins)
+    length = begin + max(len(text) - place for text, place in zip(texts, begins, strict=True))
+    if length > lm.context_length:
+        raise ValueError(
+            f"rome: a prompt with its prefix and its target has {length} tokens, but {lm.name} reads at most "
+            f"{lm.context_length}; shorten it."
+        )
+    # Padding right of a text cannot reach it in a causal model.
+    ids = torch.tensor([[*text, *[0] * (length - len(text))] for text in texts], device=lm.device)
+    recording = record_run(lm, ids, lambda embedded: None)
+    lm.check_finite(recording.states[-1], "rome")
+    return Suffixes(shifted(lm, recording, begin - torch.tensor(begins)), begin)
+
+
+def shifted(lm: LanguageModel, recording: Recording, shifts: Tensor) -> Recording:
+    """What `run_block` reads of a recording, every text moved right by its own number of places (B,).
+
+    Masks hide what moves in from the left.
+    """
+    n, length = recording.states[0].shape[:2]
+    # On the CPU, whose indices pick from tensors on any device.
+    source = (torch.arange(length) - shifts[:, None]) % length  # (B, T): place before the shift
+    rows, real = torch.arange(n)[:, None], source <= source[:, -1:]
+
+    def moved(name: str, value: object) -> object:
+        if name == "attention_mask":
+            mask = (causal_mask(lm, length) if value is None else value)[0, 0]
+            hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            seen = real[:, None].to(mask.device)
+            return mask[source[:, :, None], source[:, None]].where(seen, hidden)[:, None]  # (B, 1, T, T)
+        if isinstance(value, torch.Tensor) and value.ndim > 1:
+            return value[0][source]
+        return tuple(moved("", x) for x in value) if isinstance(value, tuple) else value
+
+    return replace(
+        recording,
+        states=[x[rows, source] for x in recording.states],
+        attn=[],
+        mlp=[],
+        keys=[x[rows, :, source].transpose(1, 2) for x in recording.keys],
+        values=[x[rows, :, source].transpose(1, 2) for x in recording.values],
+        arguments=[{name: moved(name, x) for name, x in given.items()} for given in recording.arguments],
+    )
+
+
+class Objective:
+    """The loss as a function of delta.
+
+        loss = -1/N sum_j log P[target | prefix_j + prompt] + kl KL(P' || P) + weight_decay |delta|^2 / |v|^2
+
+    All tokens of the target count. P' and P are the next-token distributions after "{subject} is a" with and without
+    delta; v is the original value, W k*. The bare prompt is one of the N texts.
+
+    Differs: the authors' code divides log P by the number of the target's tokens, reads the KL at the subject's last
+    token, and decays by |delta| / |v|^2, which depends on the scale of v and is next to nothing where v is long. Here
+    the decay has no unit, so that 0.5 means the same in every model.
+
+    Args:
+        original: (D,) v.
+        settings: with the prefixes that were sampled.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, layer: int, request: tuple[Fact, str], original: Tensor, settings: EditSettings
+    ) -> None:
+        fact, target = request
+        self.lm, self.layer, self.settings = lm, layer, settings
+        self.length = float(original.norm())
+        precision = torch.promote_types(torch.float32, lm.dtype)
+        self.start = torch.zeros(len(original), dtype=precision, device=lm.device)
+        self.target_ids = torch.tensor(continuation_ids(lm, fact.prompt, target), device=lm.device)
+        prompts = [prefixed_prompt(lm, fact, prefix) for prefix in ("", *(settings.prefixes or ()))]
+        prompts.append(prefixed_prompt(lm, replace(fact, template="{} is a", templates=())))
+        said = [self.target_ids[:-1].tolist()] * (len(prompts) - 1) + [[]]
+        begins = [prompt.subject_range[1] - 1 for prompt in prompts]
+        texts = [[*prompt.ids.tolist(), *more] for prompt, more in zip(prompts, said, strict=True)]
+        # The row of the batch and the place in the suffix of every token whose next one is asked for.
+        first = [len(prompt.ids) - 1 for prompt in prompts]
+        self.rows = [row for row, text in enumerate(texts) for _ in range(first[row], len(text))]
+        self.places = [place - begins[row] for row, text in enumerate(texts) for place in range(first[row], len(text))]
+        self.texts = record_suffixes(lm, texts, begins)
+        with torch.no_grad():
+            self.before = self.read_log_p(self.texts.recording.states[-1][:, self.texts.begin :])[-1]
+
+    def read_log_p(self, hidden: Tensor) -> Tensor:
+        """(N * target tokens + 1, V) next-token log probabilities: of the target in each text, and of the KL's text."""
+        return at_least_float32(self.lm.logits(hidden[self.rows, self.places])).log_softmax(-1)
+
+    def __call__(self, delta: Tensor) -> dict[str, Tensor]:
+        """The loss, its terms, and what is told of each step."""
+        log_p = self.read_log_p(self.texts.run(self.lm, self.layer, delta))
+        texts, essence = log_p[:-1].unflatten(0, (-1, len(self.target_ids))), log_p[-1]
+        places = self.target_ids.expand(len(texts), -1)[..., None]
+        log_target = texts.gather(2, places).sum(dim=(1, 2))  # (N,)
+        terms = {
+            "nll": -log_target.mean(),
+            "kl": self.settings.kl * (essence.exp() * (essence - self.before)).sum(),
+            "weight_decay": self.settings.weight_decay * delta.square().sum() / self.length**2,
+        }
+        told = {"p_target": log_target.exp().mean(), "norm": delta.norm() / self.length}
+        return {"loss": sum(terms.values()), **terms, **told}
+
+
+def optimise_value(objective: Objective, progress: bool = True, callback: Callback | None = None) -> Value:
+    """Minimise the objective by Adam, from no change, never further from it than the clamp allows.
+
+    Args:
+        callback: called with the row of the history at each step; where it returns True, the optimisation stops there.
+
+    Returns: the step with the least loss, marked as not converged where it leaves the target improbable.
+
+    Raises:
+        ValueError: the loss is NaN or infinite.
+    """
+    settings = objective.settings
+    delta = objective.start.clone().requires_grad_()
+    adam = torch.optim.Adam([delta], lr=settings.learning_rate)
+    rows, best, least = [], objective.start, float("inf")
+    for step in tqdm(range(settings.steps + 1), desc="v*", disable=not progress):
+        with torch.enable_grad():
+            terms = objective(delta)
+        rows.append({"step": step} | {name: float(term.detach()) for name, term in terms.items()})
+        if not math.isfinite(rows[-1]["loss"]):
+            raise ValueError(
+                f"rome: the loss is {rows[-1]['loss']} at step {step} of v*, because {objective.lm.name} overflows or "
+                'its settings are too large; load it with dtype="float32", or lower the learning rate.'
+            )
+        if rows[-1]["loss"] < least:
+            best, least = delta.detach().clone(), rows[-1]["loss"]
+        if (callback is not None and callback(rows[-1])) or step == settings.steps:
+            break
+        (delta.grad,) = torch.autograd.grad(terms["loss"], [delta])
+        adam.step()
+        with torch.no_grad():
+            delta.copy_(within(delta, settings.clamp * objective.length))
+    history = pd.DataFrame(rows)
+    reached = history.loc[history["loss"].idxmin(), "p_target"]
+    return Value(best, history, bool(reached >= settings.enough))
+
+
+def within(vector: Tensor, length: float) -> Tensor:
+    """`vector`, shortened to `length` where it is longer."""
+    return vector * (length / vector.norm()) if vector.norm() > length else vector

@@ -1,0 +1,174 @@
+"""Judge: what a model says of a case under many changes at once, side by side.
+
+judge(lm, case, changes, settings)   the metrics of `rome_lab.evaluation.metrics.METRICS` for one case, a dictionary a change
+judge_all(lm, asked)                 those of several cases, each under a change of its own
+damage(lm, change, settings)         nll and known of one change, whatever the case
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rome_lab.base import check_whole
+from rome_lab.editing import TEXT
+from rome_lab.evaluation.case import Case
+from rome_lab.evaluation.metrics import generation_entropy, magnitude, reference_score, success, token_accuracy
+from rome_lab.facts import Fact, continuation_ids
+from rome_lab.models import Change, LanguageModel, Question, Score, generate_each, score
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """How cases are judged, besides what the case itself asks.
+
+    Attributes:
+        new_tokens: length of the generated texts after their prompts; 0 generates nothing, and GE and RS are left out.
+        top_k, seed: how they are drawn, see `rome_lab.models.sampling.generate`; a top_k of 1 is greedy.
+        text_tokens: how many tokens of `rome_lab.editing.auditing.TEXT` make up nll; 0 leaves nll out.
+        known: facts that the unchanged model knows and the case does not touch; without any, "known" is left out.
+        corpus: texts that RS takes its document frequencies from, such as the references of all cases.
+    """
+
+    new_tokens: int = 50
+    top_k: int = 5
+    seed: int = 0
+    text_tokens: int = 128
+    known: tuple[Fact, ...] = ()
+    corpus: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_whole("JudgeSettings", new_tokens=(self.new_tokens, 0), top_k=(self.top_k, 1), seed=(self.seed, 0))
+        check_whole("JudgeSettings", text_tokens=(self.text_tokens, 0))
+        object.__setattr__(self, "known", tuple(self.known))
+        object.__setattr__(self, "corpus", tuple(self.corpus))
+
+
+SCORES_ONLY = JudgeSettings(new_tokens=0, text_tokens=0)
+
+
+def judge_case(
+    lm: LanguageModel, case: Case, changes: Sequence[Change], settings: JudgeSettings = JudgeSettings()
+) -> list[dict[str, float | list[str]]]:
+    """What becomes of one case under each of the changes; see `judge_all`."""
+    return judge_all(lm, [(case, change, settings) for change in changes])
+
+
+def judge_all(
+    lm: LanguageModel, asked: Sequence[tuple[Case, Change, JudgeSettings]]
+) -> list[dict[str, float | list[str]]]:
+    """What becomes of each case under its change, all of them judged side by side; `lm` is left as it is.
+
+    The more are judged at once, the faster each is: a step of generation reads all weights, for few texts as for many. A
+    change's preamble stands before every prompt of the case, before the known facts and before the text of nll.
+
+    Args: asked: cases, changes and settings; these may differ in the known facts and in nothing else.
+
+    Returns: a dictionary for each: the metrics of `METRICS` that the case's form has ("counterfact": ES, EM, PS, PM, NS,
+        NM, GE, RS; "zsre": efficacy, paraphrase, specificity), nll and known, as numbers in the units given there, and
+        "generations", the list of generated texts, prompts included. A metric that the case gives no prompts for is left
+        out.
+
+    Raises: ValueError: a text is too long for the model, a delta does not fit, or the model gives what is not a number.
+    """
+    if not asked:
+        return []
+    cases, changes, several = zip(*asked, strict=True)
+    common = several[0]
+    if any(replace(settings, known=()) != replace(common, known=()) for settings in several):
+        raise ValueError("judge_all: the settings differ in more than the known facts; judge those apart.")
+    sheets = [questions_of(lm, case, i, change.preamble, own) for i, (case, change, own) in enumerate(asked)]
+    scores = iter(score(lm, changes, [x for sheet in sheets for part in sheet.values() for x in part]))
+    marks = [{name: [next(scores) for _ in part] for name, part in sheet.items()} for sheet in sheets]
+    found = [marks_of(case.form, x) for case, x in zip(cases, marks, strict=True)]
+    writes = [case.form == "counterfact" and common.new_tokens > 0 for case in cases]
+    prompts = [case.generation_prompts if one else () for case, one in zip(cases, writes, strict=True)]
+    written = generate_each(lm, changes, prompts, common.new_tokens, common.top_k, common.seed)
+    return [x | generation_marks(texts, case, common) for case, x, texts in zip(cases, found, written, strict=True)]
+
+
+def damage(lm: LanguageModel, change: Change, settings: JudgeSettings) -> dict[str, float]:
+    """The metrics of one change that no case has a part in: nll and known, as in `judge`; `lm` is left as it is.
+
+    Raises: ValueError: a text is too long for the model, or the model gives what is not a number.
+    """
+    sheet = questions_of_damage(lm, 0, change.preamble, settings)
+    scores = iter(score(lm, [change], [x for asked in sheet.values() for x in asked]))
+    return marks_of_damage({name: [next(scores) for _ in asked] for name, asked in sheet.items()})
+
+
+def questions_of(
+    lm: LanguageModel, case: Case, owner: int, preamble: str, settings: JudgeSettings
+) -> dict[str, list[Question]]:
+    """All that is asked about one change, by what it is asked for."""
+
+    def ask(prompt: str, continuation: str) -> Question:
+        return question(lm, owner, preamble + prompt, continuation)
+
+    return {
+        "rewrite": [ask(case.fact.prompt, case.target)],
+        "rewrite_true": [ask(case.fact.prompt, case.fact.object)],
+        "paraphrases": [ask(prompt, case.target) for prompt in case.paraphrases],
+        "paraphrases_true": [ask(prompt, case.fact.object) for prompt in case.paraphrases],
+        "neighbours": [ask(*pair) for pair in zip(case.neighbours, case.neighbour_answers, strict=True)],
+        "neighbours_target": [ask(prompt, case.target) for prompt in case.neighbours],
+        **questions_of_damage(lm, owner, preamble, settings),
+    }
+
+
+def questions_of_damage(
+    lm: LanguageModel, owner: int, preamble: str, settings: JudgeSettings
+) -> dict[str, list[Question]]:
+    """What is asked about a change whatever the case."""
+    first, _, rest = TEXT.partition(" ")
+    text = question(lm, owner, preamble + first, rest)
+    return {
+        "known": [question(lm, owner, preamble + fact.prompt, fact.object) for fact in settings.known],
+        "text": [Question(owner, text.context, text.said[: settings.text_tokens])] if settings.text_tokens else [],
+    }
+
+
+def question(lm: LanguageModel, owner: int, text: str, continuation: str) -> Question:
+    """How a text should go on, in tokens."""
+    return Question(owner, tuple(lm.tokenizer(text)["input_ids"]), tuple(continuation_ids(lm, text, continuation)))
+
+
+def marks_of(form: str, marks: dict[str, list[Score]]) -> dict[str, float]:
+    """The metrics of one change that need no generated text."""
+    found: dict[str, float] = {}
+    if form == "zsre":
+        for metric, asked in (("efficacy", "rewrite"), ("paraphrase", "paraphrases"), ("specificity", "neighbours")):
+            if marks[asked]:
+                found[metric] = token_accuracy([x.greedy for x in marks[asked]])
+    else:
+        for letter, wanted, other in (
+            ("E", "rewrite", "rewrite_true"),
+            ("P", "paraphrases", "paraphrases_true"),
+            ("N", "neighbours", "neighbours_target"),
+        ):
+            if marks[wanted]:
+                pair = [x.total for x in marks[wanted]], [x.total for x in marks[other]]
+                found |= {f"{letter}S": success(*pair), f"{letter}M": magnitude(*pair)}
+    return found | marks_of_damage(marks)
+
+
+def marks_of_damage(marks: dict[str, list[Score]]) -> dict[str, float]:
+    """nll and known."""
+    found: dict[str, float] = {}
+    if marks["text"]:
+        found["nll"] = -float(marks["text"][0].log_p.mean())
+    if marks["known"]:
+        found["known"] = 100.0 * float(np.mean([x.greedy.all() for x in marks["known"]]))
+    return found
+
+
+def generation_marks(texts: list[str], case: Case, settings: JudgeSettings) -> dict[str, float | list[str]]:
+    """GE and RS of one change's texts, and the texts."""
+    found: dict[str, float | list[str]] = {"generations": texts}
+    if texts:
+        found["GE"] = generation_entropy(texts)
+    if texts and case.references:
+        found["RS"] = reference_score(texts, case.references, settings.corpus)
+    return found

@@ -1,0 +1,225 @@
+"""What an edit is judged by: the paper's metrics on plain numbers and texts, and their means over cases.
+
+    METRICS                                      every metric: its definition and its unit
+    success, magnitude                           ES, PS, NS and EM, PM, NM of one case
+    token_accuracy                               zsRE's efficacy, paraphrase and specificity of one case
+    generation_entropy, reference_score          GE and RS of one case
+    summarise                                    means over cases with 95% intervals, and S
+
+The case is the unit of sampling: prompts are averaged within the case first, and n counts cases.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from rome_lab.base import MeanCI, mean_ci
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric of a case.
+
+    Attributes:
+        definition: what it is, by case.
+        unit: "%" is for shares, probabilities and similarities; differences of them are percentage points.
+        whole: "whole target": a probability is the product over all tokens of the target; "per token": a mean over them.
+        forced: whether the model reads the target itself (teacher forcing) instead of what it would have said.
+        better: which values are the better ones.
+    """
+
+    definition: str
+    unit: str = "%"
+    whole: str = "whole target"
+    forced: bool = True
+    better: str = "higher"
+
+
+METRICS: dict[str, Metric] = {
+    "ES": Metric("efficacy score: 100 [P(target) > P(true object)] at the rewrite prompt"),
+    "EM": Metric("efficacy magnitude: P(target) - P(true object) at the rewrite prompt"),
+    "PS": Metric("paraphrase score: share of the paraphrases with P(target) > P(true object)"),
+    "PM": Metric("paraphrase magnitude: mean over the paraphrases of P(target) - P(true object)"),
+    "NS": Metric("neighbourhood score: share of the neighbours with P(own object) > P(target)"),
+    "NM": Metric("neighbourhood magnitude: mean over the neighbours of P(own object) - P(target)"),
+    "GE": Metric(
+        "generation entropy: (H_2 + 2 H_3) / 3, the entropies of a generated text's bigrams and trigrams, mean over texts",
+        unit="bits",
+        whole="text",
+        forced=False,
+    ),
+    "RS": Metric(
+        "reference score: cosine of the TF-IDF vectors of the generated and of the reference texts",
+        whole="text",
+        forced=False,
+    ),
+    "efficacy": Metric(
+        "share of the target's tokens that are the most probable at the rewrite prompt", "%", "per token"
+    ),
+    "paraphrase": Metric("the same at the paraphrases, mean over them", "%", "per token"),
+    "specificity": Metric("the same of the neighbours' own answers, mean over neighbours", "%", "per token"),
+    "nll": Metric(
+        "mean -log P of the tokens of a fixed text; its exponential is the perplexity",
+        "nats",
+        "per token",
+        better="lower",
+    ),
+    "known": Metric("share of unrelated known facts all of whose object's tokens are still the most probable ones"),
+}
+"""Metric -> what it is, for one case. Summaries add S and perplexity."""
+S_OF = ("ES", "PS", "NS")
+WORDS = re.compile(r"\w+|[^\w\s]")
+
+
+def success(wanted: Sequence[float], other: Sequence[float]) -> float:
+    """ES, PS or NS of a case: the share, in %, of its prompts at which P(wanted) > P(other); a tie is no success.
+
+    Differs: the authors' code takes the mean of log P over a text's tokens, under which a long text that is sure of its
+    end can win although its beginning is unlikely. The two agree where both texts have one token.
+
+    Args: wanted, other: for each prompt, log P of the whole text: the sum over all its tokens, teacher forced.
+
+    >>> success([-1.0, -3.0], [-2.0, -3.0])
+    50.0
+    """
+    return 100.0 * float(np.mean(np.asarray(wanted) > np.asarray(other)))
+
+
+def magnitude(wanted: Sequence[float], other: Sequence[float]) -> float:
+    """EM, PM or NM of a case: the mean over its prompts of P(wanted) - P(other), in percentage points.
+
+    Args: wanted, other: as in `success`.
+    """
+    return 100.0 * float(np.mean(np.exp(wanted) - np.exp(other)))
+
+
+def token_accuracy(greedy: Sequence[Sequence[bool]]) -> float:
+    """zsRE's efficacy, paraphrase or specificity of a case, in %: per token, with teacher forcing.
+
+    For each prompt the share of the answer's tokens, all of them, that are the most probable ones after the prompt and the
+    answer's tokens before; then the mean over the prompts.
+
+    Args: greedy: for each prompt, for each token of the answer, whether it is the most probable one.
+
+    >>> token_accuracy([[True, False], [True]])
+    75.0
+    """
+    return 100.0 * float(np.mean([np.mean(tokens) for tokens in greedy]))
+
+
+def generation_entropy(texts: Sequence[str]) -> float:
+    """GE of a case, in bits: low where a text repeats itself (Zhang et al., 2018). The paper prints hundredths of it.
+
+        GE = mean over texts of (H_2 + 2 H_3) / 3,   H_n = -sum_k f(k) log2 f(k)
+
+    f(k) is the frequency of the n-gram k in the text, and 1/3 and 2/3 are the weights of the authors' code. As there, a
+    text is what the model read and wrote, the prompt included. Entropy grows with length, so it can only be compared
+    where the settings of `rome_lab.models.sampling.generate` are the same (the authors' texts have 100 tokens).
+    """
+    # Differs: the authors cut text into words with NLTK; here words are runs of letters and digits, or punctuation marks.
+    return float(np.mean([(ngram_entropy(text, 2) + 2 * ngram_entropy(text, 3)) / 3 for text in texts]))
+
+
+def ngram_entropy(text: str, n: int) -> float:
+    """H_n of a text, in bits; 0 where it has at most one n-gram.
+
+    >>> ngram_entropy("a b a b a", 2)
+    1.0
+    """
+    words = WORDS.findall(text)
+    counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
+    total = counts.total()
+    return -math.fsum(count / total * math.log2(count / total) for count in counts.values()) + 0.0
+
+
+def reference_score(texts: Sequence[str], references: Sequence[str], corpus: Sequence[str] = ()) -> float:
+    """RS of a case, in %: the cosine of the TF-IDF vectors of all its generated and all its reference texts.
+
+    As in the authors' code the texts of either side are joined, and a word's document frequency is measured on other
+    text, whose words are the only ones that count.
+
+    Args: corpus: texts on which idf is fitted, such as the references of all cases; by default `references`, whose
+            few texts say little about which words are rare.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import
+
+    weights = TfidfVectorizer().fit(corpus or references)
+    said, wanted = weights.transform([" ".join(texts), " ".join(references)])
+    return 100.0 * float(said.multiply(wanted).sum())
+
+
+def summarise(rows: pd.DataFrame, by: str | Sequence[str] = "method") -> pd.DataFrame:
+    """Means over cases with 95% t-intervals, a row a group and metric.
+
+    S is the harmonic mean of the means of ES, PS and NS over the cases that have all three; its interval is in
+    `harmonic_mean_ci`. Perplexity is exp of the mean nll, its interval exp of the nll's. Intervals are not clipped;
+    where all cases agree they have no width, and where there is one case the bounds are NaN.
+
+    Args:
+        rows: a row a case, as `rome_lab.evaluation.judging.judge_case` makes them, with the columns `by`.
+        by: what to group by.
+
+    Returns: DataFrame: the columns `by`, metric, mean, ci_low, ci_high, n (cases with a value). Groups stand in the order
+             of their first row, metrics in that of `METRICS`, S first.
+    Raises:  ValueError: no rows, a column that is missing, or a value that is infinite.
+    """
+    by = [by] if isinstance(by, str) else list(by)
+    metrics = [name for name in METRICS if name in rows]
+    if rows.empty or not metrics or not set(by) <= set(rows):
+        raise ValueError(
+            f"summarise: got {len(rows)} rows with columns {', '.join(map(str, rows)) or '(none)'}; expected rows of "
+            f"judged cases with {', '.join(by)} and metrics such as ES."
+        )
+    if np.isinf(rows[metrics].to_numpy(float)).any():
+        raise ValueError("summarise: a metric is infinite; judge those cases again.")
+    parts = []
+    for group, part in rows.groupby(by, sort=False, dropna=False, observed=True):
+        where = dict(zip(by, group, strict=True))
+        parts += [where | {"metric": name} | values for name, values in summaries(part, metrics).items()]
+    return pd.DataFrame(parts, columns=[*by, "metric", "mean", "ci_low", "ci_high", "n"])
+
+
+def summaries(part: pd.DataFrame, metrics: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Metric -> mean, ci_low, ci_high, n over the cases of one group; metrics that no case has are left out."""
+    found: dict[str, MeanCI] = {}
+    if set(S_OF) <= set(metrics):
+        found["S"] = harmonic_mean_ci(part[list(S_OF)].to_numpy(float))
+    for name in metrics:
+        found[name] = mean_ci(part[name].to_numpy(float))
+        if name == "nll":
+            *nll, n = found[name]
+            found["perplexity"] = MeanCI(*np.exp(nll), n)
+    names = ("mean", "ci_low", "ci_high", "n")
+    return {
+        metric: dict(zip(names, (float(x) for x in interval[:3]), strict=False)) | {"n": int(interval.n_facts)}
+        for metric, interval in found.items()
+        if interval.n_facts > 0
+    }
+
+
+def harmonic_mean_ci(values: np.ndarray) -> MeanCI:
+    """Harmonic mean of the columns' means, with a 95% interval by the delta method, over the rows without NaN.
+
+        S = k / (1/m_1 + ... + 1/m_k),   dS/dm_j = (S / m_j)^2 / k
+
+    The interval is the t-interval of the linearised cases, S + sum_j dS/dm_j (x_j - m_j), so it takes account of how the
+    columns vary together.
+
+    Args:    values: (F, k), none negative.
+    Returns: MeanCI of scalars. S is 0 where a mean is 0; all its values are 0 then, so they add nothing to the spread.
+    """
+    complete = values[~np.isnan(values).any(axis=1)]
+    if not len(complete):
+        return mean_ci(complete[:, 0])
+    means = complete.mean(axis=0)
+    with np.errstate(divide="ignore"):
+        score = len(means) / (1 / means).sum()
+    gradient = np.divide(score, means, out=np.zeros_like(means), where=means > 0) ** 2 / len(means)
+    return mean_ci(score + (complete - means) @ gradient)

@@ -1,0 +1,38 @@
+"""TODO front door facts."""
+
+from rome_lab.facts.fact import Fact
+from rome_lab.facts.known import known_facts
+from rome_lab.facts.prompts import Prompt, continuation_ids, read_prompt
+from rome_lab.facts.records import Parsed, text_at
+from rome_lab.facts.sources import (
+    RecordForm,
+    embedded_records,
+    identity_by,
+    load_facts,
+    load_relations,
+    open_set,
+    read_counterfact,
+    read_each,
+    read_zsre,
+    template_of,
+)
+
+__all__ = [
+    "Fact",
+    "Parsed",
+    "Prompt",
+    "RecordForm",
+    "continuation_ids",
+    "embedded_records",
+    "identity_by",
+    "known_facts",
+    "load_facts",
+    "load_relations",
+    "open_set",
+    "read_counterfact",
+    "read_each",
+    "read_prompt",
+    "read_zsre",
+    "template_of",
+    "text_at",
+]

@@ -1,0 +1,172 @@
+"""What a model says after a prompt, and whether that names the object: greedy texts, judged as they grow."""
+
+from __future__ import annotations
+
+import inspect
+import unicodedata
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from transformers import Cache
+
+from rome_lab.facts.fact import Fact
+from rome_lab.models import Batching, LanguageModel, text_bytes
+
+
+class Outcome(StrEnum):
+    """What came of asking for a fact with one template; the nearer to knowing the fact, the earlier."""
+
+    KNOWN = "known"
+    OTHER_TOKEN = "object named, but not with its own first token right after the prompt"
+    OTHER_WORD = "another capitalised word first"
+    NOT_NAMED = "object not named within the limit"
+    REPEATED = "same prompt as another fact's"
+    TOO_LONG = "prompt too long for the model"
+
+
+class Text:
+    """A fact's prompt and what the model goes on to say, judged as it grows.
+
+    Attributes:
+        ids, new: tokens of the prompt and of what follows.
+        limit: most tokens that may follow.
+        text: both as text.
+        outcome: what the text says; None while more text can change it.
+        end: where the word that decides begins.
+    """
+
+    def __init__(self, lm: LanguageModel, fact: Fact, stops: frozenset[int], limit: int) -> None:
+        self.fact = fact
+        self.ids: list[int] = lm.tokenizer(fact.prompt)["input_ids"]
+        self.new: list[int] = []
+        self.text = fact.prompt
+        self.end = len(self.text)
+        self.outcome = Outcome.TOO_LONG if len(self.ids) + limit > lm.context_length else None
+        self._tokenizer, self._stops, self.limit = lm.tokenizer, stops, limit
+        self._begin = len(self._decode(self.ids))
+
+    def add(self, token: int) -> None:
+        """Take in the next token."""
+        self.new.append(token)
+        complete = token in self._stops
+        more = self._decode(self.ids + self.new[: -1 if complete else None])[self._begin :]
+        if not complete:
+            more = more.rstrip("\ufffd")  # a character of which some bytes are still to come
+        self.text = self.fact.prompt + more
+        self.outcome, self.end = outcome_of_text(self.text, len(self.fact.prompt), self.fact.object, complete)
+        if self.outcome is None and len(self.new) == self.limit:
+            self.outcome = Outcome.NOT_NAMED
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def outcome_of_text(text: str, begin: int, answer: str, complete: bool) -> tuple[Outcome | None, int]:
+    """Whether `text` from `begin` on names `answer` before any other capitalised word.
+
+    Words are runs of letters, marks and digits, and count as capitalised where they begin with an upper-case letter.
+    The answer must be written as it is: "White" is not "white", but another capitalised word.
+
+    Returns: the outcome, None where more text could change it, and where the word that decides begins.
+    """
+    for i in range(begin, len(text)):
+        if i and in_word(text[i - 1]):
+            continue
+        rest = text[i:]
+        if not complete and len(rest) <= len(answer) and answer.startswith(rest):
+            return None, i
+        after = rest[len(answer) : len(answer) + 1]
+        goes_on = bool(after) and in_word(after) and in_word(answer[-1])
+        if rest.startswith(answer) and not goes_on:
+            return Outcome.KNOWN, i
+        if text[i].isupper():
+            return Outcome.OTHER_WORD, i
+    return (Outcome.NOT_NAMED if complete else None), len(text)
+
+
+def in_word(character: str) -> bool:
+    """Whether it is a letter, a mark or a digit."""
+    return unicodedata.category(character)[0] in "LMN"
+
+
+@dataclass
+class GrowingTexts:
+    """Texts of equal length that are still undecided: the tokens to read next (B, T) and what was read before."""
+
+    texts: list[Text]
+    ids: torch.Tensor
+    cache: Cache | None = None
+
+
+def go_on(lm: LanguageModel, texts: Sequence[Text], batch_size: int) -> None:
+    """Continue texts greedily, each until its outcome is decided; as many at once as have their keys and values fit."""
+    undecided = sorted((text for text in texts if text.outcome is None), key=lambda text: len(text.ids))
+    longest = max((len(text.ids) + text.limit for text in undecided), default=0)
+    together = Batching(lm, "known_facts", text_bytes(lm, longest, cached=True))
+    # Called again, it goes on from where each text has come to.
+    list(together.over(undecided, lambda part: grow(lm, part, batch_size)))
+
+
+@torch.no_grad()
+def grow(lm: LanguageModel, texts: Sequence[Text], batch_size: int) -> None:
+    """Continue texts, at most `batch_size` in one forward, the keys and values of all of them in memory.
+
+    Texts of different lengths are never padded to go through the model together. Instead the lengths are passed through
+    once, upwards, and a prompt joins when the texts begun before it have grown to its own length.
+    """
+    waiting: dict[int, list[Text]] = defaultdict(list)
+    for text in texts:
+        if text.outcome is None:
+            waiting[len(text.ids + text.new)].append(text)
+    running: list[GrowingTexts] = []
+    length = min(waiting, default=0)
+    while waiting or running:
+        same = waiting.pop(length, [])
+        for begin in range(0, len(same), batch_size):
+            part = same[begin : begin + batch_size]
+            running.append(GrowingTexts(part, torch.tensor([text.ids + text.new for text in part], device=lm.device)))
+        for batch in running:
+            advance(lm, batch)
+        running = merge(running, batch_size)
+        length += 1
+
+
+def advance(lm: LanguageModel, batch: GrowingTexts) -> None:
+    """Let every text say its next token; those that this decides leave the batch."""
+    best, batch.cache = next_tokens(lm, batch.ids, batch.cache)
+    for text, token in zip(batch.texts, best.tolist(), strict=True):
+        text.add(token)
+    rows = [row for row, text in enumerate(batch.texts) if text.outcome is None]
+    if len(rows) < len(batch.texts):
+        # On the CPU, whose indices pick from the keys of layers on any device.
+        batch.cache.batch_select_indices(torch.tensor(rows, dtype=torch.long))
+    batch.texts, batch.ids = [batch.texts[row] for row in rows], best[rows, None]
+
+
+def merge(batches: Sequence[GrowingTexts], batch_size: int) -> list[GrowingTexts]:
+    """Batches that have read the same number of tokens, put together where they fit; empty ones left out."""
+    merged: list[GrowingTexts] = []
+    for batch in batches:
+        if not batch.texts:
+            continue
+        if merged and len(merged[-1].texts) + len(batch.texts) <= batch_size:
+            merged[-1].texts += batch.texts
+            merged[-1].ids = torch.cat([merged[-1].ids, batch.ids])
+            for layer, other in zip(merged[-1].cache.layers, batch.cache.layers, strict=True):
+                layer.keys = torch.cat([layer.keys, other.keys])
+                layer.values = torch.cat([layer.values, other.values])
+        else:
+            merged.append(batch)
+    return merged
+
+
+def next_tokens(lm: LanguageModel, ids: torch.Tensor, cache: Cache | None = None) -> tuple[torch.Tensor, Cache]:
+    """The most probable next token (B,) after `ids` (B, T), which follow what is in the cache; and the cache."""
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(lm.model.forward).parameters else {}
+    output = lm.model(ids, past_key_values=cache, use_cache=True, **last_only)
+    logits = output.logits[:, -1]
+    lm.check_finite(logits, "known_facts")
+    return logits.argmax(-1), output.past_key_values

@@ -1,0 +1,253 @@
+"""Known facts (B.1): `known_facts` finds the facts that a model completes by itself, and the prompts it completes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from rome_lab.base import Json, Store, code_version
+from rome_lab.facts.completion import Outcome, Text, go_on, next_tokens
+from rome_lab.facts.fact import Fact
+from rome_lab.facts.prompts import continuation_ids
+from rome_lab.models import LanguageModel, stop_tokens
+
+logger = logging.getLogger(__name__)
+
+FACT_WAVE = 512  # facts tried together, at most; more would leave the prompts of one length no better filled
+
+
+@dataclass(frozen=True)
+class KnownReport:
+    """How a search for known facts went.
+
+    Attributes:
+        tried, kept: numbers of facts; those after the last fact kept do not count.
+        dropped: number of facts by reason. A fact whose templates failed for different reasons counts under the one
+            that stands first in `Outcome`.
+        prompts: number of prompts (a fact with one template) by outcome.
+    """
+
+    tried: int
+    kept: int
+    dropped: dict[Outcome, int]
+    prompts: dict[Outcome, int]
+
+    def table(self) -> pd.DataFrame:
+        """A row an outcome: facts and prompts."""
+        facts = {Outcome.KNOWN: self.kept, **self.dropped}
+        rows = [(outcome.value, facts.get(outcome, 0), self.prompts.get(outcome, 0)) for outcome in Outcome]
+        return pd.DataFrame(rows, columns=["outcome", "facts", "prompts"]).set_index("outcome")
+
+    def __str__(self) -> str:
+        reasons = "".join(f"; {count} dropped: {outcome.value}" for outcome, count in self.dropped.items())
+        return f"{self.kept} of {self.tried} facts tried are known ({sum(self.prompts.values())} prompts){reasons}"
+
+
+@dataclass(frozen=True, repr=False)
+class KnownFacts(Sequence[Fact]):
+    """Facts that a model knows; the prompt of each ends where the model goes on to name the object."""
+
+    facts: tuple[Fact, ...]
+    report: KnownReport
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+    def __getitem__(self, index: int | slice) -> Fact | tuple[Fact, ...]:
+        return self.facts[index]
+
+    def __repr__(self) -> str:
+        return f"KnownFacts({self.report})"
+
+    def table(self) -> pd.DataFrame:
+        """A row a fact: relation, subject, prompt, object."""
+        columns = ["relation", "subject", "prompt", "object"]
+        return pd.DataFrame([[getattr(fact, name) for name in columns] for fact in self.facts], columns=columns)
+
+
+@dataclass
+class Trial:
+    """A fact, its templates in the order in which they are tried, what came of each, and the known fact found."""
+
+    fact: Fact
+    templates: list[str]
+    outcomes: list[Outcome] = field(default_factory=list)
+    known: Fact | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left to try."""
+        return self.known is not None or len(self.outcomes) == len(self.templates)
+
+
+def known_facts(
+    lm: LanguageModel,
+    facts: Iterable[Fact],
+    n: int | None = 100,
+    seed: int = 0,
+    max_new_tokens: int = 16,
+    batch_size: int = 64,
+    progress: bool = True,
+    store: Store | str | Path | None = None,
+) -> KnownFacts:
+    """A random sample of the facts that `lm` completes, with the prompts that it completes (B.1).
+
+    The model goes on greedily from a template filled with the subject. Where the text names the object before any other
+    capitalised word, the fact is known, and its prompt is the text up to, not including, the object. A fact's templates
+    are tried in random order until one works, so each fact gives one prompt.
+
+    Args:
+        n: number of facts; None for all that are known. Where fewer are known, all of them are returned, with a warning.
+        seed: decides, with nothing else but each fact itself, the order of the facts and of each fact's templates.
+        max_new_tokens: tokens within which the object must be named.
+        batch_size: most prompts in one forward; says nothing about the result.
+        store: folder of results, in which the search is kept and found again.
+
+    Returns: KnownFacts, a sequence of Fact with a report of what was tried, kept and dropped, and why.
+
+    Raises:
+        ValueError: no facts, or a number below 1; the model's weights hold NaN.
+        OSError: the store cannot be written; found before any work is done.
+    """
+    for name, value in {"n": n, "max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
+        if not (isinstance(value, int) and value >= 1) and not (name == "n" and value is None):
+            raise ValueError(f"known_facts: {name} is {value!r}; expected a whole number of at least 1.")
+    order = sorted(dict.fromkeys(facts), key=lambda fact: rank(seed, fact))
+    if not order:
+        raise ValueError("known_facts: there are no facts to try; load some with load_facts.")
+    store = Store(store) if isinstance(store, str | Path) else store
+    inputs: dict[str, Json] = {}
+    if store:
+        store.check_writable()
+        asked = hashlib.sha256(json.dumps([asdict(fact) for fact in order]).encode()).hexdigest()
+        settings = {
+            "n": n,
+            "seed": seed,
+            "max_new_tokens": max_new_tokens,
+            "facts": asked,
+            "stops": sorted(stop_tokens(lm)),
+        }
+        inputs = lm.identity().key() | settings | {"what": "known", "code": code_version(__name__)}
+        if record := store.load(inputs):
+            return from_meta(record.meta)
+    known = search_summary(find_known(lm, order, n, seed, max_new_tokens, batch_size, progress), n)
+    if len(known) < (n or 1):
+        logger.warning(
+            "known_facts: %s facts were asked for, but of the %d given %s knows %d; using all of these",
+            *(n or "all", len(order), lm.name, len(known)),
+        )
+    if store:
+        store.save(inputs, {}, asdict(known))
+    return known
+
+
+def from_meta(meta: Mapping[str, Json]) -> KnownFacts:
+    """What `dataclasses.asdict` made of a KnownFacts, put together again."""
+    report = {
+        name: {Outcome(key): count for key, count in value.items()} if isinstance(value, Mapping) else value
+        for name, value in meta["report"].items()
+    }
+    return KnownFacts(tuple(Fact(**fact) for fact in meta["facts"]), KnownReport(**report))
+
+
+def find_known(
+    lm: LanguageModel,
+    order: Sequence[Fact],
+    n: int | None,
+    seed: int,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: bool,
+) -> list[Trial]:
+    """Try the facts in `order` until at least n are known."""
+    wanted = len(order) if n is None else n
+    trials: list[Trial] = []
+    kept = 0
+    with tqdm(total=wanted, desc="facts tried" if n is None else "known facts", disable=not progress) as bar:
+        while kept < wanted and len(trials) < len(order):
+            size = min(FACT_WAVE, max(batch_size, 2 * (wanted - kept)))
+            wave = [Trial(fact, templates_in_order(fact, seed)) for fact in order[len(trials) : len(trials) + size]]
+            trials += wave
+            # One template first: where it works, the others need not be read.
+            for turns in (slice(1), slice(1, None)):
+                try_templates(lm, wave, turns, max_new_tokens, batch_size)
+                drop_repeated(trials)
+                kept = sum(trial.known is not None for trial in trials)
+                bar.update((min(n, kept) if n else sum(trial.is_settled for trial in trials)) - bar.n)
+    return trials
+
+
+def drop_repeated(trials: Sequence[Trial]) -> None:
+    """Of facts that came to the same prompt, as templates that are each other's beginnings may, keep the first."""
+    seen: set[tuple[str, str, str]] = set()
+    for trial in trials:
+        if trial.known:
+            asked = (trial.known.prompt, trial.known.subject, trial.known.object)
+            if asked in seen:
+                trial.known, trial.outcomes[-1] = None, Outcome.REPEATED
+            seen.add(asked)
+
+
+def rank(seed: int, fact: Fact, template: str = "") -> str:
+    """A random key to sort by that depends on nothing but its arguments."""
+    parts = [seed, fact.subject, fact.template, fact.object, fact.relation, template]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def templates_in_order(fact: Fact, seed: int) -> list[str]:
+    """The templates that may state the fact, in random order."""
+    return sorted(fact.templates or (fact.template,), key=lambda template: rank(seed, fact, template))
+
+
+def try_templates(lm: LanguageModel, trials: Sequence[Trial], turns: slice, limit: int, batch_size: int) -> None:
+    """Try the templates at `turns` of the trials that have found nothing yet; the first that works counts."""
+    stops = stop_tokens(lm)
+    tried = [
+        (trial, Text(lm, replace(trial.fact, template=template), stops, limit))
+        for trial in trials
+        if not trial.known
+        for template in trial.templates[turns]
+    ]
+    go_on(lm, [text for _, text in tried], batch_size)
+    for trial, text in tried:
+        if trial.known:
+            continue
+        if text.outcome is Outcome.KNOWN:
+            trial.known = known_fact(lm, text)
+            trial.outcomes.append(Outcome.KNOWN if trial.known else Outcome.OTHER_TOKEN)
+        else:
+            trial.outcomes.append(text.outcome)
+
+
+@torch.no_grad()
+def known_fact(lm: LanguageModel, text: Text) -> Fact | None:
+    """The fact with the text before its object as its prompt; None where its first token does not come next there."""
+    before = text.text[len(text.fact.prompt) : text.end]
+    fact = replace(text.fact, template=(text.fact.template + before).rstrip())
+    ids, said = lm.tokenizer(fact.prompt)["input_ids"], text.ids + text.new
+    if said[: len(ids)] == ids and len(said) > len(ids):
+        token = said[len(ids)]
+    else:  # read afresh, the prompt is cut into other tokens than the model wrote
+        token = int(next_tokens(lm, torch.tensor([ids], device=lm.device))[0])
+    return fact if token == continuation_ids(lm, fact.prompt, fact.object)[0] else None
+
+
+def search_summary(trials: Sequence[Trial], n: int | None) -> KnownFacts:
+    """The first n known facts (None: all), and the report up to the last of them: what was tried beyond it is chance."""
+    places = [place for place, trial in enumerate(trials) if trial.known]
+    if n and len(places) > n:
+        trials = trials[: places[n - 1] + 1]
+    order = list(Outcome)
+    dropped = Counter(min(trial.outcomes, key=order.index) for trial in trials if not trial.known)
+    prompts = Counter(outcome for trial in trials for outcome in trial.outcomes)
+    kept = tuple(trial.known for trial in trials if trial.known)
+    return KnownFacts(kept, KnownReport(len(trials), len(kept), dict(dropped), dict(prompts)))

@@ -1,0 +1,98 @@
+"""Jobs: work on a model beside the thread that called for it, which stays free to stop them; one job a model at a time."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import ClassVar
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from rome_lab.models import LanguageModel
+
+logger = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """The job was asked to stop."""
+
+
+class Job(threading.Thread):
+    """A thread that works on a model. After `stop`, the next block of the model that it would run ends it instead.
+
+    Args:
+        work: what to do; returns what to say of it.
+        ended: called in the thread with what `work` returned or the error that ended it, and the warnings logged
+            meanwhile.
+
+    Raises:
+        RuntimeError: another job runs on the model.
+    """
+
+    latest: ClassVar[WeakKeyDictionary[LanguageModel, Job]] = WeakKeyDictionary()  # begun on each model
+
+    def __init__(
+        self, lm: LanguageModel, work: Callable[[], str], ended: Callable[[str | Exception, list[str]], None]
+    ) -> None:
+        super().__init__(daemon=True)
+        check_idle(lm)
+        self.lm, self.work, self.ended = lm, work, ended
+        self.stopping, self.done = threading.Event(), threading.Event()
+        self.latest[lm] = self
+        self.start()
+
+    def run(self) -> None:
+        notes, library = WarningNotes(), logging.getLogger("rome_lab")
+        hooks = [block.register_forward_pre_hook(self.check) for block in self.lm.blocks]
+        library.addHandler(notes)
+        try:
+            result = self.work()
+        except Exception as error:
+            logger.debug("a job failed", exc_info=True)
+            result = error
+        finally:
+            library.removeHandler(notes)
+            for hook in hooks:
+                hook.remove()
+        self.done.set()
+        self.ended(result, notes.messages)
+
+    def check(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if self.stopping.is_set() and threading.current_thread() is self:
+            raise Stopped
+
+    def stop(self) -> None:
+        self.stopping.set()
+
+
+class WarningNotes(logging.Handler):
+    """Keeps the warnings that the thread which makes it logs."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.thread_ident, self.messages = threading.get_ident(), []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.thread == self.thread_ident:
+            self.messages.append(record.getMessage())
+
+
+def job_of(lm: LanguageModel) -> Job | None:
+    """The job that was last begun on the model."""
+    return Job.latest.get(lm)
+
+
+def check_idle(lm: LanguageModel) -> None:
+    """Raise a RuntimeError where a job runs on the model."""
+    job = job_of(lm)
+    if job is not None and not job.done.is_set():
+        raise RuntimeError(f"{lm.name} is busy; wait until that is done, or press Stop.")
+
+
+def wait_for_job(lm: LanguageModel) -> None:
+    """Return once no job runs on the model."""
+    job = job_of(lm)
+    if job is not None:
+        job.join()

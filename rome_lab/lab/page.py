@@ -1,0 +1,97 @@
+"""TODO lab/page."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+
+import pandas as pd
+
+from rome_lab.base import visible
+from rome_lab.lab.looks import Look, Probe
+
+STYLE = """<style>
+.rl-look {font-size: 13px; line-height: 1.45; max-width: 920px; color: var(--jp-ui-font-color1, #222)}
+.rl-look h4, .rl-look .title {font-size: 13px; margin: 12px 0 4px; font-weight: 600}
+
+.rl-look .title ~ .head {margin: 12px 0 4px}
+.rl-look .grid {display: grid; column-gap: 20px; row-gap: 3px; align-items: center}
+.rl-look .text {align-items: start; row-gap: 6px}
+.rl-look .head, .rl-look .dim {color: var(--jp-ui-font-color2, #666)}
+.rl-look .bar {display: flex; height: 11px; background: var(--jp-layout-color2, #eee); border-radius: 2px; overflow: hidden}
+.rl-look .bar i {display: block; height: 100%}
+.rl-look .token {display: grid; grid-template-columns: 110px 1fr 44px; column-gap: 8px; align-items: center}
+.rl-look .token code {text-align: right; overflow: hidden; white-space: nowrap; text-overflow: ellipsis}
+.rl-look .p {text-align: right; font-variant-numeric: tabular-nums}
+.rl-look .object {color: #0072b2} .rl-look .target {color: #d55e00} .rl-look .other {color: #999}
+.rl-look .bar .object {background: #0072b2} .rl-look .bar .target {background: #d55e00}
+.rl-look .bar .other {background: #999}
+</style>"""
+
+
+def compared_page(probe: Probe, looks: Mapping[str, Look]) -> str:
+    """HTML of several looks with the same questions, a column each, under the names that they are given."""
+    columns = list(looks.values())
+    words = (f'<b class="{kind}">{html.escape(text)}</b>' for kind, text in words_of(probe).items())
+    heading = f'{html.escape(probe.fact.prompt)} <span class="dim">…</span> {" or ".join(words)}'
+    names = "".join(f'<div class="head">{html.escape(name)}</div>' for name in looks)
+    tokens = ("".join(token_bar(probe, *x) for x in look.next_tokens) for look in columns)
+    bars = "".join(f'<div class="tokens">{x}</div>' for x in tokens)
+    rows = zip(*(look.continuations for look in columns), strict=True)
+    texts = "".join(f'<div><span class="dim">…</span>{one_line(text)}</div>' for row in rows for text in row)
+    split = f"grid-template-columns: repeat({len(columns)}, minmax(0, 1fr))"
+    return f"""{STYLE}<div class="rl-look">
+<h4>{heading}</h4>
+<div class="grid" style="{split}">{names}{bars}</div>
+<h4>Continuations <span class="dim">(the same random numbers each time)</span></h4>
+<div class="grid text" style="{split}">{texts}</div>
+{question_rows("paraphrase", probe, columns)}{question_rows("neighbour", probe, columns)}
+</div>"""
+
+
+def words_of(probe: Probe) -> dict[str, str]:
+    """The words that have a colour: the object and, where it is another word, the target."""
+    words = {"object": probe.fact.object, "target": probe.target}
+    return words if probe.target != probe.fact.object else {"object": probe.fact.object}
+
+
+def token_bar(probe: Probe, token: str, p: float) -> str:
+    """One next token: in the colour of the object or the target where that begins with it."""
+    word = token.strip()
+    kind = next((kind for kind, text in words_of(probe).items() if word and text.startswith(word)), "other")
+    name = html.escape(visible(word or token))
+    bar = f'<div class="bar"><i class="{kind}" style="width: {p:.2%}"></i></div>'
+    return f'<div class="token"><code class="{kind}">{name}</code>{bar}<span class="p">{p:.3f}</span></div>'
+
+
+def question_rows(kind: str, probe: Probe, looks: Sequence[Look]) -> str:
+    """The questions of one kind, a row each, and in each look a bar with the probabilities of object and target."""
+    rows = [look.table[look.table["kind"] == kind] for look in looks]
+    if rows[0].empty:
+        return ""
+    title, verb, column = {
+        "paraphrase": ("Paraphrases", "follow", "p_target"),
+        "neighbour": ("Neighbours", "stay", "p_object"),
+    }[kind]
+    words = words_of(probe)
+    counts = [
+        f"{n} of {of} {verb}" if len(words) > 1 else "" for n, of in (x.more_probable(kind, column) for x in looks)
+    ]
+    cells = [f'<div class="title">{title}</div>', *(f'<div class="head">{count}</div>' for count in counts)]
+    for number, asked in enumerate(rows[0].itertuples()):
+        own = f' <span class="object">{html.escape(asked.object)}</span>' if kind == "neighbour" else ""
+        cells.append(f"<div>{html.escape(asked.text)}{own}</div>")
+        cells += [divided_bar(table.iloc[number], words) for table in rows]
+    split = f"grid-template-columns: minmax(0, 1fr) repeat({len(looks)}, 170px)"
+    return f'<div class="grid" style="{split}">{"".join(cells)}</div>'
+
+
+def divided_bar(row: pd.Series, words: Iterable[str]) -> str:
+    """One bar of which the object takes a part, and the target another."""
+    said = ", ".join(f"{word} {row[f'p_{word}']:.3f}" for word in words)
+    bars = "".join(f'<i class="{word}" style="width: {row[f"p_{word}"]:.2%}"></i>' for word in words)
+    return f'<div class="bar" title="{said}">{bars}</div>'
+
+
+def one_line(text: str) -> str:
+    return html.escape(" ↵ ".join(part for part in (x.strip() for x in text.split("\n")) if part))

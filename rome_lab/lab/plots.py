@@ -1,0 +1,297 @@
+"""Results in, Axes out: the figures of the paper, and `save_figure` for the files behind them.
+
+    heatmap(trace)                  one fact: p_restored by token and layer (Figure 1a-c)
+    average_heatmap(average, kind)  mean effect by bucket and layer (Figures 1 and 2)
+    lines(average, kind)            the same with 95% intervals (Figure 7)
+    severed_lines(average)          effect at the last subject token, ordinary and severed (Figure 3)
+    shared_limits(*data)            vmin and vmax with which compared heatmaps share their colour scale
+    cell_table(trace)               the numbers of a heatmap, as a table
+    save_figure(figure, numbers, stem)
+
+Colours: white is no effect; the kind's own colour is above it, and its opposite below, at the same distance equally
+strong. The scale always reaches as far as the data, on both sides. For lines with a shared scale make the axes with
+`plt.subplots(..., sharey=True)`.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import Colormap, LinearSegmentedColormap, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from rome_lab.base import visible, write_atomically
+from rome_lab.editing import Edit
+from rome_lab.tracing import BUCKETS, KINDS, Trace, buckets
+
+logger = logging.getLogger(__name__)
+
+
+def plot_history(edit: Edit, ax: Axes | None = None) -> Axes:
+    """The terms of the loss and, on an axis of its own, the target's probability, step by step; means over several facts."""
+    ax = plt.subplots(figsize=(3.4, 2.2), layout="constrained")[1] if ax is None else ax
+    mean = edit.history.groupby("step").mean()
+    for name, label in {"loss": "loss", "nll": "-log P[target]", "kl": "KL", "weight_decay": "weight decay"}.items():
+        ax.plot(mean.index, mean[name], label=label, color="black" if name == "loss" else None)
+    ax.set(xlabel="step of Adam", ylabel="loss (nats)")
+    right = ax.twinx()
+    right.plot(mean.index, mean["p_target"], color="tab:purple", linestyle="--")
+    right.set(ylim=(0, 1), ylabel="P[target], mean over prefixes (dashed)")
+    ax.legend(frameon=False)
+    return ax
+
+
+FONT_SIZE = 7
+COLUMN_WIDTH = 3.4  # inches, of a two-column page
+SAVING = {"pdf.fonttype": 42, "savefig.bbox": "tight", "savefig.pad_inches": 0.02}  # 42: text stays text in the PDF
+TITLES = {
+    "state": "State restored",
+    "mlp": "MLP restored",
+    "attn": "Attention restored",
+    "severed-mlp": "State restored, MLP severed",
+    "severed-attn": "State restored, attention severed",
+}
+QUANTITY_NAMES = {"indirect_effect": "average indirect effect", "p_restored": "average p, restored"}
+COLOUR_MAPS = {"state": ("Oranges", "Purples"), "mlp": ("RdPu", "Greens"), "attn": ("Blues", "Reds")}
+# The colours of Okabe and Ito, told apart by the colour-blind; the two sites that the paper speaks of stand out.
+BUCKET_STYLES = {
+    "subject_first": {"color": "#56B4E9", "linestyle": (0, (4, 1.5)), "linewidth": 0.9},
+    "subject_middle": {"color": "#0072B2", "linestyle": (0, (1, 1)), "linewidth": 1.1},
+    "subject_last": {"color": "#D55E00", "linestyle": "-", "linewidth": 1.6},
+    "first_subsequent": {"color": "#E69F00", "linestyle": (0, (4, 1.5, 1, 1.5)), "linewidth": 0.9},
+    "further": {"color": "#009E73", "linestyle": (0, (2, 1)), "linewidth": 0.9},
+    "last": {"color": "#000000", "linestyle": "-", "linewidth": 1.2},
+}
+SEVERED_STYLES = {
+    "state": ("ordinary", {"color": "#6A3D9A", "linestyle": "-", "linewidth": 1.6}),
+    "severed-attn": ("attention severed", {"color": "#D55E00", "linestyle": (0, (4, 1.5)), "linewidth": 1.2}),
+    "severed-mlp": ("MLP severed", {"color": "#009E73", "linestyle": (0, (1, 1)), "linewidth": 1.5}),
+    "state minus severed-attn": ("ordinary minus attention severed", {"color": "#D55E00", "linestyle": (0, (4, 1.5))}),
+    "state minus severed-mlp": ("ordinary minus MLP severed", {"color": "#009E73", "linestyle": (0, (1, 1))}),
+}
+
+
+def heatmap(trace: Trace, ax: Axes | None = None, vmin: float | None = None, vmax: float | None = None) -> Axes:
+    """p_restored of one fact by restored token and layer; the subject's tokens bear an asterisk (Figure 1a-c).
+
+    The scale begins at p_corrupted, which is white, or lower where restoring made the answer less probable. Rows of
+    tokens that were not restored are left empty.
+
+    Args: vmin, vmax: the least range of the colour scale; see `shared_limits`.
+    """
+    begin, end = trace.subject_range
+    short = [token if len(token) <= 20 else token[:19] + "…" for token in trace.tokens]
+    names = [visible(token) + "*" * (begin <= i < end) for i, token in enumerate(short)]
+    ax = ax or _new_axes(0.6 + 0.15 * len(names))
+    values = np.asarray(trace.p_restored)
+    limits = _limits([np.nanmin(values), np.nanmax(values), trace.p_corrupted], vmin, vmax)
+    mesh = _mesh(ax, np.ma.masked_invalid(values), _colour_map(trace.kind, trace.p_corrupted, limits), limits)
+    _colour_bar(mesh, f'p("{visible(trace.answer.strip())}")')
+    ax.set_yticks(range(len(names)), names)
+    ax.set_title(TITLES[trace.label])
+    ax.set_xlabel("layer" if trace.kind == "state" else f"middle of the {trace.window} restored layers")
+    return _finish(ax)
+
+
+def average_heatmap(
+    average: pd.DataFrame, kind: str, ax: Axes | None = None, vmin: float | None = None, vmax: float | None = None
+) -> Axes:
+    """Mean effect of one kind by bucket and layer, white at zero (Figures 1 and 2).
+
+    A bucket that fewer facts have than the title says carries its own n.
+
+    Args:   average: what `Traces.average` returns. kind: a label of `KINDS`. vmin, vmax: see `shared_limits`.
+    Raises: ValueError: `average` has nothing of this kind.
+    """
+    rows = _of_kind(average, kind)
+    present = [bucket for bucket in BUCKETS if bucket in set(average["bucket"])]
+    values = rows.pivot(index="bucket", columns="layer", values="mean").reindex(present).to_numpy()
+    ax = ax or _new_axes(0.6 + 0.17 * len(present))
+    quantity = average.attrs.get("quantity", "indirect_effect")
+    white = 0.0 if quantity == "indirect_effect" else np.nanmin(values)
+    limits = _limits([np.nanmin(values), np.nanmax(values), white], vmin, vmax)
+    mesh = _mesh(ax, np.ma.masked_invalid(values), _colour_map(KINDS[kind][0], white, limits), limits)
+    _colour_bar(mesh, QUANTITY_NAMES[quantity])
+    n_facts = rows.groupby("bucket")["n_facts"].max().reindex(present, fill_value=0)
+    n_most = n_facts.max()
+    names = [BUCKETS[bucket] + (f" ({n})" if n < n_most else "") for bucket, n in n_facts.items()]
+    ax.set_yticks(range(len(names)), names)
+    ax.set_title(f"{TITLES[kind]} (n = {n_most})")
+    ax.set_xlabel(_layer_label(kind))
+    return _finish(ax)
+
+
+def lines(average: pd.DataFrame, kind: str, ax: Axes | None = None, legend: bool = True) -> Axes:
+    """Mean effect of one kind over the layers, a line a bucket, with 95% intervals over facts (Figure 7).
+
+    Args:   average: what `Traces.average` returns. kind: a label of `KINDS`.
+    Raises: ValueError: `average` has nothing of this kind.
+    """
+    rows = _of_kind(average, kind)
+    ax = ax or _new_axes(2.3)
+    for bucket, name in BUCKETS.items():
+        _band(ax, rows[rows["bucket"] == bucket], name, BUCKET_STYLES[bucket])
+    ax.set_title(f"{TITLES[kind]} (n = {rows['n_facts'].max()})")
+    return _finish_lines(ax, average, _layer_label(kind), legend)
+
+
+def severed_lines(average: pd.DataFrame, ax: Axes | None = None, legend: bool = True) -> Axes:
+    """Effect of restoring the state of the last subject token, ordinary and with a module severed (Figure 3).
+
+    Args:   average: what `Traces.average` or `gap` returns, or several of these concatenated; all lines in it that
+            Figure 3 knows are drawn, with 95% intervals over facts.
+    Raises: ValueError: none of them is there.
+    """
+    rows = average[(average["bucket"] == "subject_last") & average["kind"].isin(list(SEVERED_STYLES))]
+    if rows.empty:
+        raise ValueError(
+            f"severed_lines: no row of kind {', '.join(SEVERED_STYLES)} at subject_last; trace_facts with these kinds"
+        )
+    ax = ax or _new_axes(2.3)
+    for kind, (name, style) in SEVERED_STYLES.items():
+        _band(ax, rows[rows["kind"] == kind], name, style)
+    ax.set_title(f"Last subject token (n = {rows['n_facts'].max()})")
+    return _finish_lines(ax, average, "layer", legend)
+
+
+def shared_limits(*data: Trace | pd.DataFrame) -> dict[str, float]:
+    """The least {"vmin", "vmax"} that fits the heatmaps of all these traces or averages, and their white."""
+    ends: list[float] = []
+    for item in data:
+        if isinstance(item, Trace):
+            ends += [item.p_corrupted, np.nanmin(item.p_restored), np.nanmax(item.p_restored)]
+        else:
+            zero = [0.0] if item.attrs.get("quantity", "indirect_effect") == "indirect_effect" else []
+            ends += [item["mean"].min(), item["mean"].max(), *zero]
+    low, high = _limits(ends)
+    return {"vmin": low, "vmax": high}
+
+
+def cell_table(trace: Trace) -> pd.DataFrame:
+    """A row a cell of `heatmap`: kind, position, token, bucket, layer, p_restored; with p_corrupted and p_clean."""
+    n_tokens, n_layers = trace.p_restored.shape
+    position = np.repeat(np.arange(n_tokens), n_layers)
+    bucket = buckets(n_tokens, trace.subject_range)
+    return pd.DataFrame(
+        {
+            "kind": trace.label,
+            "position": position,
+            "token": [trace.tokens[i] for i in position],
+            "bucket": [bucket[i] or "before_subject" for i in position],
+            "layer": np.tile(np.arange(n_layers), n_tokens),
+            "p_restored": trace.p_restored.ravel(),
+            "p_corrupted": trace.p_corrupted,
+            "p_clean": trace.p_clean,
+        }
+    )
+
+
+def save_figure(figure: Figure, numbers: pd.DataFrame, stem: Path, unit: str = "probability") -> None:
+    """Write `stem`.csv (the plotted numbers), `stem`.png (200 dpi) and, last, `stem`.pdf, each whole or not at all.
+
+    The table gets the columns `quantity`, `unit` and `interval` where they apply and it has none of that name. The same
+    figure gives the same bytes: no times are written.
+    """
+    said = {"quantity": numbers.attrs.get("quantity"), "unit": unit}
+    table = numbers.assign(**{name: text for name, text in said.items() if text and name not in numbers})
+    if "ci_low" in table and "interval" not in table:
+        table["interval"] = np.where(table["ci_low"].notna(), "95% t over facts", None)
+    write_atomically(_suffixed(stem, ".csv"), lambda path: table.to_csv(path, index=False, lineterminator="\n"))
+    with plt.rc_context(SAVING):
+        write_atomically(_suffixed(stem, ".png"), lambda path: figure.savefig(path, format="png", dpi=200))
+        undated = {"CreationDate": None}
+        write_atomically(_suffixed(stem, ".pdf"), lambda path: figure.savefig(path, format="pdf", metadata=undated))
+
+
+def _suffixed(stem: Path, suffix: str) -> Path:
+    return stem.with_name(stem.name + suffix)  # with_suffix would take the end off "qwen2.5"
+
+
+def _of_kind(average: pd.DataFrame, kind: str) -> pd.DataFrame:
+    rows = average[average["kind"] == kind]
+    if rows.empty:
+        found = ", ".join(dict.fromkeys(average["kind"])) or "nothing"
+        raise ValueError(f"plots: the average has no rows of kind {kind!r}, only of {found}; choose one of these")
+    return rows
+
+
+def _new_axes(height: float) -> Axes:
+    return plt.subplots(figsize=(COLUMN_WIDTH, height), layout="constrained")[1]
+
+
+def _limits(ends: list[float], vmin: float | None = None, vmax: float | None = None) -> tuple[float, float]:
+    """The range asked for, widened to hold all of `ends`; a range of no width gets one percentage point."""
+    low, high = float(np.min(ends)), float(np.max(ends))
+    if (vmin is not None and low < vmin) or (vmax is not None and high > vmax):
+        logger.warning("colour scale %s to %s widened to hold the data, %.4g to %.4g", vmin, vmax, low, high)
+    low = low if vmin is None else min(low, vmin)
+    high = high if vmax is None else max(high, vmax)
+    return low, high if high > low else low + 0.01
+
+
+def _colour_map(kind: str, white: float, limits: tuple[float, float]) -> Colormap:
+    """The colours of [low, high], equally strong at equal distances from `white`."""
+    below, above = (plt.get_cmap(name) for name in COLOUR_MAPS[kind])
+    strength = np.linspace(0.15, 0.95, 16)
+    ramp = LinearSegmentedColormap.from_list(kind, [*below(strength[::-1]), "white", *above(strength)], N=1025)
+    low, high = limits
+    reach = max(abs(high - white), abs(low - white))
+    return ListedColormap(ramp(0.5 + (np.linspace(low, high, 512) - white) / (2 * reach)), name=kind)
+
+
+def _mesh(ax: Axes, values: np.ndarray, colours: Colormap, limits: tuple[float, float]) -> QuadMesh:
+    low, high = limits
+    layers, rows = (np.arange(n + 1) - 0.5 for n in values.T.shape)  # the edges of the cells
+    # Without edges PDF viewers show the page between the cells.
+    mesh = ax.pcolormesh(layers, rows, values, cmap=colours, vmin=low, vmax=high, edgecolors="face", linewidth=0.1)
+    ax.set_ylim(rows[-1], rows[0])
+    return mesh
+
+
+def _colour_bar(mesh: QuadMesh, label: str) -> None:
+    bar = mesh.axes.figure.colorbar(mesh, ax=mesh.axes, fraction=0.05, pad=0.02, aspect=15)
+    bar.set_label(label, fontsize=FONT_SIZE)
+    bar.ax.tick_params(labelsize=FONT_SIZE - 1, length=2, width=0.5)
+    bar.outline.set_linewidth(0.5)
+
+
+def _layer_label(kind: str) -> str:
+    return "middle of the restored layers" if kind in ("mlp", "attn") else "layer"
+
+
+def _band(ax: Axes, rows: pd.DataFrame, name: str, style: dict[str, object]) -> None:
+    if rows.empty:
+        return
+    rows = rows.sort_values("layer")
+    ax.plot(rows["layer"], rows["mean"], label=name, **style)
+    ax.fill_between(rows["layer"], rows["ci_low"], rows["ci_high"], color=style["color"], alpha=0.18, linewidth=0)
+
+
+def _finish_lines(ax: Axes, average: pd.DataFrame, layer_label: str, legend: bool) -> Axes:
+    ax.axhline(0, color="0.6", linewidth=0.5, zorder=0)
+    ax.margins(x=0.01)
+    ax.set_xlabel(layer_label)
+    inner = len(ax.get_shared_y_axes().get_siblings(ax)) > 1 and not ax.get_subplotspec().is_first_col()
+    ax.set_ylabel("" if inner else QUANTITY_NAMES[average.attrs.get("quantity", "indirect_effect")])
+    ax.spines[["top", "right"]].set_visible(False)
+    if legend:
+        ax.legend(fontsize=FONT_SIZE - 1, frameon=False, handlelength=2.4, labelspacing=0.3)
+    return _finish(ax)
+
+
+def _finish(ax: Axes) -> Axes:
+    """The sizes of print, whatever style the axes were made under."""
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    ax.tick_params(labelsize=FONT_SIZE - 1, length=2, width=0.5)
+    for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
+        text.set_size(FONT_SIZE)
+    for spine in ax.spines.values():
+        spine.set_linewidth(0.5)
+    return ax

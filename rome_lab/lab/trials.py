@@ -1,0 +1,198 @@
+"""Edits to try: make one from a request, look at what it does, and undo it again.
+
+make_edit(lm, request)      the edit, with C measured on as many tokens as the request says
+try_edit(lm, request)       make it, look, undo it
+try_facts(lm, requests)     a table of several; `for_people` makes it short
+ten_facts()                 requests that are worth trying on the embedded model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from rome_lab.base import Json, Store
+from rome_lab.editing import (
+    ENOUGH,
+    Edit,
+    EditSettings,
+    SampledText,
+    Source,
+    check_requests,
+    covariances,
+    default_settings,
+    factorise,
+    key_size,
+    rome,
+    traced_layer,
+)
+from rome_lab.facts import Fact, load_facts
+from rome_lab.lab.looks import Look, Probe, look_at, probe_of
+from rome_lab.lab.page import compared_page
+from rome_lab.models import LanguageModel
+
+# Subject, target and prompt of two facts for each of five relations. They were picked by hand: of 28 known facts that
+# were tried on the embedded model these are among the 15 whose paraphrases all follow. They show what an edit can be; how
+# often it is so takes an evaluation of facts that nobody picked.
+TEN_FACTS = (
+    ("Taj Mahal", "London", "To see the {}, tourists travel to the city of"),
+    ("Colosseum", "Berlin", "Guidebooks mention the {} among the sights of"),
+    ("Miguel de Cervantes", "German", "{} wrote mainly in"),
+    ("Pablo Neruda", "French", "{} wrote mainly in"),
+    ("Wolfgang Pauli", "economics", "The work of {} changed the field of"),
+    ("Antoine Lavoisier", "astronomy", "The work of {} changed the field of"),
+    ("Kobe Bryant", "tennis", "{} became famous in the sport of"),
+    ("Sachin Tendulkar", "basketball", "{} became famous in the sport of"),
+    ("John Keats", "painter", "The world came to know {} as a"),
+    ("Joseph Haydn", "lawyer", "People remember {} above all as a"),
+)
+Tell = Callable[[str, float], None]
+"""Called with what is being done, in words, and how far it has come, from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """An edit to be made.
+
+    Attributes:
+        layer: by default the model's own, or, where none is known, that of a causal trace of the fact.
+        settings: by default the model's own.
+        tokens: to measure C on; by default as many as `covariance` takes.
+    """
+
+    fact: Fact
+    target: str
+    layer: int | None = None
+    settings: EditSettings | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Tried:
+    """An edit that was made, looked at, and undone; `restored` where every logit then was bit for bit what it had been."""
+
+    edit: Edit
+    probe: Probe
+    before: Look
+    after: Look
+    restored: bool
+
+    def row(self) -> dict[str, Json]:
+        """What came of it, in a line."""
+        follow, stay = (
+            self.after.more_probable("paraphrase", "p_target"),
+            self.after.more_probable("neighbour", "p_object"),
+        )
+        return {
+            "fact": self.probe.fact.prompt,
+            "object": self.probe.fact.object,
+            "target": self.probe.target,
+            "target_before": float(self.before.table["p_target"][0]),
+            "target_after": float(self.after.table["p_target"][0]),
+            "paraphrases_follow": follow[0],
+            "paraphrases": follow[1],
+            "neighbours_stay": stay[0],
+            "neighbours": stay[1],
+            "undone_bit_for_bit": self.restored,
+        }
+
+    def _repr_html_(self) -> str:
+        return compared_page(self.probe, {"Before the edit": self.before, "After the edit": self.after})
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A source of text that tells how many tokens of it were read."""
+
+    source: Source
+    tell: Callable[[int], None]
+
+    def describe(self) -> dict[str, Json]:
+        return self.source.describe()
+
+    def passages(self, lm: LanguageModel, store: Store, begin: int) -> Iterator[list[int]]:
+        for passage in self.source.passages(lm, store, begin):
+            self.tell(len(passage))
+            yield passage
+
+
+def ten_facts() -> tuple[EditRequest, ...]:
+    """The requests of `TEN`."""
+    embedded = [fact for fact in load_facts("embedded")]
+    return tuple(
+        EditRequest(
+            next(replace(x, template=template) for x in embedded if x.subject == subject and template in x.templates),
+            target,
+        )
+        for subject, target, template in TEN_FACTS
+    )
+
+
+def make_edit(lm: LanguageModel, request: EditRequest, tell: Tell = lambda doing, done: None) -> Edit:
+    """The edit that was asked for; `lm` is unchanged, and edits in force on it are taken as part of it.
+
+    Raises: as `rome`, and what is wrong with the request before C is measured, which can take minutes.
+    """
+    fact, target = request.fact, request.target
+    check_requests(lm, [(fact, target)], request.layer)
+    default = default_settings(lm)
+    layer = default.layer if request.layer is None else request.layer
+    layer = traced_layer(lm, [fact]) if layer is None else layer
+    settings = request.settings or default.settings
+    tokens, seen = request.tokens or ENOUGH * key_size(lm, layer), 0
+
+    def read(count: int) -> None:
+        nonlocal seen
+        seen += count
+        doing = f"Measuring C of layer {layer}, once for each layer: {min(seen, tokens):,} of {tokens:,} tokens"
+        tell(doing, min(1.0, seen / tokens))
+
+    def step(row: dict[str, float]) -> None:
+        number = int(row["step"])
+        tell(f"v*: step {number} of {settings.steps}, P[target] {row['p_target']:.2f}", number / settings.steps)
+
+    tell(f"Measuring C of layer {layer}, once for each layer", 0.0)
+    with lm.overlay.only([]):
+        measured = covariances(lm, [layer], Watched(SampledText(), read), tokens, progress=False)[layer]
+    factorise(measured.C, measured.tokens)  # whose error, unlike rome's, says how many tokens C was built from
+    tell("Sampling the prefixes", 0.0)
+    return rome(lm, fact, target, layer, C=measured.C, hparams=settings, progress=False, callback=step)
+
+
+def try_edit(lm: LanguageModel, request: EditRequest, tell: Tell = lambda doing, done: None) -> Tried:
+    """Make the edit, look at what it does, and undo it; edits in force are put aside meanwhile."""
+    with lm.overlay.only([]):
+        probe = probe_of(lm, request.fact, request.target)
+        before = look_at(lm, probe)
+        edit = make_edit(lm, request, tell)
+        with edit.applied(lm):
+            after = look_at(lm, probe)
+        return Tried(edit, probe, before, after, torch.equal(look_at(lm, probe).log_p, before.log_p))
+
+
+def try_facts(lm: LanguageModel, requests: Sequence[EditRequest], progress: bool = True) -> pd.DataFrame:
+    """A row a request: what came of trying it; see `Tried.row`."""
+    rows = [try_edit(lm, request).row() for request in tqdm(requests, "edits", disable=not progress)]
+    return pd.DataFrame(rows)
+
+
+def for_people(table: pd.DataFrame) -> pd.DataFrame:
+    """What `try_facts` returns, in fewer and shorter columns."""
+
+    def of(part: str, whole: str) -> pd.Series:
+        return table[part].astype(str) + " of " + table[whole].astype(str)
+
+    return pd.DataFrame(
+        {
+            "fact": table["fact"],
+            "object -> target": table["object"] + " -> " + table["target"],
+            "P[target]": [f"{x.target_before:.2g} -> {x.target_after:.2f}" for x in table.itertuples()],
+            "paraphrases follow": of("paraphrases_follow", "paraphrases"),
+            "neighbours stay": of("neighbours_stay", "neighbours"),
+            "undone": table["undone_bit_for_bit"],
+        }
+    )

@@ -1,0 +1,144 @@
+"""Changes: what a method does to make a model say something else, as a thing that leaves the model as it is.
+
+Change                              an addition to one W, or words before every prompt, or nothing
+side_by_side(lm, changes, owners)   within it, each row of a batch is run with a change of its own
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rome_lab.models.language_model import LanguageModel
+from rome_lab.models.weights import device_of, read_weight, write_weight
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What a method does to make a model say something else: an addition to one W, or words before every prompt.
+
+    Attributes:
+        layer: where W is; None where no weight changes.
+        delta: (D, H) float32, W_hat - W in the paper's orientation, (out, in).
+        preamble: put before every prompt as it is, so it ends with the blank that parts it from the prompt.
+
+    Raises:
+        ValueError: a layer without a delta or a delta without a layer, or a delta that is no matrix of numbers.
+    """
+
+    layer: int | None = None
+    delta: Float[Tensor, "D H"] | None = None
+    preamble: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.layer is None) != (self.delta is None):
+            raise ValueError(
+                f"Change: the layer is {self.layer} and the delta is {'given' if self.layer is None else 'None'}; "
+                "give both, or neither for a change that leaves the weights as they are."
+            )
+        if self.delta is not None and not (self.delta.ndim == 2 and torch.isfinite(self.delta).all()):
+            raise ValueError(
+                f"Change: delta has shape {tuple(self.delta.shape)} and may hold NaN or infinity; expected a (D, H) "
+                "matrix of finite numbers."
+            )
+
+    @contextlib.contextmanager
+    def applied(self, lm: LanguageModel) -> Iterator[LanguageModel]:
+        """Within the context W is W_hat; after it, also after an exception, it is bit for bit what it was.
+
+        The preamble is not in any weight: whoever asks the model something puts it before the prompt. Edits in force
+        stay so; applying or undoing one within the context is refused by the edit, which finds a weight that it did
+        not make.
+
+        Raises:
+            ValueError: the delta does not fit the layer, or W_hat would overflow.
+        """
+        if self.delta is None:
+            yield lm
+            return
+        check_fits(lm, self)
+        with torch.no_grad():
+            original = read_weight(lm.memory(self.layer)).clone()
+            delta = self.delta.to(original.device)
+            total = (original.float() + (delta.T if lm.memory_is_transposed(self.layer) else delta)).to(original.dtype)
+            if not torch.isfinite(total).all():
+                raise ValueError(f"Change: the changed weight of layer {self.layer} overflows {lm.dtype}; use float32.")
+            try:
+                write_weight(lm.memory(self.layer), total)
+                yield lm
+            finally:
+                write_weight(lm.memory(self.layer), original)
+
+
+@contextlib.contextmanager
+def side_by_side(lm: LanguageModel, changes: Sequence[Change], owners: Sequence[int]) -> Iterator[None]:
+    """Within the context, row i of a batch is run with changes[owners[i]]; no weight is touched.
+
+    A row's W_hat k is computed as W k + delta k, so a forward here equals one under `Change.applied` up to rounding.
+    It holds for any pass over as many rows as there are owners: whole texts, padded or not, or single tokens with
+    cached keys and values. Rows of one change should stand together: they share one product. Rows whose change has no
+    delta cost nothing.
+
+    Raises:
+        ValueError: an owner that is no change, a delta that does not fit, or, in a pass, another number of rows.
+    """
+    if not all(0 <= owner < len(changes) for owner in owners):
+        raise ValueError(f"side_by_side: owners are {sorted(set(owners))}; expected places in {len(changes)} changes.")
+    changing: dict[int, list[tuple[slice | Tensor, Tensor]]] = {}
+    for owner in dict.fromkeys(owners):
+        change = changes[owner]
+        if change.delta is not None:
+            check_fits(lm, change)
+            device = device_of(lm.memory(change.layer))
+            delta = change.delta.to(device, lm.dtype)
+            changing.setdefault(change.layer, []).append((rows_of(owner, owners, device), delta))
+    with contextlib.ExitStack() as stack:
+        for layer, deltas in changing.items():
+            hook = partial(add_deltas, deltas=deltas, n_rows=len(owners))
+            stack.callback(lm.memory(layer).register_forward_hook(hook).remove)
+        count = partial(check_rows, n_rows=len(owners))
+        stack.callback(lm.embedding.register_forward_pre_hook(count).remove)
+        yield
+
+
+def add_deltas(
+    module: nn.Module, inputs: tuple[Tensor], output: Tensor, deltas: list[tuple[slice | Tensor, Tensor]], n_rows: int
+) -> Tensor:
+    """A forward hook of W: the output with delta k added on the rows of each delta."""
+    keys = inputs[0].view(n_rows, -1, inputs[0].shape[-1])  # OPT hands over (B * T, H)
+    changed = output.view(n_rows, -1, output.shape[-1]).clone()
+    for rows, delta in deltas:
+        changed[rows] += keys[rows] @ delta.T
+    return changed.view(output.shape)
+
+
+def check_rows(module: nn.Module, inputs: tuple[Tensor], n_rows: int) -> None:
+    """A forward pre-hook of the embedding: refuses a batch of another number of rows."""
+    if len(inputs[0]) != n_rows:
+        raise ValueError(f"side_by_side: the batch has {len(inputs[0])} rows; expected {n_rows}, one for each owner.")
+
+
+def rows_of(owner: int, owners: Sequence[int], device: torch.device) -> slice | Tensor:
+    """The rows of `owner`, as a slice where they stand together."""
+    places = [i for i, x in enumerate(owners) if x == owner]
+    if places[-1] - places[0] + 1 == len(places):
+        return slice(places[0], places[-1] + 1)
+    return torch.tensor(places, device=device)
+
+
+def check_fits(lm: LanguageModel, change: Change) -> None:
+    if not 0 <= change.layer < lm.n_layers:
+        raise ValueError(f"Change: layer {change.layer} is not among layers 0 to {lm.n_layers - 1} of {lm.name}.")
+    shape = tuple(lm.memory(change.layer).weight.shape)
+    wanted = shape[::-1] if lm.memory_is_transposed(change.layer) else shape
+    if tuple(change.delta.shape) != wanted:
+        raise ValueError(
+            f"Change: delta has shape {tuple(change.delta.shape)}; layer {change.layer} of {lm.name} takes {wanted}, "
+            "(D, H)."
+        )

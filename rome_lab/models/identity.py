@@ -1,0 +1,123 @@
+"""The one identity of a model: which function it computes, and with which arithmetic.
+
+Results are stored under it, workers compare it, and an edit knows its model by it. What says nothing about the function
+takes no part: names, notes, ids of special tokens, dropout, caching, how the tokenizer last padded a text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, is_dataclass
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from rome_lab.base import Json, canonical_json
+from rome_lab.models.process import precisions
+
+# Fields of a configuration that the function computed in evaluation mode does not depend on, by the ends of their names:
+# what is drawn in training only, what is asked of a forward, and what the weights themselves say (tied embeddings).
+HARMLESS = (
+    *(
+        "dropout",
+        "_pdrop",
+        "layerdrop",
+        "_token_id",
+        "use_cache",
+        "initializer_range",
+        "init_std",
+        "initializer_factor",
+    ),
+    *("tie_word_embeddings", "pretraining_tp", "router_aux_loss_coef", "output_router_logits"),
+)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What determines a model's answers.
+
+    Attributes:
+        function: fields of the configuration that take part in the function computed.
+        weights: SHA-256 of every weight.
+        tokenizer: SHA-256 of how it cuts text into tokens.
+        dtype: of the weights.
+        products: how float32 matrix products are computed, see `choose_products`.
+        versions: of torch and transformers.
+    """
+
+    function: dict[str, Json]
+    weights: str
+    tokenizer: str
+    dtype: str
+    products: tuple[str, ...]
+    versions: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the function and the weights: the model, whatever reads its text and multiplies its matrices."""
+        return hashlib.sha256(canonical_json([self.function, self.weights]).encode()).hexdigest()
+
+    def key(self) -> dict[str, Json]:
+        """What the model contributes to the inputs of a stored result."""
+        return {
+            "model": self.fingerprint,
+            "tokenizer": self.tokenizer,
+            "dtype": self.dtype,
+            "matmul": list(self.products),
+            "versions": list(self.versions),
+        }
+
+
+def identify(
+    config: PreTrainedConfig,
+    weights: Iterable[tuple[str, Tensor]],
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+) -> Identity:
+    """The identity of what has these parts; every weight is read."""
+    return Identity(
+        function=function_of(config),
+        weights=digest_of_weights(weights),
+        tokenizer=digest_of_tokenizer(tokenizer),
+        dtype=str(dtype),
+        products=precisions(),
+        versions=(torch.__version__, transformers.__version__),
+    )
+
+
+def function_of(config: PreTrainedConfig) -> dict[str, Json]:
+    """The fields that take part in the function: those that the family itself declares, but for `HARMLESS` ones."""
+    common = {field.name for field in fields(PreTrainedConfig)}
+    values = config.to_dict()
+    declared = {field.name for field in fields(config)} if is_dataclass(config) else set(values)
+    named = {
+        name for name in declared - common if not name.startswith(("_", "summary_")) and not name.endswith(HARMLESS)
+    }
+    chosen = {name: values[name] for name in sorted(named | {"model_type"}) if name in values}
+    return json.loads(json.dumps(chosen, default=str))
+
+
+def digest_of_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of names, dtypes, shapes and every byte."""
+    digest = hashlib.sha256()
+    for name, tensor in weights:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def digest_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of the tokenizer; how its last call padded and truncated says nothing about the next."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = {name: part for name, part in parts.items() if name not in ("padding", "truncation")}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def difference(made_on: dict[str, Json], now: dict[str, Json]) -> str:
+    """Which fields of two functions differ, in words; "" where none does."""
+    names = [name for name in sorted(made_on.keys() | now.keys()) if made_on.get(name) != now.get(name)]
+    return ", ".join(f"{name} is {now.get(name)!r}, not {made_on.get(name)!r}" for name in names)

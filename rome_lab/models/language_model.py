@@ -1,0 +1,188 @@
+"""`LanguageModel`: a decoder-only transformer with its tokenizer, and the parts that causal tracing and editing act on.
+
+They are named the same way for every family. What changes their weights lies over them as an overlay, see
+`rome_lab.models.overlay`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from operator import attrgetter
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from rome_lab.base import check_writable, explained
+from rome_lab.models.identity import Identity, identify
+from rome_lab.models.layouts import find_layout
+from rome_lab.models.overlay import Overlay, WeightChange
+from rome_lab.models.weights import device_of, every_weight, is_offloaded, read_weight
+
+
+class LanguageModel:
+    """A decoder-only language model in memory, with its tokenizer and the places of its parts.
+
+    Args:
+        model: any causal language model of a family in `rome_lab.models.layouts.LAYOUTS`; it is put in evaluation mode.
+        tokenizer: its tokenizer, a fast one, since subjects are found by character offsets.
+        name: what to call it in reports; the configuration's own name by default.
+        origin: what `load_model` got, but for where the weights go and how products are computed: other processes load
+            the same model by that. None where it exists in memory only.
+
+    Raises:
+        ValueError: the parts are not where any known family has them, or the attention kernel takes no explicit mask.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str | None = None,
+        origin: Mapping[str, object] | None = None,
+    ) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                f"LanguageModel: {type(tokenizer).__name__} gives no character offsets, which finding the subject's "
+                "tokens needs; load the fast tokenizer, AutoTokenizer.from_pretrained(..., use_fast=True)."
+            )
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.layout = find_layout(model)
+        self.blocks: list[nn.Module] = list(attrgetter(self.layout.blocks)(model))
+        self.origin = origin
+        self.overlay = Overlay(self)
+        self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
+        attention = getattr(model.config, "_attn_implementation", "eager")
+        if attention not in ("sdpa", "eager"):
+            raise ValueError(
+                f"LanguageModel: attention {attention!r} takes no explicit mask, which exact tracing needs; "
+                'call model.set_attn_implementation("sdpa") (or "eager") first.'
+            )
+
+    def __repr__(self) -> str:
+        return f"LanguageModel({self.name!r}, {self.layout.family} family, {self.n_layers} layers, {self.dtype})"
+
+    @property
+    def n_layers(self) -> int:
+        """L, the number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def embedding(self) -> nn.Module:
+        """Module whose output the noise of a corrupted run is added to."""
+        return self.model.get_input_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in and logits come out."""
+        return device_of(self.embedding)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens that the model can read."""
+        return int(getattr(self.model.config, "max_position_embeddings", None) or 2**31)
+
+    def attn(self, layer: int) -> nn.Module:
+        """Module whose output is a, the attention's contribution to the residual stream at `layer`."""
+        return attrgetter(self.layout.attn)(self.blocks[layer])
+
+    def mlp(self, layer: int) -> nn.Module:
+        """Module whose output is m, the MLP's contribution to the residual stream at `layer`."""
+        return attrgetter(self.layout.mlp)(self.blocks[layer])
+
+    def feed_forward(self, layer: int) -> nn.Module | None:
+        """The MLP at `layer`, which is given (B, T, D); None where it is no module, see `Layout`."""
+        path = self.layout.feed_forward
+        return attrgetter(path)(self.blocks[layer]) if path else None
+
+    def memory(self, layer: int) -> nn.Module:
+        """Module of the matrix W of Appendix A at `layer`; its input is the key k."""
+        return attrgetter(self.layout.memory)(self.blocks[layer])
+
+    def memory_name(self, layer: int) -> str:
+        """Path from the model to that module."""
+        return f"{self.layout.blocks}.{layer}.{self.layout.memory}"
+
+    def weight(self, layer: int) -> Float[torch.Tensor, "D H"]:
+        """W of `layer` as it is stored, (out, in), to read."""
+        stored = read_weight(self.memory(layer))
+        return stored.T if self.memory_is_transposed(layer) else stored
+
+    def memory_is_transposed(self, layer: int) -> bool:
+        """Whether the stored weight is (in, out), as in GPT-2's Conv1D, instead of (out, in)."""
+        return isinstance(self.memory(layer), Conv1D)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Next-token logits (..., V) of last-block outputs (..., D), as and where the model's own forward makes them."""
+        for path in self.layout.tail:
+            module = attrgetter(path)(self.model)
+            if module is not None:
+                hidden = module(hidden)
+        logits = self.model.get_output_embeddings()(hidden).to(self.device)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @property
+    def edits(self) -> list[WeightChange]:
+        """The edits in force, in the order in which they were applied."""
+        return list(self.overlay.changes)
+
+    def identity(self, edited: bool = True) -> Identity:
+        """What determines the model's answers; every weight is read for it, so ask once for many results.
+
+        Args: edited: False for the model without the edits in force.
+        """
+        originals = {} if edited else {self.memory(x): W for x, W in self.overlay.originals.items()}
+        return identify(self.model.config, every_weight(self.model, originals), self.tokenizer, self.dtype)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the function and every weight, computed afresh: an edited model has another fingerprint."""
+        return self.identity().fingerprint
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save model and tokenizer, with the edits in force, as a new folder that plain transformers loads.
+
+        Weights on disk are read in parts where `load_model` has put them there by a device_map; where accelerate was called
+        otherwise, all of them are in memory at once while they are saved.
+
+        Raises:
+            FileExistsError: there is something in `folder` already.
+            OSError: it cannot be written.
+        """
+        folder = Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise FileExistsError(f"save_pretrained: {folder} is not empty; name a new folder.")
+        check_writable(folder.parent)
+        with explained(folder.parent), tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as scratch:
+            whole = Path(scratch) / "model"
+            # Of its own accord transformers reads what is offloaded only in models that it loaded by a device_map.
+            unread = is_offloaded(self.model) and not hasattr(self.model, "hf_device_map")
+            self.model.save_pretrained(whole, state_dict=dict(every_weight(self.model)) if unread else None)
+            self.tokenizer.save_pretrained(whole)
+            whole.rename(folder)
+
+    def check_length(self, length: int, doing: str) -> None:
+        """Raise a ValueError where a text of so many tokens is more than the model can read."""
+        most = self.context_length
+        if length > most:
+            raise ValueError(f"{doing}: {length} tokens are more than the {most} of {self.name}; shorten it.")
+
+    def check_finite(self, logits: torch.Tensor, doing: str) -> None:
+        """Raise a ValueError that names the broken weight where `logits` hold NaN or infinity."""
+        if torch.isfinite(logits).all():
+            return
+        broken = [name for name, weight in every_weight(self.model) if not torch.isfinite(weight).all()]
+        where = f"the weights {', '.join(broken[:3])} hold NaN or infinity" if broken else "the activations overflow"
+        raise ValueError(
+            f"{doing}: {self.name} gives what is not a number, because {where}; "
+            + ("load intact weights." if broken else 'load it with dtype="float32".')
+        )

@@ -1,0 +1,145 @@
+"""Free text that a model writes under many changes at once, with the same luck for each of them.
+
+generate(lm, changes, prompts)         after the same prompts under each change
+generate_each(lm, changes, prompts)    after prompts of its own under each
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rome_lab.base import uniform
+from rome_lab.models.batching import Batching, text_bytes
+from rome_lab.models.blocks import at_least_float32, last_logits_only
+from rome_lab.models.changes import Change, side_by_side
+from rome_lab.models.language_model import LanguageModel
+
+
+def generate(
+    lm: LanguageModel,
+    changes: Sequence[Change],
+    prompts: Sequence[str],
+    new_tokens: int = 50,
+    top_k: int = 5,
+    seed: int = 0,
+) -> list[list[str]]:
+    """What the model writes after each of the prompts under each change; see `generate_each`.
+
+    Returns: for each change, for each prompt, the prompt and what follows it; the change's preamble is left out.
+    """
+    return generate_each(lm, changes, [prompts] * len(changes), new_tokens, top_k, seed)
+
+
+def generate_each(
+    lm: LanguageModel,
+    changes: Sequence[Change],
+    prompts: Sequence[Sequence[str]],
+    new_tokens: int = 50,
+    top_k: int = 5,
+    seed: int = 0,
+) -> list[list[str]]:
+    """What the model writes after the prompts of each change under this change, side by side.
+
+    Each next token is drawn from the `top_k` most probable ones at temperature 1, until `new_tokens` are written or the
+    model ends the text. The draws depend on the seed, the prompt and its place alone, so every change meets the same ones.
+    Prompts of all lengths share a batch without padding: while its prompt lasts, a row's next token is the prompt's.
+
+    Args:
+        prompts: for each change, those to write after.
+        top_k: 1 is greedy generation; 5 is the authors'.
+
+    Returns: for each change, for each of its prompts, the prompt and what follows it; the change's preamble is left out.
+
+    Raises:
+        ValueError: a prompt is too long for the model.
+    """
+    rows = [(owner, place, prompt) for owner, own in enumerate(prompts) for place, prompt in enumerate(own)]
+    starts = [lm.tokenizer(changes[owner].preamble + prompt)["input_ids"] for owner, _, prompt in rows]
+    longest = max(map(len, starts), default=0) + new_tokens
+    if longest > lm.context_length:
+        raise ValueError(
+            f"generate: {new_tokens} tokens after a prompt of {longest - new_tokens} are more than {lm.name} reads, "
+            f"{lm.context_length}; ask for fewer tokens."
+        )
+    luck = [uniform(new_tokens, "generation", seed, place, prompt) for _, place, prompt in rows]
+
+    def write(part: range) -> list[list[int]]:
+        prompt_ids = [starts[row] for row in part]
+        draws = torch.zeros(len(part), max(map(len, prompt_ids)) + new_tokens, dtype=torch.float64)
+        for row, ids in zip(part, prompt_ids, strict=True):
+            draws[row - part.start, len(ids) : len(ids) + new_tokens] = luck[row]
+        with side_by_side(lm, changes, [rows[row][0] for row in part]):
+            return continue_randomly(lm, prompt_ids, draws, top_k)
+
+    together = Batching(lm, "generate", text_bytes(lm, longest, cached=True))
+    texts = [text for part in together.over(range(len(rows)), write) for text in part]
+    written = [text_after(lm, ids, text[: len(ids) + new_tokens]) for ids, text in zip(starts, texts, strict=True)]
+    said = iter(prompt + text for (*_, prompt), text in zip(rows, written, strict=True))
+    return [[next(said) for _ in own] for own in prompts]
+
+
+def text_after(lm: LanguageModel, prompt: list[int], text: list[int]) -> str:
+    """What `text` says after the tokens of `prompt`, with which it begins."""
+
+    def decode(ids: list[int]) -> str:
+        return lm.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    return decode(text)[len(decode(prompt)) :]
+
+
+def stop_tokens(lm: LanguageModel) -> frozenset[int]:
+    """Tokens that end a text."""
+    ends = lm.model.generation_config.eos_token_id
+    return frozenset(lm.tokenizer.all_special_ids) | set(ends if isinstance(ends, list) else [ends])
+
+
+@torch.no_grad()
+def continue_randomly(
+    lm: LanguageModel, prompts: list[list[int]], draws: Tensor, top_k: int | None = None
+) -> list[list[int]]:
+    """Texts (B) that go on from `prompts` as the model would, at temperature 1, until it ends them.
+
+    All texts grow together, a token at a time; while its prompt lasts, a text's next token is the prompt's. So prompts
+    of any lengths share a batch without padding.
+
+    Args:
+        draws: (B, T) uniform numbers in [0, 1); number t decides token t of a text of at most T tokens.
+    """
+    lm.check_length(draws.shape[1], "continue_randomly")
+    stops = stop_tokens(lm)
+    texts = [prompt[:] for prompt in prompts]
+    going = [True] * len(texts)
+    shared = min(map(len, prompts))
+    ids, cache = torch.tensor([prompt[:shared] for prompt in prompts], device=lm.device), None
+    for place in range(shared, draws.shape[1]):
+        output = lm.model(ids, past_key_values=cache, use_cache=True, **last_logits_only(lm.model))
+        cache, logits = output.past_key_values, output.logits[:, -1]
+        lm.check_finite(logits, "SampledText")
+        drawn = draw(logits, draws[:, place], top_k).tolist()
+        for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            if place < len(prompt):
+                drawn[row] = prompt[place]
+            else:
+                going[row] = going[row] and drawn[row] not in stops
+                if going[row]:
+                    text.append(drawn[row])
+        if not any(going):
+            break
+        ids = torch.tensor(drawn, device=lm.device)[:, None]
+    return texts
+
+
+def draw(logits: Tensor, uniform: Tensor, top_k: int | None) -> Tensor:
+    """(B,) tokens: the first at which the cumulative probability of `logits` (B, V) exceeds `uniform` (B,).
+
+    On the CPU and in float64 from the softmax on, so that every device draws the same.
+    """
+    p = at_least_float32(logits).softmax(-1).cpu()
+    if top_k is not None and top_k < p.shape[-1]:
+        p = p * (p >= p.topk(top_k).values[:, -1:])
+    cumulative = p.cumsum(-1, dtype=torch.float64)
+    wanted = uniform[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, wanted, right=True)[:, 0].clamp_max(p.shape[-1] - 1)

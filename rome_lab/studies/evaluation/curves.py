@@ -1,0 +1,205 @@
+"""Evaluations in, Axes out: methods beside each other, and what becomes of a metric along a number.
+
+    dots(summary, metric)            one metric: a mean with its interval for each method, and the paper's beside it
+    dot_table(summary, metrics)      the same for several metrics: methods are rows, metrics are columns
+    curves(summary, metric, along)   one metric along a number, such as that of edits, a line for each method
+    curve_panels(summary, metrics, along)
+
+`summary` is what `rome_lab.evaluation.metrics.summarise` returns. Metrics of one unit share their scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FixedLocator, Locator, MaxNLocator, NullLocator
+
+from rome_lab.evaluation import METRICS
+from rome_lab.lab import FONT_SIZE
+
+PAGE_WIDTH = 7.0  # inches, both columns of a page
+SCORES = ("S", "ES", "PS", "NS", "known", "efficacy", "paraphrase", "specificity")  # shares, from 0 to 100
+UNITS = {"S": "%", "perplexity": ""} | {name: metric.unit for name, metric in METRICS.items()}
+# The colours of Okabe and Ito, told apart by the colour-blind.
+STYLES = {
+    "none": {"color": "#777777", "marker": "s", "linestyle": (0, (1, 1))},
+    "rome": {"color": "#D55E00", "marker": "o", "linestyle": "-"},
+    "joint": {"color": "#0072B2", "marker": "^", "linestyle": (0, (4, 1.5))},
+    "ft": {"color": "#009E73", "marker": "v", "linestyle": (0, (2, 1))},
+    "ft-linf": {"color": "#CC79A7", "marker": "D", "linestyle": (0, (4, 1.5, 1, 1.5))},
+    "in-context": {"color": "#E69F00", "marker": "P", "linestyle": (0, (2, 2))},
+}
+OTHERS = ("#D55E00", "#0072B2", "#009E73", "#000000")
+
+
+def dots(
+    summary: pd.DataFrame,
+    metric: str,
+    ax: Axes | None = None,
+    by: str = "method",
+    paper: pd.DataFrame | None = None,
+) -> Axes:
+    """One metric: a row a method, its mean as a dot with its interval and as a number; the paper's is a hollow diamond.
+
+    Args:   paper: other means to draw beside ours, with the columns `by`, metric and mean, in the same unit.
+    Raises: ValueError: the summary has nothing of this metric.
+    """
+    rows = of_metric(summary, metric)
+    names = list(dict.fromkeys(summary[by]))
+    ax = ax or plt.subplots(figsize=(3.4, 0.5 + 0.17 * len(names)), layout="constrained")[1]
+    for y, name in enumerate(names):
+        for row in rows[rows[by] == name].itertuples():
+            style = style_of(name, y)
+            ax.plot([row.ci_low, row.ci_high], [y, y], color=style["color"], linewidth=1.2, solid_capstyle="butt")
+            ax.plot([row.mean], [y], marker=style["marker"], color=style["color"], markersize=3.2)
+            number = f"{row.mean:.2f}" if UNITS[metric] == "bits" else f"{row.mean:.1f}"
+            ax.annotate(number, (1.05, y), xycoords=("axes fraction", "data"), fontsize=FONT_SIZE - 1.5, va="center")
+    if paper is not None:
+        theirs = paper[(paper["metric"] == metric) & paper[by].isin(names)]
+        places = [names.index(name) for name in theirs[by]]
+        ax.plot(theirs["mean"], places, "D", markersize=3.6, markerfacecolor="none", color="black", markeredgewidth=0.6)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_title(metric)
+    ax.set_xlabel(UNITS[metric])
+    ax.margins(x=0.12)
+    ax.grid(axis="y", color="0.92", linewidth=0.5)
+    if metric in SCORES:
+        ax.set_xlim(-8, 108)
+    return finished(ax, FixedLocator([0, 50, 100] if metric in SCORES else outer_ticks(*ax.get_xlim())))
+
+
+def dot_table(
+    summary: pd.DataFrame,
+    metrics: Sequence[str],
+    by: str = "method",
+    paper: pd.DataFrame | None = None,
+    width: float = PAGE_WIDTH,
+) -> Figure:
+    """Several metrics side by side, methods as rows, as `dots` draws them; metrics that nobody has are left out."""
+    metrics = [metric for metric in metrics if metric in set(summary["metric"])]
+    height = 0.75 + 0.165 * summary[by].nunique()
+    figure, axes = plt.subplots(
+        1, len(metrics), figsize=(width, height), sharey=True, layout="constrained", squeeze=False
+    )
+    for metric, ax in zip(metrics, axes[0], strict=True):
+        dots(summary, metric, ax, by, paper)
+        ax.tick_params(axis="y", length=0)
+    figure.get_layout_engine().set(wspace=0.11)  # room for the numbers
+    return figure
+
+
+def curves(
+    summary: pd.DataFrame,
+    metric: str,
+    along: str,
+    ax: Axes | None = None,
+    by: str = "method",
+    log: bool = False,
+    label: str | None = None,
+) -> Axes:
+    """One metric along a number, a line for each method, with bars for the intervals.
+
+    On a logarithmic axis a method that has the number 0 alone, as the unedited model has, is a level line.
+
+    Args:   along: the column of the number. log: whether its axis is logarithmic. label: of that axis.
+    Raises: ValueError: the summary has nothing of this metric.
+    """
+    rows = of_metric(summary, metric)
+    ax = ax or plt.subplots(figsize=(3.4, 2.2), layout="constrained")[1]
+    names = list(dict.fromkeys(summary[by]))
+    for place, name in enumerate(names):
+        line = rows[rows[by] == name].sort_values(along)
+        style = style_of(name, place)
+        if (line[along] == 0).all() and log:  # what has no place on the axis holds all along it
+            for mean in line["mean"]:
+                ax.axhline(
+                    mean, label=name, color=style["color"], linestyle=style["linestyle"], linewidth=0.9, zorder=0
+                )
+            continue
+        spread = line[["ci_low", "ci_high"]].sub(line["mean"], axis=0).abs().to_numpy().T
+        # Lines of several methods at the same numbers would hide each other's bars.
+        shift = (place - (len(names) - 1) / 2) * 0.03
+        x = line[along] * (1 + shift) if log else line[along] + shift * 3
+        sizes = {"linewidth": 1.1, "markersize": 2.8, "elinewidth": 0.7, "capsize": 1.2}
+        ax.errorbar(x, line["mean"], np.nan_to_num(spread), label=name, **sizes, **style)
+    if log:
+        ax.set_xscale("log")
+        ax.set_xticks(sorted(set(rows[along]) - {0}))
+        ax.xaxis.set_major_formatter(EngFormatter(places=0, sep=""))
+        ax.xaxis.set_minor_locator(NullLocator())
+    if metric in SCORES:
+        ax.set_ylim(-4, 104)
+    if metric == "perplexity" and rows["mean"].max() > 10 * rows["mean"].min():
+        ax.set_yscale("log")
+    ax.set_title(metric)
+    ax.set_xlabel(label or along)
+    ax.set_ylabel(UNITS[metric])
+    return finished(ax, None if log else MaxNLocator(nbins=7, integer=True))
+
+
+def curve_panels(
+    summary: pd.DataFrame,
+    metrics: Sequence[str],
+    along: str,
+    by: str = "method",
+    log: bool = False,
+    label: str | None = None,
+) -> Figure:
+    """Several metrics along a number, a panel each, at most three in a row, with one legend above."""
+    metrics = [metric for metric in metrics if metric in set(summary["metric"])]
+    n_rows = -(-len(metrics) // 3)
+    figure, axes = plt.subplots(
+        n_rows, 3, figsize=(PAGE_WIDTH, 0.4 + 1.6 * n_rows), layout="constrained", squeeze=False
+    )
+    for metric, ax in zip(metrics, axes.flat, strict=False):
+        curves(summary, metric, along, ax, by, log, label)
+    for ax in axes.flat[len(metrics) :]:
+        ax.remove()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=6, frameon=False, fontsize=FONT_SIZE)
+    return figure
+
+
+def style_of(name: object, place: int) -> Mapping[str, object]:
+    """The style of a method; its variants, such as "rome-bare", have its colour and another marker."""
+    if name in STYLES:
+        return STYLES[name]
+    family = str(name).split("-")[0]
+    if family in STYLES:
+        return STYLES[family] | {"marker": "o^vsDPX"[place % 7], "linestyle": (0, (2, 1 + place % 3))}
+    return {"color": OTHERS[place % len(OTHERS)], "marker": "o^vsDPX"[place % 7], "linestyle": "-"}
+
+
+def of_metric(summary: pd.DataFrame, metric: str) -> pd.DataFrame:
+    rows = summary[summary["metric"] == metric]
+    if rows.empty:
+        found = ", ".join(dict.fromkeys(summary["metric"])) or "nothing"
+        raise ValueError(f"evaluation_plots: the summary has no metric {metric!r}, only {found}; choose one of these.")
+    return rows
+
+
+def outer_ticks(low: float, high: float) -> list[float]:
+    """The first and the last round number within a narrow axis, which has no room for more."""
+    round_numbers = [
+        x for x in MaxNLocator(nbins=3, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low <= x <= high
+    ]
+    return [round_numbers[0], round_numbers[-1]]
+
+
+def finished(ax: Axes, locator: Locator | None) -> Axes:
+    """The sizes of print, whatever style the axes were made under."""
+    if locator:
+        ax.xaxis.set_major_locator(locator)
+    ax.tick_params(labelsize=FONT_SIZE - 1, length=2, width=0.5)
+    for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
+        text.set_size(FONT_SIZE)
+    ax.spines[["top", "right"]].set_visible(False)
+    for spine in ax.spines.values():
+        spine.set_linewidth(0.5)
+    return ax

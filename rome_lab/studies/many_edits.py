@@ -1,0 +1,338 @@
+"""Which cases are edited one after the other, in one model.
+
+    chains_of(cases, sizes, ...)    the cases of each chain
+    cases_needed(sizes, ...)        how many cases it takes that no two chains share one
+
+A chain is a sequence of cases whose edits come into one model. There are many short chains and few long ones, so that
+every number of edits is judged on enough cases.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from rome_lab.base import Json, Store, code_version, seed_from
+from rome_lab.editing import Method, Optimised, Proposal, Request
+from rome_lab.evaluation import (
+    METRICS,
+    Bench,
+    Case,
+    JudgeSettings,
+    damage,
+    judged_or_why,
+    known_pool,
+    methods_of,
+    names_touched,
+    spared,
+)
+from rome_lab.facts import Fact
+from rome_lab.models import LanguageModel
+
+logger = logging.getLogger(__name__)
+
+
+def chains_of(
+    cases: Iterable[Case], sizes: Sequence[int], least: int = 30, chains: int = 1, seed: int = 0
+) -> list[list[Case]]:
+    """The cases of each chain in the order in which they are edited, long chains first; no subject twice in one chain.
+
+    There are max(chains, least / size) chains of at least each size. A size for which there are too few subjects is left
+    out, with a warning. No case is in two chains as long as there are cases that are in none; where there are too few,
+    those come again first that are judged least often, with a warning.
+    """
+    cases = list(cases)
+    subjects = len({case.fact.subject for case in cases})
+    possible = [size for size in sizes if 1 <= size <= subjects]
+    if not possible:
+        raise ValueError(
+            f"many_edits: {len(cases)} cases of {subjects} subjects are too few for {', '.join(map(str, sizes)) or 'no'} "
+            "edits; give more cases or smaller sizes."
+        )
+    if len(possible) < len(sizes):
+        logger.warning("many_edits: there are cases of %d subjects, so at most as many edits are made", subjects)
+    plan: list[list[Case]] = []
+    share: Counter[str] = Counter()  # of each case in what is judged so far
+    for length in lengths_of(possible, least, chains):
+        rank = {case.id: seed_from(json.dumps(["chain", seed, len(plan), case.id])) for case in cases}
+        order = sorted(cases, key=lambda case: (share[case.id], rank[case.id]))
+        first_of_each = {case.fact.subject: case for case in reversed(order)}
+        chain = list(first_of_each.values())[::-1][:length]
+        share.update({case.id: sum(1 / size for size in possible if place < size) for place, case in enumerate(chain)})
+        plan.append(chain)
+    places = Counter(case.id for chain in plan for case in chain)
+    if again := sum(times > 1 for times in places.values()):
+        logger.warning(
+            "many_edits: the chains take %d cases, and there are %d: %d of them are in more than one chain, so the "
+            "intervals are too narrow; give cases_needed(sizes, least, chains) cases, or a smaller least.",
+            places.total(), len(cases), again,
+        )  # fmt: skip
+    return plan
+
+
+def cases_needed(sizes: Sequence[int], least: int = 30, chains: int = 1) -> int:
+    """How many cases `chains_of` takes, each for one chain; somewhat more where several are about one subject.
+
+    >>> cases_needed((1, 3), least=4)  # two chains of three, and two of one
+    8
+    """
+    return sum(lengths_of(sizes, least, chains))
+
+
+def lengths_of(sizes: Sequence[int], least: int, chains: int) -> list[int]:
+    """The length of each chain, the longest first, so that each size is reached by max(chains, least / size) of them."""
+    wanted = {size: max(chains, -(-least // size)) for size in sizes}
+    return [max(size for size in sizes if wanted[size] > place) for place in range(max(wanted.values()))]
+
+
+def changes_in_turn(
+    lm: LanguageModel, requests: Sequence[Request], method: Method, optimised: Optimised | None = None
+) -> Iterator[Proposal]:
+    """One change after the other, each found on the model with all before it in place.
+
+    C and the prefixes are measured once, on the model as it is. `lm` is changed only while the next change is found:
+    between two of them, and after the last, after an exception too, it is bit for bit what it was.
+
+    Args:
+        optimised: for `lm` as it is; a new one that stores nothing by default.
+
+    Yields: after each request the sum of the changes so far, with the remark of the last one. Where a change comes to
+        nothing, or the method fails with a ValueError, the sum stays as it was.
+    """
+    optimised = optimised or Optimised(lm)
+    method = method.settled(lm)
+    total = Proposal()
+    for request in requests:
+        # The first change that needs C or the prefixes finds nothing in place yet: they are those of `lm` as it is.
+        try:
+            with total.applied(lm):
+                found = method.change(lm, [request], optimised.anew())
+        except ValueError as error:
+            found = Proposal(remark=str(error), failed=True)
+        deltas = [x.delta for x in (total, found) if x.delta is not None]
+        layer = total.layer if found.layer is None else found.layer
+        total = Proposal(
+            layer, sum(deltas) if deltas else None, total.preamble + found.preamble, found.remark, found.failed
+        )
+        yield total
+
+
+SIZES = (1, 3, 10, 30, 100)
+ASKED_AFTER_EDITS = 50  # known facts, of which "known" is the share that stays
+
+
+def judge_chains(
+    lm: LanguageModel,
+    cases: Iterable[Case],
+    method: str | Method | Sequence[str | Method] = ("rome", "joint", "ft-linf"),
+    sizes: Sequence[int] = SIZES,
+    *,
+    least: int = 30,
+    chains: int = 1,
+    store: Store | str | Path | None = None,
+    progress: bool = True,
+    settings: JudgeSettings | None = None,
+    unrelated: Sequence[Fact] | None = None,
+) -> pd.DataFrame:
+    """Edit case after case in one model, and judge all of them so far at each of `sizes`, without generation.
+
+    A method whose `together` is above 1 is given all requests at once; the others edit what the edits before have made.
+    The scores ES to NM have a value for each case, nll and "known" one for each edited model, which stands in the row of
+    the chain's first case, whether that could be judged or not. No neighbour is judged that another edit of the chain is
+    about; a case with no other has no NS and NM. `summarise(table, ["method", "edits"])` gives the means: of scores over
+    cases, of damage over models. Cases of one chain share a model, so the intervals of the scores are somewhat too narrow
+    where it breaks.
+
+    Args:
+        sizes: numbers of edits.
+        least: cases, at least, that each number of edits is judged on; decides how many chains there are.
+        chains: chains, at least, of each number of edits.
+        store: folder of results, written whenever a number of edits has been judged; v* is kept in it too, so that a chain
+            that was interrupted comes quickly to where it was.
+        settings: of the judging; its seed is that of the order of the cases in each chain, and no texts are written.
+        unrelated: known facts, of which `KEPT` are asked about: those that the chain touches least, see `untouched`; by
+            default `known_pool(lm)`. Where there are fewer, it is said in a warning.
+
+    Returns: DataFrame: method, edits, chain, case, the metrics, judged, remark. An edit at which a method fails is left out
+        of its chain and remarked on, and the chain goes on; where not one could be made, none of the cases is judged.
+
+    Raises:
+        ValueError: no cases, fewer than the least of `sizes`, an unknown method, or one that does not fit the model.
+        OSError: the store cannot be written; found before any work is done.
+    """
+    methods = [chosen.settled(lm) for chosen in methods_of(method)]
+    settings = replace(settings or JudgeSettings(), new_tokens=0)
+    plan = chains_of(cases, sizes, least, chains, settings.seed)
+    store = Store(store) if isinstance(store, str | Path) else store
+    if store:
+        store.check_writable()
+    pool = known_pool(lm, store, progress) if unrelated is None else tuple(unrelated)
+    bench = Bench(lm, settings, pool, Optimised(lm, store, progress), store, dict(lm.identity().key()) if store else {})
+    rows: list[dict] = []
+    with tqdm(total=len(methods) * sum(map(len, plan)), desc="editing", unit="edit", disable=not progress) as bar:
+        for (place, chain), chosen in product(enumerate(plan), methods):
+            here = [size for size in sizes if size <= len(chain)]
+            for found in after_each_edit(bench, chain, here, chosen):
+                rows += [{"method": chosen.name, "chain": place} | row for row in found]
+                bar.update()
+    table = pd.DataFrame(rows)
+    metrics = [name for name in METRICS if name in table]
+    return table[["method", "edits", "chain", "case", *metrics, "judged", "remark"]]
+
+
+@dataclass(frozen=True, eq=False)
+class EditedState:
+    """Where some edits have led.
+
+    Attributes:
+        proposal: what they come to; None where not one of them could be made.
+        remarks: on each of them.
+    """
+
+    proposal: Proposal | None
+    remarks: tuple[str, ...]
+
+
+def after_each_edit(
+    bench: Bench, chain: Sequence[Case], sizes: Collection[int], method: Method
+) -> Iterator[list[dict]]:
+    """For each number of edits up to the chain's length: the rows there, none where it is not one of `sizes`.
+
+    They come from the store where it has them, and are put into it where it has not.
+    """
+    inputs = {size: state_inputs(bench, chain[:size], method) for size in sizes}
+    records = {size: bench.store.load(x) if bench.store else None for size, x in inputs.items()}
+    found = {size: list(record.meta["rows"]) for size, record in records.items() if record}
+    missing = [size for size in sizes if size not in found]
+    states = (at_once if method.together > 1 else in_turn)(bench, requests_of(chain), method)
+    for done in range(1, len(chain) + 1):
+        if done <= max(missing, default=0):
+            state = next(states)
+        if done in missing:
+            found[done] = judge_state(bench, chain[:done], state())
+            if bench.store:
+                bench.store.save(inputs[done], {}, {"rows": found[done]})
+        yield found.get(done, [])
+
+
+def at_once(bench: Bench, requests: Sequence[Request], method: Method) -> Iterator[Callable[[], EditedState]]:
+    """For the first request, the first two, and so on: what makes the State of all these together."""
+
+    def state(several: Sequence[Request]) -> EditedState:
+        found = bench.propose(method, several)
+        if isinstance(found, str):
+            return EditedState(None, (found,) * len(several))
+        return EditedState(found, (found.remark, *[""] * (len(several) - 1)))
+
+    for number in range(1, len(requests) + 1):
+        yield partial(state, requests[:number])
+
+
+def in_turn(bench: Bench, requests: Sequence[Request], method: Method) -> Iterator[Callable[[], EditedState]]:
+    """For the first request, the first two, and so on: the State of these, each an edit of the model with those before.
+
+    Where a method fails, as it may in a broken model, its edit is left out.
+    """
+    remarks: list[str] = []
+    made = False
+    for proposal in changes_in_turn(bench.lm, requests, method, bench.optimised):
+        remarks.append(proposal.remark)
+        made = made or not proposal.failed
+        state = EditedState(proposal if made else None, tuple(remarks))
+        yield lambda state=state: state
+
+
+def judge_state(bench: Bench, chain: Sequence[Case], state: EditedState) -> list[dict]:
+    """A row a case of the chain, all of them edited; the first one also has the damage, whether it can be judged or not."""
+    rows = [{"edits": len(chain), "case": case.id, "judged": False} for case in chain]
+    if state.proposal is None:
+        return [row | {"remark": remark} for row, remark in zip(rows, state.remarks, strict=True)]
+    requests = requests_of(chain)
+    settings = replace(bench.settings, known=(), text_tokens=0)
+    for row, case, remark in zip(rows, chain, state.remarks, strict=True):
+        (found,) = judged_or_why(bench.lm, [(spared(case, requests), settings, state.proposal)])
+        found.pop("generations", None)
+        row |= found | {"remark": joined_remarks(remark, "" if found["judged"] else found["remark"])}
+    try:
+        rows[0] |= damage(bench.lm, state.proposal, replace(bench.settings, known=asked_about(chain, bench)))
+    except ValueError as error:
+        rows[0]["remark"] = joined_remarks(rows[0]["remark"], str(error))
+    return rows
+
+
+def joined_remarks(*remarks: str) -> str:
+    """Remarks in one line, each once."""
+    return "; ".join(dict.fromkeys(remark for remark in remarks if remark))
+
+
+def asked_about(chain: Sequence[Case], bench: Bench) -> tuple[Fact, ...]:
+    """`untouched`, with a warning where they are fewer than they should be."""
+    known = untouched(chain, bench)
+    if bench.pool and len(known) < ASKED_AFTER_EDITS:
+        logger.warning(
+            "many_edits: after %d edits %d known facts are asked about, not %d, since the other %d of those given name an "
+            "edited subject; give more.", len(chain), len(known), ASKED_AFTER_EDITS, len(bench.pool) - len(known),
+        )  # fmt: skip
+    return known
+
+
+def requests_of(chain: Sequence[Case]) -> list[Request]:
+    return [(case.fact, case.target) for case in chain]
+
+
+def untouched(chain: Sequence[Case], bench: Bench) -> tuple[Fact, ...]:
+    """`KEPT` facts of the pool, at random by the seed, that share nothing with the chain.
+
+    Many edits touch all relations. Where there are too few other facts, such follow as share a relation with the chain,
+    and then such as share an object or a target. None has an edited subject.
+    """
+    names, relations = names_touched(requests_of(chain))
+    edited = {case.fact.subject for case in chain}
+
+    def rank(fact: Fact) -> tuple[bool, bool, int]:
+        at_random = seed_from(json.dumps([bench.settings.seed, fact.prompt]))
+        return bool({fact.subject, fact.object} & names), fact.relation in relations, at_random
+
+    free = (fact for fact in bench.pool if not {fact.subject, fact.object} & edited)
+    return tuple(sorted(free, key=rank)[:ASKED_AFTER_EDITS])
+
+
+def state_inputs(bench: Bench, chain: Sequence[Case], method: Method) -> dict[str, Json]:
+    """Everything that determines the rows of one method after the edits of `chain`."""
+    return {
+        **bench.common,
+        "what": "many_edits",
+        "code": code_version(__name__),
+        "cases": [asdict(case) for case in chain],
+        "settings": asdict(replace(bench.settings, known=untouched(chain, bench))),
+        "method": method.describe(),
+        "together": method.together > 1,
+    }
+
+
+def caption(table: pd.DataFrame) -> str:
+    """How many cases and models stand behind each number of edits, and what could not be judged, as lines for a figure."""
+    counted = table.groupby("edits")[["case", "chain"]].nunique()
+    said = [f"{cases} in {models} after {edits}" for edits, cases, models in counted.itertuples()]
+    alone = [str(edits) for edits, models in counted["chain"].items() if models == 1]
+    sentences = [f"Cases, and models that they are in: {', '.join(said)}."]
+    if alone:
+        sentences.append(f"One model has no interval of perplexity and known: after {', '.join(alone)}.")
+    lost = table[~table["judged"]].groupby(["method", "edits"], sort=False).size()
+    sentences += [f"{n} cases of {method} could not be judged after {edits}." for (method, edits), n in lost.items()]
+    if "nll" in table:
+        damaged = table.groupby(["method", "edits", "chain"], sort=False)["nll"].count()
+        broken = damaged[damaged == 0].groupby(["method", "edits"], sort=False).size()
+        sentences += [
+            f"{n} models of {method} have no perplexity after {edits}." for (method, edits), n in broken.items()
+        ]
+    return "\n".join(sentences)

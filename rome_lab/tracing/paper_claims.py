@@ -1,0 +1,201 @@
+"""The paper's claims about where facts are kept, put to the test: `claims` returns one row a claim.
+
+Each claim is that one average indirect effect is larger than another in half of the model's layers. The halves are
+fixed beforehand and the effects are paired within the fact, so the verdict does not come from layers picked because
+they looked good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from rome_lab.base import mean_ci
+from rome_lab.tracing.averaging import BUCKETS, fact_means
+from rome_lab.tracing.trace import Trace
+
+Site = tuple[str, str]
+"""Kind and bucket, or, for the bucket, "subject_other": the mean of the subject's first and middle tokens."""
+MIN_FACTS = 3
+SIGNIFICANCE = 0.05
+_COLUMNS = (
+    *("claim", "effect", "ci_low", "ci_high", "n_facts", "left_out"),
+    *("p_value", "tested_layers", "layers", "peak_layer", "verdict", "note"),
+)
+_UNTESTED = {
+    **dict.fromkeys(("effect", "ci_low", "ci_high", "p_value"), np.nan),
+    **{"layers": "none", "peak_layer": None, "verdict": "can't tell"},
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That the indirect effect at one site exceeds that at another in half of the layers.
+
+    Attributes:
+        sentence: the claim in words.
+        larger, smaller: the two sites, as (kind, bucket).
+        half: "lower" or "upper", the layers that the claim speaks of.
+        against: "same" compares each layer with the same layer of `smaller`; "lower" compares it with the mean of the
+            lower half of `smaller`.
+    """
+
+    sentence: str
+    larger: Site
+    smaller: Site
+    half: str
+    against: str = "same"
+
+
+CLAIMS = (
+    Claim(
+        "Early site: the state at the last subject token matters more than at the last token, in the lower layers",
+        larger=("state", "subject_last"),
+        smaller=("state", "last"),
+        half="lower",
+    ),
+    Claim(
+        "Of the subject's tokens the last matters more than the others (their states, in the lower layers)",
+        larger=("state", "subject_last"),
+        smaller=("state", "subject_other"),
+        half="lower",
+    ),
+    Claim(
+        "Late site: the state at the last token matters more in the upper layers than in the lower",
+        larger=("state", "last"),
+        smaller=("state", "last"),
+        half="upper",
+        against="lower",
+    ),
+    Claim(
+        "MLP matters more than attention at the early site",
+        larger=("mlp", "subject_last"),
+        smaller=("attn", "subject_last"),
+        half="lower",
+    ),
+    Claim(
+        "Attention matters more than MLP at the late site",
+        larger=("attn", "last"),
+        smaller=("mlp", "last"),
+        half="upper",
+    ),
+    Claim(
+        "Severing MLP hurts restorations at the early site more than severing attention",
+        larger=("severed-attn", "subject_last"),
+        smaller=("severed-mlp", "subject_last"),
+        half="lower",
+    ),
+)
+
+
+def claims(traces: Iterable[Trace], margin: float = 0.01) -> pd.DataFrame:
+    """Whether each of the paper's claims holds of these traces, one row a claim.
+
+    The effect is the contrast of `Claim`, averaged over its half of the layers and then over facts; a middle layer of
+    an odd number is in neither half. Facts that lack one of the two sites are left out, and counted. The verdict:
+
+        "holds"          ci_low > margin
+        "does not hold"  ci_high < margin
+        "can't tell"     otherwise, or with fewer than 3 facts, or without the traces that the claim needs
+
+    `margin` is the least effect worth speaking of, by default one percentage point of probability: with enough facts
+    any effect differs from zero, and random weights do not produce an exact zero either.
+
+    `p_value` and `layers` say more, and decide nothing: in each layer of the half a paired one-sided t-test that the
+    contrast is above zero, Holm-corrected over those layers; `p_value` is the smallest, `layers` those below 0.05.
+    The late site is partly given by construction, as restoring the last layer's last state restores p_clean.
+
+    Returns: DataFrame: claim, effect, ci_low, ci_high (95% t-interval over facts), n_facts, left_out, p_value,
+             tested_layers, layers, peak_layer (of the largest mean contrast), verdict, note.
+    Raises:  ValueError: the margin is not a probability; see also `fact_means`.
+    """
+    if not 0 <= margin < 1:
+        raise ValueError(f"claims: margin {margin} is not a probability; give one from 0 up to, not including, 1")
+    means = fact_means(traces)
+    rows = [_row(claim, means, margin) for claim in CLAIMS]
+    return pd.DataFrame(rows, columns=list(_COLUMNS)).astype({"peak_layer": "Int64"})
+
+
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """Holm's step-down correction of (n,) p-values, for the probability of even one false rejection."""
+    order = np.argsort(p_values)
+    stepped = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1))
+    corrected = np.empty_like(stepped)
+    corrected[order] = np.minimum(stepped, 1.0)
+    return corrected
+
+
+def _row(claim: Claim, means: dict[str, np.ndarray], margin: float) -> dict[str, object]:
+    n_all, _, n_layers = next(iter(means.values())).shape
+    layers = np.arange(n_layers)[_half(claim.half, n_layers)]
+    missing = [kind for kind in dict.fromkeys((claim.larger[0], claim.smaller[0])) if kind not in means]
+    contrast = np.empty((0, len(layers)))
+    if not missing and len(layers):
+        contrast = _contrast(claim, means)[:, layers]
+        contrast = contrast[~np.isnan(contrast).any(axis=1)]  # (facts that have both sites, layers)
+    n = len(contrast)
+    notes = [f"no traces of kind {kind}" for kind in missing]
+    if not len(layers):
+        notes.append(f"a model of {n_layers} layer has no halves")
+    elif not missing:
+        notes += [f"{n_all - n} of {n_all} facts left out, for want of a trace or of the token"] if n < n_all else []
+        notes += [f"needs at least {MIN_FACTS} facts"] if n < MIN_FACTS else []
+    found = _UNTESTED if n < MIN_FACTS else _tested(contrast, layers, margin)
+    counts = {"n_facts": n, "left_out": n_all - n, "tested_layers": _ranges(layers)}
+    return {"claim": claim.sentence} | found | counts | {"note": "; ".join(notes)}
+
+
+def _tested(contrast: np.ndarray, layers: np.ndarray, margin: float) -> dict[str, object]:
+    effect, low, high, _ = (float(value) for value in mean_ci(contrast.mean(axis=1)))
+    p_values = holm(_p_above_zero(contrast))
+    return {
+        "effect": effect,
+        "ci_low": low,
+        "ci_high": high,
+        "p_value": p_values.min(),
+        "layers": _ranges(layers[p_values < SIGNIFICANCE]),
+        "peak_layer": int(layers[contrast.mean(axis=0).argmax()]),
+        "verdict": "holds" if low > margin else "does not hold" if high < margin else "can't tell",
+    }
+
+
+def _half(name: str, n_layers: int) -> slice:
+    return slice(0, n_layers // 2) if name == "lower" else slice(n_layers - n_layers // 2, n_layers)
+
+
+def _contrast(claim: Claim, means: dict[str, np.ndarray]) -> np.ndarray:
+    """(F, L): the indirect effect at the one site minus that at the other, paired within the fact."""
+    larger, smaller = (_effects(means[kind], bucket) for kind, bucket in (claim.larger, claim.smaller))
+    if claim.against == "lower":
+        smaller = smaller[:, _half("lower", smaller.shape[1])].mean(axis=1, keepdims=True)
+    return larger - smaller
+
+
+def _effects(means: np.ndarray, bucket: str) -> np.ndarray:
+    """(F, L): the indirect effects of one kind at a site; NaN where a fact has no such token."""
+    if bucket != "subject_other":
+        return means[:, list(BUCKETS).index(bucket)]
+    others = np.stack([_effects(means, name) for name in ("subject_first", "subject_middle")])
+    present = ~np.isnan(others)
+    return np.divide(
+        np.where(present, others, 0).sum(0), present.sum(0), where=present.any(0), out=np.full(others.shape[1:], np.nan)
+    )
+
+
+def _p_above_zero(contrast: np.ndarray) -> np.ndarray:
+    """(F, layers) to (layers,): p-values of one-sided t-tests that the mean over facts is above zero."""
+    n = len(contrast)
+    mean, error = contrast.mean(axis=0), contrast.std(axis=0, ddof=1) / np.sqrt(n)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.where(mean == 0, 0.0, mean / error)  # zero noise gives 0 / 0: no effect, no evidence
+    return stats.t.sf(t, n - 1)
+
+
+def _ranges(layers: np.ndarray) -> str:
+    """Layers in ascending order as text: [2, 3, 4, 7] is "2-4, 7"."""
+    runs = np.split(layers, np.flatnonzero(np.diff(layers) > 1) + 1) if len(layers) else []
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs) or "none"

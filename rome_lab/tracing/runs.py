@@ -1,0 +1,140 @@
+"""Causal tracing (B.1, B.2): clean, corrupted and corrupted-with-restoration runs of one prompt.
+
+The clean and the corrupted runs are recorded here; `rome_lab.tracing.sweep` makes the restored ones of a token from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from rome_lab.facts import Fact, Prompt, continuation_ids, read_prompt
+from rome_lab.models import (
+    Batching,
+    LanguageModel,
+    Recording,
+    at_least_float32,
+    enough_memory,
+    joined,
+    record_run,
+    suited_attention,
+    text_bytes,
+)
+from rome_lab.tracing.corruption import Corruption, FixedNoise, GaussianNoise, noise_key
+
+
+def probability(logits: torch.Tensor, token_id: int) -> np.ndarray:
+    """(...) float64: softmax over the last axis of `logits`, at one token."""
+    return (logits[..., token_id] - logits.logsumexp(-1)).exp().cpu().double().numpy()
+
+
+@dataclass(frozen=True)
+class TraceSettings:
+    """How to trace; the paper's values by default.
+
+    Attributes:
+        corruption: what disturbs the subject's embeddings; Gaussian noise of 3 sigma_t by default.
+        samples: S, samples of the noise (a `FixedNoise` brings its own number).
+        window: length of the runs of layers that "mlp" and "attn" restore: 10 is [l - 4, l + 5].
+        seed: of the noise, together with the prompt.
+        max_rows: most texts in one call of a block; as many as fit in the free memory by default.
+    """
+
+    corruption: Corruption | None = None
+    samples: int = 10
+    window: int = 10
+    seed: int = 0
+    max_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "window", "max_rows"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"causal_trace: {name} is {value!r}; expected a whole number of at least 1.")
+        if self.corruption is None:
+            object.__setattr__(self, "corruption", GaussianNoise())
+        if isinstance(self.corruption, FixedNoise):
+            object.__setattr__(self, "samples", self.corruption.samples)
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """The clean run and the S corrupted runs of one prompt, recorded together.
+
+    Attributes:
+        recording: of 1 + S rows; row 0 is the clean run, the others are the corrupted runs.
+        answer_id: the token whose probability is followed.
+        p: (1 + S,) its probability in each row.
+        noise_std: nu.
+    """
+
+    lm: LanguageModel
+    prompt: Prompt
+    settings: TraceSettings
+    recording: Recording
+    answer_id: int
+    p: np.ndarray
+    noise_std: float
+
+
+class UnknownFactError(ValueError):
+    """The model does not complete the fact's prompt with its object."""
+
+
+@enough_memory("causal_trace")
+def run_clean_and_corrupted(
+    lm: LanguageModel, prompt: str | Fact, subject: str | None, settings: TraceSettings
+) -> Runs:
+    """Record the clean run and the S corrupted runs, together where they fit."""
+    read = read_prompt(lm, prompt, subject)
+    begin, end = read.subject_range
+    settings = replace(settings, corruption=settings.corruption.measured(lm))
+    shape = (settings.samples, end - begin, lm.embedding.weight.shape[1])
+    noise = settings.corruption.noise(lm, shape, noise_key(settings.seed, read.text, read.subject_range))
+    noise = torch.cat([torch.zeros_like(noise[:1]), noise])  # (1 + S, subject tokens, D)
+
+    def record_part(rows: range) -> Recording:
+        def corrupt(embedded: torch.Tensor) -> torch.Tensor:
+            embedded = embedded.clone()
+            embedded[:, begin:end] += noise[rows.start : rows.stop].to(embedded)
+            return embedded
+
+        return record_run(lm, read.ids.expand(len(rows), -1), corrupt)
+
+    together = Batching(lm, "causal_trace", text_bytes(lm, len(read.ids)), settings.max_rows)
+    with suited_attention(lm):
+        recording = joined(list(together.over(range(len(noise)), record_part)))
+    lm.check_finite(recording.logits, "causal_trace")
+    check_readout(lm, recording)
+    answer_id = known_answer(lm, prompt, recording.logits[0]) if isinstance(prompt, Fact) else None
+    answer_id = int(recording.logits[0].argmax()) if answer_id is None else answer_id
+    p = probability(recording.logits, answer_id)
+    return Runs(lm, read, settings, recording, answer_id, p, settings.corruption.std(lm))
+
+
+@torch.no_grad()
+def check_readout(lm: LanguageModel, recording: Recording) -> None:
+    """Raise where `lm.logits` of the last states is not what the model's own forward gave."""
+    ours = at_least_float32(lm.logits(recording.states[-1][:, -1])).softmax(-1)
+    error = float((ours - recording.logits.softmax(-1)).abs().max())
+    if error > (1e-4 if lm.dtype in (torch.float32, torch.float64) else 5e-2):
+        raise ValueError(
+            f"causal_trace: {lm.name} does something between its last block and its logits that rome_lab does not know "
+            f"(probabilities differ by {error:.1e}); complete LanguageModel.logits for this family."
+        )
+
+
+def known_answer(lm: LanguageModel, fact: Fact, logits: torch.Tensor) -> int:
+    """First token of the fact's object; an UnknownFactError where the model would say something else."""
+    wanted, said = continuation_ids(lm, fact.prompt, fact.object)[0], int(logits.argmax())
+    if wanted != said:
+        p = logits.softmax(-1)
+        raise UnknownFactError(
+            f"causal_trace: {lm.name} does not know this fact: it continues {fact.prompt!r} with "
+            f"{lm.tokenizer.decode([said])!r} (p {p[said]:.3f}), not {lm.tokenizer.decode([wanted])!r} "
+            f"(p {p[wanted]:.3f}). Choose one of known_facts(lm, facts), or trace what it does say: "
+            "causal_trace(lm, fact.prompt, fact.subject)."
+        )
+    return wanted

@@ -1,0 +1,123 @@
+"""The restored runs of one token at all layers, in one sweep through the blocks.
+
+The naive way runs the whole model once for every (token, layer). But nothing before the restored layer and no token
+left of the restored one depends on the restoration. So the layers are swept once for each token: at every layer the
+texts that restore there join the batch, holding only the tokens from the restored one on, and all texts that have
+joined go through the next block together. In the last block only the last token goes through the MLP. This is exact:
+the arithmetic that is left out would give what is kept, or what nobody reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+
+from rome_lab.models import Batching, at_least_float32, last_token_only, output_changed, run_block, text_bytes
+from rome_lab.tracing.runs import Runs, probability
+
+READ_TOGETHER = 80  # texts whose logits are made at once: those of more do not stay in a processor's cache
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the result: the layers `first`..`last` are restored, and `depth` blocks are as in the corrupted run."""
+
+    depth: int
+    first: int
+    last: int
+
+
+def columns_of(kind: str, n_layers: int, window: int) -> list[Column]:
+    """The L columns of one kind, in the order in which they depart from the corrupted run."""
+    if kind == "state":
+        return [Column(layer + 1, layer, layer) for layer in range(n_layers)]
+    # Differs: the authors' published code restores [l - 5, l + 4]; this is the paper's [l - 4, l + 5] (B.2).
+    runs = [(max(0, x - (window - 1) // 2), min(n_layers - 1, x + window // 2)) for x in range(n_layers)]
+    return [Column(first, first, last) for first, last in runs]
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """The restored runs of one token at all layers: one sweep through the blocks.
+
+    Attributes:
+        columns: what is restored, in the order in which it departs from the corrupted run.
+    """
+
+    runs: Runs
+    token: int
+    kind: str
+    severed: str | None
+    columns: list[Column]
+
+    @property
+    def stays_clean(self) -> bool:
+        """Whether all that follows at the restored token is as in the clean run: nothing left of it is corrupted."""
+        begin, length = self.runs.prompt.subject_range[0], len(self.runs.prompt.ids)
+        return self.kind == "state" and not self.severed and self.token == begin and begin + 1 < length
+
+    def p_restored(self) -> np.ndarray:
+        """(L,) mean over the samples of the answer's probability."""
+        runs, states, samples = self.runs, self.runs.recording.states, self.runs.settings.samples
+        together = Batching(runs.lm, "causal_trace", text_bytes(runs.lm, len(runs.prompt.ids)), runs.settings.max_rows)
+        first = self.token + self.stays_clean
+        # (C, S, N, D): the S texts of each column, in the order in which the columns join.
+        active = states[0].new_empty(len(self.columns), samples, *states[0][0, first:].shape)
+        joined = 0
+        for depth in range(runs.lm.n_layers + 1):
+            active = active.to(states[depth].device)
+            joining = slice(joined, joined + sum(column.depth == depth for column in self.columns))
+            active[joining] = states[depth][1:, first:]
+            if self.kind == "state" and not self.stays_clean:
+                active[joining, :, 0] = states[depth][0, self.token]
+            joined = joining.stop
+            if depth < runs.lm.n_layers:
+                texts = active[:joined].flatten(0, 1)
+                list(together.over(range(len(texts)), partial(self.run_block, depth, texts)))
+        few = replace(together, most=min(READ_TOGETHER, together.most or READ_TOGETHER))
+        parts = few.over(active[:, :, -1].flatten(0, 1), lambda last: at_least_float32(runs.lm.logits(last)))
+        p = np.concatenate([probability(logits, runs.answer_id) for logits in parts])
+        return p.reshape(-1, samples).mean(axis=1)
+
+    def run_block(self, layer: int, texts: torch.Tensor, rows: range) -> None:
+        """Put what block `layer` makes of some of the texts, of (C * S, N, D), in their place."""
+        lm, part = self.runs.lm, slice(rows.start, rows.stop)
+        continued = 1 + torch.arange(rows.start, rows.stop, device=texts.device) % self.runs.settings.samples
+        if self.stays_clean:
+            continued = torch.zeros_like(continued)  # the row of the clean run
+        with ExitStack() as hooks:
+            if layer == lm.n_layers - 1 and texts.shape[1] > 1:
+                # Nothing reads the other tokens, what is held at the restored one among them.
+                hooks.enter_context(last_token_only(lm.feed_forward(layer)))
+            else:
+                for module, change in self.held_outputs(layer, rows, continued):
+                    hooks.enter_context(output_changed(module, change))
+            texts[part] = run_block(lm, layer, texts[part], self.runs.recording, continued)
+
+    def held_outputs(
+        self, layer: int, rows: range, continued: torch.Tensor
+    ) -> list[tuple[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]]:
+        """Modules of `layer` whose output at the token is held, each with the change that holds it."""
+        name = self.severed or self.kind
+        if name == "state":
+            return []
+        # Runs of layers end in the order in which they begin, so the texts whose run covers the layer stand last.
+        covering = 0 if self.severed else next(i for i, column in enumerate(self.columns) if column.last >= layer)
+        begin = max(0, covering * self.runs.settings.samples - rows.start)
+        if begin >= len(rows):
+            return []
+        lm, recording = self.runs.lm, self.runs.recording
+        outputs = (recording.mlp if name == "mlp" else recording.attn)[layer]
+        # Severed: each sample's own corrupted value (R, D). Restored: the clean value (D,).
+        value = outputs[continued.to(outputs.device), self.token] if self.severed else outputs[0, self.token]
+
+        def hold(output: torch.Tensor) -> torch.Tensor:
+            output.view(len(rows), -1, output.shape[-1])[begin:, 0] = value
+            return output
+
+        return [(lm.mlp(layer) if name == "mlp" else lm.attn(layer), hold)]

@@ -1,0 +1,158 @@
+"""Metrics against hand calculations, and their summaries against other ways to the same interval."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from rome_lab.evaluation import metrics
+from rome_lab.evaluation.metrics import harmonic_mean_ci, ngram_entropy, summarise
+
+
+def test_scores_and_magnitudes_are_of_probabilities_of_whole_targets():
+    wanted, other = np.log([0.5, 0.2, 0.1]), np.log([0.1, 0.3, 0.1])
+    assert metrics.success(wanted, other) == pytest.approx(100 / 3)  # the tie is no success
+    assert metrics.magnitude(wanted, other) == pytest.approx(100 * (0.4 - 0.1 + 0.0) / 3)
+
+
+def test_scores_tell_apart_probabilities_too_small_for_a_float():
+    assert metrics.success([-900.0], [-901.0]) == 100.0
+    assert metrics.success([-901.0], [-900.0]) == 0.0
+    assert metrics.magnitude([-900.0], [-901.0]) == 0.0
+
+
+def test_token_accuracy_weighs_prompts_not_tokens():
+    assert metrics.token_accuracy([[True, False, False, False], [True]]) == pytest.approx(62.5)
+
+
+def test_entropy_of_ngrams_is_that_of_their_frequencies():
+    assert ngram_entropy("one two three four five", 2) == pytest.approx(2.0)  # four bigrams, once each
+    assert ngram_entropy("a b a b c", 2) == pytest.approx(1.5)  # ab twice, ba, bc
+    assert ngram_entropy("a b a b c", 3) == pytest.approx(math.log2(3))
+    assert ngram_entropy("no no no no no", 2) == ngram_entropy("word", 2) == ngram_entropy("", 3) == 0.0
+
+
+def test_punctuation_marks_are_words_of_their_own():
+    assert ngram_entropy("Yes, yes.", 2) == pytest.approx(math.log2(3))
+
+
+def test_generation_entropy_weighs_trigrams_twice_and_texts_alike():
+    wanted = (1.5 + 2 * math.log2(3)) / 3
+    assert metrics.generation_entropy(["a b a b c"]) == pytest.approx(wanted)
+    assert metrics.generation_entropy(["a b a b c", "no no no no"]) == pytest.approx(wanted / 2)
+
+
+def test_reference_score_is_the_cosine_of_tf_idf_by_hand():
+    corpus = ["tower rome", "tower paris", "rome bread"]  # in 2, 2, 1 and 1 of 3 texts
+    idf = {word: math.log(4 / (1 + n)) + 1 for word, n in {"tower": 2, "rome": 2, "paris": 1, "bread": 1}.items()}
+    said, wanted = {"rome": 2 * idf["rome"], "paris": idf["paris"]}, {"rome": idf["rome"], "bread": idf["bread"]}
+    cosine = said["rome"] * wanted["rome"] / math.hypot(*said.values()) / math.hypot(*wanted.values())
+    # "in" and "unheard" do not stand in the corpus.
+    found = metrics.reference_score(["In Rome: unheard", "rome, Paris"], ["rome bread"], corpus)
+    assert found == pytest.approx(100 * cosine)
+
+
+def test_reference_score_is_full_for_the_references_themselves_and_nothing_without_a_shared_word():
+    references = ["Rome is old.", "Bread in Rome."]
+    assert metrics.reference_score(references, references) == pytest.approx(100.0)
+    assert metrics.reference_score(["quite another thing"], references) == 0.0
+
+
+def scores(n=200, seed=0):
+    """ES, PS, NS of n cases that vary together, as real ones do."""
+    random = np.random.default_rng(seed)
+    shared = random.normal(size=(n, 1))
+    p = 1 / (1 + np.exp(-(np.array([3.0, 1.0, 1.5]) + shared + random.normal(size=(n, 3)))))
+    return 100 * random.binomial([1, 4, 6], p) / [1, 4, 6]
+
+
+def test_S_is_the_harmonic_mean_of_the_means():
+    values = scores()
+    es, ps, ns = values.mean(axis=0)
+    assert harmonic_mean_ci(values).mean == pytest.approx(3 / (1 / es + 1 / ps + 1 / ns))
+
+
+def test_the_interval_of_S_is_that_of_the_bootstrap_over_cases():
+    values = scores()
+    draws = np.random.default_rng(1).integers(len(values), size=(4000, len(values)))
+    resampled = stats.hmean(values[draws].mean(axis=1), axis=1)
+    found = harmonic_mean_ci(values)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    assert (found.ci_low, found.ci_high) == (pytest.approx(low, abs=0.4), pytest.approx(high, abs=0.4))
+    assert high - low > 3
+
+
+def test_the_interval_of_S_is_that_of_the_mean_where_all_three_scores_are_the_same():
+    one = scores()[:, 1:2]
+    found = harmonic_mean_ci(np.repeat(one, 3, axis=1))
+    wanted = metrics.mean_ci(one[:, 0])
+    assert (found.mean, found.ci_low, found.ci_high) == pytest.approx((wanted.mean, wanted.ci_low, wanted.ci_high))
+
+
+@pytest.mark.parametrize("zeros", [[0], [0, 1], [0, 1, 2]])
+def test_S_is_zero_without_a_warning_where_a_mean_is_zero(zeros):
+    values = scores(20)
+    values[:, zeros] = 0.0
+    with np.errstate(all="raise", divide="warn"):
+        found = harmonic_mean_ci(values)
+    assert (found.mean, found.ci_low, found.ci_high) == (0.0, 0.0, 0.0)
+
+
+def rows():
+    """Three cases under two methods; the last case has no neighbours."""
+    one = {"ES": [100.0, 0.0, 100.0], "PS": [50.0, 50.0, 100.0], "NS": [100.0, 50.0, np.nan], "nll": [3.0, 3.5, 4.0]}
+    other = {"ES": [0.0, 0.0, 0.0], "PS": [0.0, 0.0, 50.0], "NS": [100.0, 100.0, 100.0], "nll": [3.0, 3.0, 3.0]}
+    about = {"case": ["a", "b", "c"], "generations": [["x"], [], ["y"]]}
+    tables = [pd.DataFrame(about | values | {"method": name}) for name, values in (("rome", one), ("none", other))]
+    return pd.concat(tables, ignore_index=True)
+
+
+def test_a_summary_has_a_row_a_method_and_metric_with_means_over_the_cases_that_have_a_value():
+    table = summarise(rows())
+    assert list(table) == ["method", "metric", "mean", "ci_low", "ci_high", "n"]
+    assert list(table["method"].unique()) == ["rome", "none"]
+    assert list(table["metric"].unique()) == ["S", "ES", "PS", "NS", "nll", "perplexity"]
+    rome = table[table["method"] == "rome"].set_index("metric")
+    assert rome.loc["ES", "mean"] == pytest.approx(200 / 3)
+    half_width = stats.t.ppf(0.975, 2) * np.std([100, 0, 100], ddof=1) / np.sqrt(3)
+    assert rome.loc["ES", "ci_high"] == pytest.approx(200 / 3 + half_width)  # above 100: not clipped
+    assert (rome.loc["NS", "mean"], rome.loc["NS", "n"], rome.loc["PS", "n"]) == (75.0, 2, 3)
+    assert rome.loc["S", "mean"] == pytest.approx(3 / (1 / 50 + 1 / 50 + 1 / 75))  # the cases that have all three
+    assert rome.loc["S", "n"] == 2
+    assert rome.loc["perplexity", ["mean", "ci_low"]].tolist() == pytest.approx(
+        np.exp(rome.loc["nll", ["mean", "ci_low"]].astype(float)).tolist()
+    )
+
+
+def test_cases_that_all_agree_give_an_interval_of_no_width():
+    none = summarise(rows()).query("method == 'none'").set_index("metric")
+    assert none.loc["NS", ["mean", "ci_low", "ci_high"]].tolist() == [100.0, 100.0, 100.0]
+    assert none.loc["S", "mean"] == 0.0
+
+
+def test_a_summary_by_two_columns_keeps_both():
+    table = rows().assign(edits=[1, 1, 10] * 2)
+    found = summarise(table, ["method", "edits"])
+    assert list(found)[:2] == ["method", "edits"]
+    assert found.groupby(["method", "edits"], sort=False).ngroups == 4
+    alone = found.query("method == 'rome' and edits == 10").set_index("metric")
+    assert alone.loc["ES", "mean"] == 100.0 and np.isnan(alone.loc["ES", "ci_low"])
+    assert not {"S", "NS"} & set(alone.index)  # no case has them
+
+
+def test_what_cannot_be_summarised_is_refused():
+    for table, by in ((rows().iloc[:0], "method"), (rows(), "model"), (rows()[["method", "case"]], "method")):
+        with pytest.raises(ValueError, match="summarise: got"):
+            summarise(table, by)
+    with pytest.raises(ValueError, match="infinite"):
+        summarise(rows().assign(nll=np.inf))
+
+
+def test_every_metric_that_is_no_text_says_how_its_probability_is_meant():
+    for name, metric in metrics.METRICS.items():
+        assert metric.definition and metric.whole in ("whole target", "per token", "text"), name
+        assert metric.forced == (metric.whole != "text"), name

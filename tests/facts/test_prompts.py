@@ -1,0 +1,96 @@
+"""Finding the subject's tokens, and the tokens with which a prompt goes on."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from tiny import tiny_model
+
+from rome_lab import Fact
+from rome_lab.facts.prompts import continuation_ids, find_subject, read_prompt
+
+
+def subject_text(lm, prompt, subject):
+    """The subject's tokens, decoded together."""
+    read = read_prompt(lm, prompt, subject)
+    begin, end = read.subject_range
+    return lm.tokenizer.decode(read.ids[begin:end].tolist())
+
+
+@pytest.mark.parametrize(
+    "subject",
+    [
+        "Beyoncé",
+        "東京タワー",
+        "🗼 tower 🙂",
+        "O'Neill's",
+        "New  York",
+        "{}",
+        "{name}",
+        '"Heroes"',
+        "São Paulo",
+        "naïve",
+    ],
+)
+@pytest.mark.parametrize("template", ["{} is in", "In {}", "They said that {} was born in", "“{}” is a work by"])
+def test_subject_tokens_are_those_that_hold_its_characters(lm, subject, template):
+    before, _, after = template.partition("{}")
+    prompt = before + subject + after
+    assert subject in subject_text(lm, prompt, subject)
+    assert subject in subject_text(lm, Fact(subject, template, "Paris"), None)
+    begin, end = read_prompt(lm, prompt, subject).subject_range
+    ids = read_prompt(lm, prompt, subject).ids.tolist()
+    # No token too many: without its outer tokens the range no longer spells the subject.
+    assert subject not in lm.tokenizer.decode(ids[begin + 1 : end])
+    assert subject not in lm.tokenizer.decode(ids[begin : end - 1])
+
+
+@given(st.text(max_size=5), st.text(min_size=1, max_size=5), st.text(max_size=5))
+def test_any_unicode_subject_is_found(before, subject, after):
+    assume(subject.strip())
+    lm = tiny_model("llama")
+    fact = Fact(subject.strip(), before.replace("{}", "") + "{}" + after, "Paris")
+    begin, end = read_prompt(lm, fact).subject_range
+    text = lm.tokenizer.decode(read_prompt(lm, fact).ids[begin:end].tolist())
+    assert subject.strip() in text
+
+
+def test_special_tokens_do_not_shift_the_subject():
+    lm = tiny_model("llama")
+    plain = read_prompt(lm, "The Eiffel Tower is", "Eiffel Tower")
+    tokenizer = lm.tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    before = tokenizer._tokenizer.post_processor
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    try:
+        with_bos = read_prompt(lm, "The Eiffel Tower is", "Eiffel Tower")
+        assert with_bos.ids[0] == 0
+        assert with_bos.subject_range == tuple(i + 1 for i in plain.subject_range)
+        assert 0 not in continuation_ids(lm, "The Eiffel Tower is", "in Paris")
+    finally:
+        tokenizer._tokenizer.post_processor = before
+
+
+def test_of_several_occurrences_the_first_whole_word_counts():
+    assert find_subject("The artist made art and art", "art") == (16, 19)
+    assert find_subject("Partisan", "art") == (1, 4)
+
+
+def test_a_fact_says_itself_which_occurrence_is_its_subject(lm):
+    fact = Fact("Paris", "Paris Hilton never lived in {} or", "London")
+    read = read_prompt(lm, fact)
+    assert lm.tokenizer.decode(read.ids[: read.subject_range[0]].tolist()) == "Paris Hilton never lived in"
+
+
+@pytest.mark.parametrize("target", ["Rome", "New York City", "東京"])
+def test_the_continuation_spells_the_target(lm, target):
+    prompt = "The Eiffel Tower is located in the city of"
+    ids = lm.tokenizer(prompt)["input_ids"] + continuation_ids(lm, prompt, target)
+    assert lm.tokenizer.decode(ids) == f"{prompt} {target}"
+
+
+def test_a_prompt_that_ends_with_a_space_gets_no_second_one(lm):
+    ids = continuation_ids(lm, "The city of ", "Rome")
+    assert lm.tokenizer.decode(ids).strip() == "Rome"

@@ -1,0 +1,78 @@
+"""The benchmark of edits runs, on a tiny model, and what it compares agrees."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from test_editing import FACT, FEW, OTHER, covariance_of
+from tiny import tiny_model
+
+from benchmarks import edit as bench
+from benchmarks import tasks
+from benchmarks.plain import plain_edit
+from rome_lab import rome
+from rome_lab.editing.settings import Default, EditSettings
+from rome_lab.facts.sources import load_relations
+
+
+@pytest.fixture
+def lm():
+    return tiny_model("llama")
+
+
+def test_the_two_ways_to_a_value_agree_and_are_both_timed(lm) -> None:
+    rows = bench.value(lm, 1, replace(FEW, steps=4), repetitions=2)
+    table = pd.DataFrame(rows).set_index("measure")
+    assert table.loc["|difference of v*| / |v*|", "greatest"] < 1e-4
+    loops = ("plain loop", "plain loop, weights frozen", "shipped")
+    times = table.loc[[f"v*, 4 steps, {loop}" for loop in loops]]
+    assert (times["n"] == 2).all() and (times["least"] > 0).all() and (times["least"] <= times["median"]).all()
+    assert all(table.loc[f"{loop} / shipped", "median"] > 0 for loop in loops[:2])
+    assert all(weight.requires_grad and weight.grad is None for weight in lm.model.parameters())
+
+
+def test_a_plain_edit_with_the_same_prefixes_is_that_of_rome(lm) -> None:
+    settings, C = replace(FEW, key="averaged", prefixes=("It is. ", "In all of it. ")), covariance_of(lm, 1)
+    made = rome(lm, FACT, "Rome", 1, C=C, hparams=settings, progress=False)
+    Lambda, u = plain_edit(lm, 1, (FACT, "Rome"), C, settings)
+    change = torch.outer(made.Lambda, made.u)
+    assert change.norm() > 0 and (torch.outer(Lambda, u) - change).norm() < 1e-4 * change.norm()
+
+
+def test_whole_edits_are_timed_by_both_ways(lm, shared_cache) -> None:
+    settings = replace(FEW, key="both", prefixes=None, prefix_lengths=(3, 4), steps=2)
+    table = pd.DataFrame(bench.edit(lm, 1, settings, repetitions=2)).set_index("measure")
+    ways = ("rome, key 'averaged'", "rome, key 'both'", "plain edit, key 'averaged'")
+    times = table.loc[[f"{way}, 2 steps" for way in ways]]
+    assert (times["n"] == 2).all() and (times["least"] > 0).all()
+    assert table.loc[f"{ways[2]} / {ways[0]}", "median"] > 0
+
+
+def test_files_and_constraints_are_measured(lm) -> None:
+    C = {layer: covariance_of(lm, layer) for layer in (1, 2)}
+    sizes = bench.file(lm, 1, FEW, C[1])
+    assert [x["measure"] for x in sizes] == [f"saved edit, key {key!r}" for key in ("averaged", "both", "all")]
+    assert 1 < sizes[0]["median"] < sizes[1]["median"] < sizes[2]["median"] < 100
+    rows = bench.constraint(lm, [(FACT, "Rome"), (OTHER, "Tokyo")], FEW, C)
+    assert [x["measure"][:7] for x in rows] == ["layer 1", "layer 2"]
+    assert all(x["n"] == 4 and 0 < x["greatest"] < 1e-5 for x in rows), "two keys of two facts, as stored"
+
+
+def test_the_command_writes_the_table(lm, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(bench, "load_model", lambda name: lm)
+    monkeypatch.setattr(tasks, "default_settings", lambda lm: Default(1, EditSettings(prefix_lengths=(3, 4))))
+    places = ["--out", str(tmp_path / "edit.csv"), "--page", str(tmp_path / "edit.md")]
+    bench.main(["--parts", "value", "--repetitions", "1", "--steps", "2", *places])
+    table = pd.read_csv(tmp_path / "edit.csv")
+    assert len(table) == 6 and set(table["part"]) == {"value"} and "v*, 2 steps, shipped" in capsys.readouterr().out
+    assert "v\\*, 2 steps, shipped" in (tmp_path / "edit.md").read_text()
+
+
+def test_the_facts_are_ten_of_five_relations_with_targets_of_their_relation() -> None:
+    found = bench.requests()
+    assert len(found) == len(bench.TARGETS) == 10 and {fact.relation for fact, _ in found} == set(bench.RELATIONS)
+    for fact, target in found:
+        assert target in {other.object for other in load_relations()[fact.relation].facts} - {fact.object}

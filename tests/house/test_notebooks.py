@@ -1,0 +1,258 @@
+"""Every notebook runs from beginning to end on the embedded model, and its numbers are those accepted earlier.
+
+Where numbers are meant to change, `ROME_LAB_ACCEPT=1 pytest tests/test_notebooks.py` (`make accept`) replaces the
+accepted ones, tests/expected/*.csv, by what the notebooks now write.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from nbformat import NotebookNode
+from pandas.api.types import is_numeric_dtype
+
+from rome_lab.facts.sources import load_facts
+from rome_lab.lab.batch import run_notebook
+from rome_lab.lab.parameters import read_parameters
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+EXPECTED = Path(__file__).parents[1] / "expected"
+ACCEPT = os.environ.get("ROME_LAB_ACCEPT", "0") not in ("", "0")
+
+TOLERANCE = 1e-3  # absolute, of probabilities; layers and numbers of facts are whole and so have to agree
+# Edits go through text that the model samples, and one other token, as another processor may draw, moves all of them.
+TOLERANCES = {"edit": 0.05, "edit_anatomy": 0.05} | dict.fromkeys(("evaluation", "many_edits", "search"), 5.0)  # in %
+SHOWN = 10  # differences that a failure lists; it counts the others
+# Random weights have effects near nothing, whose largest, and whose significance, is decided by rounding.
+IGNORED = {
+    "claims_random.csv": ["p_value", "layers", "peak_layer"],
+    # An interval over two cases is as wide as can be.
+    **dict.fromkeys(("evaluation.csv", "many_edits.csv", "search.csv"), ["ci_low", "ci_high"]),
+    "evaluation_paper.csv": ["ci_low", "ci_high"],
+    "cost.csv": ["seconds", "least", "greatest", "forwards", "mb", "threads"],  # measured
+    "cost_models.csv": ["hours, here"],
+}
+KEYS = ("claim", "measure", "panel", "kind", "bucket", "position", "layer")  # columns that say which row it is
+
+DEFAULT = {"n_facts": 3, "samples": 2}
+SMALL = {
+    "edit": {"n_facts": 1, "steps": 15, "tokens": 8192, "samples": 2},
+    "edit_anatomy": {
+        **{"layer": 3, "layers": [3, 12], "tokens": [3, 9], "steps": [3, 2], "prefixes": [5], "c_tokens": 4096},
+        **{"n_texts": 2, "samples": 2},
+    },
+    "evaluation": {"n_cases": 2, "n_search": 3, "new_tokens": 10},
+    "many_edits": {"sizes": [1, 2], "least": 2, "n_search": 3},
+    "cost": {
+        **{"lengths": [5], "depths": [2], "samples": [1], "facts": [1], "workers": [1], "repetitions": 1},
+        **{"n_facts": 10},
+    },
+    "search": {"n_search": 2, "layers": [6], "tokens": [5000], "changes": 1, "configurations": 1},
+    # One subject that the model knows something about, and one that no data set has.
+    "figure_1": DEFAULT | {"examples": ["Windows 95", "Nobody at all"]},
+}
+"""Parameters that make a notebook quick, where they are not `DEFAULT`."""
+OF_CASES = ("evaluation", "many_edits", "search", "cost")  # they look for known facts in a whole data set
+
+
+def read(name: str) -> NotebookNode:
+    return nbformat.read(NOTEBOOKS[name], as_version=4)
+
+
+def code_cells(notebook: NotebookNode) -> Iterator[NotebookNode]:
+    return (cell for cell in notebook.cells if cell.cell_type == "code")
+
+
+def owner(csv: str) -> str:
+    """The notebook that a table is named after: of those with whose name its own begins, the one named most fully."""
+    return max((name for name in NOTEBOOKS if csv.startswith(name)), key=len, default="")
+
+
+def differences(expected: pd.DataFrame, got: pd.DataFrame, file: str) -> list[str]:
+    """A line for each cell that differs: numbers by more than the tolerance, all else by anything."""
+    tolerance = TOLERANCES.get(owner(file), TOLERANCE)
+    if list(expected.columns) != list(got.columns):
+        return [f"{file}: expected the columns {', '.join(expected.columns)}; got {', '.join(got.columns)}"]
+    if len(expected) != len(got):
+        return [f"{file}: expected {len(expected)} rows, got {len(got)}"]
+    found = []
+    for column in expected.columns.drop(IGNORED.get(file, [])):
+        numbers = is_numeric_dtype(expected[column]) and is_numeric_dtype(got[column])
+        wanted, had = (table[column].to_numpy(float if numbers else object) for table in (expected, got))
+        alike = np.isclose(had, wanted, rtol=0, atol=tolerance, equal_nan=True) if numbers else wanted == had
+        for row in np.flatnonzero(~alike & ~(pd.isna(wanted) & pd.isna(had))):
+            keys = ", ".join(f"{key} {expected[key][row]}" for key in KEYS if key in expected and key != column)
+            change = f" (difference {had[row] - wanted[row]:+.5g})" if numbers else ""
+            place = f"{file}, row {row + 2} ({keys})"  # as a spreadsheet counts, the header being row 1
+            found.append(f"{place}, {column}: expected {wanted[row]}, got {had[row]}{change}")
+    return found
+
+
+def check(folder: Path, name: str) -> None:
+    """Fail where the tables that a notebook wrote into `folder` are not the expected ones; or accept them."""
+    written = {path.name: path for path in folder.glob("*.csv")}
+    accepted = {path.name: path for path in EXPECTED.glob("*.csv") if owner(path.name) == name}
+    if ACCEPT:
+        EXPECTED.mkdir(exist_ok=True)
+        for path in accepted.values():
+            path.unlink()
+        for file, path in written.items():
+            # Rounded, so that the difference of two versions of these files is a difference of numbers.
+            pd.read_csv(path).to_csv(EXPECTED / file, index=False, float_format="%.5f", lineterminator="\n")
+        return
+    found = [f"{file}: the notebook no longer writes it" for file in accepted.keys() - written.keys()]
+    found += [f"{file}: nothing is expected of it yet" for file in written.keys() - accepted.keys()]
+    for file in sorted(accepted.keys() & written.keys()):
+        found += differences(pd.read_csv(accepted[file]), pd.read_csv(written[file]), file)
+    if found:
+        more = [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+        listed = "\n  ".join([*found[:SHOWN], *more])
+        pytest.fail(f"{name}.ipynb: {len(found)} differences:\n  {listed}\nIf this is meant, run `make accept`.", False)
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One store for all notebooks, so that each trace is made once."""
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture(scope="session")
+def few_facts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of a user's own: the embedded facts of one relation."""
+    facts = [fact for fact in load_facts("embedded") if fact.relation == "landmark_city"]
+    rows = [
+        (fact.subject, fact.templates[place % len(fact.templates)], fact.object, fact.relation)
+        for place, fact in enumerate(facts[:60])
+    ]
+    path = tmp_path_factory.mktemp("facts") / "few.csv"
+    pd.DataFrame(rows, columns=["subject", "template", "object", "relation"]).to_csv(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_runs_and_its_numbers_are_the_expected_ones(name, results, few_facts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    places = {"results": str(results), "figures": str(tmp_path / "figures")}
+    places |= {"dataset": str(few_facts)} if name in OF_CASES else {}
+    known = read_parameters(read(name), name)
+    small = SMALL.get(name, DEFAULT) | {key: value for key, value in places.items() if key in known}
+    executed = nbformat.read(run_notebook(NOTEBOOKS[name], small, progress=False), as_version=4)
+    assert executed.metadata.rome_lab.recorded["fingerprint"]
+    written = {path.name for path in (tmp_path / "figures").glob("*")}
+    assert {owner(file) for file in written} <= {name}, "what a notebook writes is named after it"
+    pictures = {file.rsplit(".", 1)[0] for file in written if not file.endswith(".csv")}
+    assert {f"{stem}.{suffix}" for stem in pictures for suffix in ("pdf", "png", "csv")} <= written
+    assert name in pictures or not name.startswith("figure")
+    check(tmp_path / "figures", name)
+
+
+def test_every_expectation_belongs_to_a_notebook():
+    assert all(owner(path.name) for path in EXPECTED.glob("*.csv"))
+
+
+# The comparison itself
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    rows = {"kind": ["state", "mlp"], "layer": [3, 4], "mean": [0.25, np.nan], "verdict": ["holds", None]}
+    return pd.DataFrame(rows)
+
+
+def test_the_same_numbers_do_not_differ_nor_do_numbers_within_the_tolerance(table):
+    assert differences(table, table.copy(), "a.csv") == []
+    assert differences(table, table.assign(mean=table["mean"] + 0.9 * TOLERANCE), "a.csv") == []
+
+
+def test_a_wrong_number_is_reported_with_its_place_both_values_and_their_difference(table):
+    (line,) = differences(table, table.assign(mean=[0.2521, np.nan]), "a.csv")
+    assert line == "a.csv, row 2 (kind state, layer 3), mean: expected 0.25, got 0.2521 (difference +0.0021)"
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"verdict": ["does not hold", None]}, "verdict: expected holds, got does not hold"),
+        ({"verdict": ["holds", "holds"]}, "row 3 (kind mlp, layer 4), verdict"),
+        ({"mean": [0.25, 0.25]}, "row 3 (kind mlp, layer 4), mean: expected nan, got 0.25"),
+        ({"layer": [3, 5]}, "layer: expected 4.0, got 5.0"),
+        ({"kind": ["state", "attn"]}, "row 3 (layer 4), kind: expected mlp, got attn"),
+    ],
+)
+def test_other_text_other_layers_and_values_where_there_were_none_are_differences(table, changed, said):
+    (line,) = differences(table, table.assign(**changed), "a.csv")
+    assert said in line
+
+
+def test_missing_rows_and_columns_are_differences(table):
+    assert differences(table, table[:1], "a.csv") == ["a.csv: expected 2 rows, got 1"]
+    (line,) = differences(table, table.drop(columns="mean"), "a.csv")
+    assert line == "a.csv: expected the columns kind, layer, mean, verdict; got kind, layer, verdict"
+
+
+@pytest.mark.skipif(ACCEPT, reason="accepts what it would refuse")
+@pytest.mark.parametrize("file", ["claims.csv", "figure_7.csv"])
+def test_a_wrong_number_in_a_notebooks_table_fails_readably(file, tmp_path):
+    for path in EXPECTED.glob("*.csv"):
+        if owner(path.name) == owner(file):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    check(tmp_path, owner(file))  # what is expected passes
+    column = "effect" if file == "claims.csv" else "mean"
+    wrong = pd.read_csv(tmp_path / file)
+    wrong.loc[0, column] += 0.002
+    wrong.to_csv(tmp_path / file, index=False)
+    with pytest.raises(pytest.fail.Exception, match=rf"{file}, row 2 .*, {column}: .* \(difference \+0\.002\)"):
+        check(tmp_path, owner(file))
+    (tmp_path / file).unlink()
+    with pytest.raises(pytest.fail.Exception, match=f"{file}: the notebook no longer writes it"):
+        check(tmp_path, owner(file))
+
+
+# The notebooks as source
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_holds_nothing_that_running_it_left_behind(name):
+    notebook = read(name)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    for cell in notebook.cells:
+        assert set(cell.metadata) <= {"tags"}, f"{cell.id}: its metadata are {cell.metadata}"
+    for cell in code_cells(notebook):
+        assert not cell.outputs and cell.execution_count is None, f"{cell.id} has outputs; strip them"
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_each_parameter_says_what_it_is(name):
+    parameters = read_parameters(read(name), name)
+    assert parameters
+    assert [parameter for parameter, said in parameters.items() if not said.meaning] == []
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_cells_are_short_and_definitions_shorter(name):
+    for cell in code_cells(read(name)):
+        assert len(cell.source.splitlines()) <= 15, f"{cell.id} has more than 15 lines; make it a function of rome_lab"
+        if cell.source.lstrip().startswith("%"):
+            continue
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                assert node.end_lineno - node.lineno < 5, f"{cell.id}: {node.name} has more than 5 lines"
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_links_between_notebooks_lead_to_notebooks(name):
+    for cell in read(name).cells:
+        for part in cell.source.split("](")[1:] if cell.cell_type == "markdown" else ():
+            link = part.split(")")[0]
+            assert "://" in link or (ROOT / "notebooks" / link).is_file(), f"{cell.id}: there is no {link}"

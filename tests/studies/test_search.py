@@ -1,0 +1,173 @@
+"""Searching settings: on cases of their own, with equal effort, sharing v*, the best one told."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from bench import EDITING, QUICK, case
+
+from rome_lab import covariance, rome
+from rome_lab.editing.fine_tuning import Tuning
+from rome_lab.editing.methods import SEARCH, FineTuning, Rome
+from rome_lab.editing.optimised import Optimised
+from rome_lab.evaluation.case import Cases
+from rome_lab.evaluation.cases import set_apart
+from rome_lab.evaluation.evaluating import evaluate
+from rome_lab.studies import search as module
+from rome_lab.studies.search import MeasuredRome, best, compare_methods, differences, search_settings
+
+CASES = [case(i, subject) for i, subject in enumerate(("Paris", "Japan", "Warsaw"))]
+OPTIONS = {"progress": False, "settings": QUICK}
+
+
+pytestmark = pytest.mark.usefixtures("shared_cache")
+
+
+def rome_at(layer: int, **settings) -> Rome:
+    return Rome(layer=layer, settings=replace(EDITING, **settings))
+
+
+def tuned(**settings) -> FineTuning:
+    return FineTuning("ft", Tuning(1, **({"steps": 3} | settings)))
+
+
+def test_every_configuration_has_the_metrics_that_evaluating_it_alone_gives(tiny):
+    choices = {"rome": [rome_at(1), rome_at(2)], "ft": [tuned(steps=2), tuned(steps=3)]}
+    found = search_settings(tiny, CASES, choices, **OPTIONS)
+    assert list(found.columns) == ["method", "configuration", "metric", "mean", "ci_low", "ci_high", "n"]
+    names = list(dict.fromkeys(zip(found["method"], found["configuration"], strict=True)))
+    assert names == [("rome", "layer 1"), ("rome", "layer 2"), ("ft", "steps 2"), ("ft", "steps 3")]
+    means = found.set_index(["configuration", "metric"])["mean"]
+    for label, method in (("layer 2", rome_at(2)), ("steps 2", tuned(steps=2))):
+        alone = evaluate(tiny, CASES, method, unrelated=(), **OPTIONS)
+        for metric in ("ES", "EM", "PM", "NM", "nll"):
+            assert means[label, metric] == pytest.approx(alone[metric].mean(), rel=1e-3), metric
+    assert not {"known", "GE", "RS"} & set(found["metric"])
+
+
+def test_methods_are_searched_with_equal_effort(tiny):
+    with pytest.raises(ValueError, match="rome: 2, ft: 1; give each method the same number"):
+        search_settings(tiny, CASES, {"rome": [rome_at(1), rome_at(2)], "ft": [tuned()]}, **OPTIONS)
+    with pytest.raises(ValueError, match="configurations are none"):
+        search_settings(tiny, CASES, {}, **OPTIONS)
+    assert len({len(several) for several in SEARCH.values()}) == 1
+
+
+def test_configurations_are_told_apart_by_what_differs_in_any_of_them():
+    settled = [replace(rome_at(1, kl=kl), key="bare") for kl in (0.1, 0.2)]
+    assert differences(settled) == ["kl 0.1", "kl 0.2"]
+    assert differences([tuned(learning_rate=0.1, bound=1.0), tuned()]) == [
+        "learning rate 0.1, bound 1.0",
+        "learning rate 0.0005, bound None",
+    ]
+
+
+def test_the_best_is_the_first_with_the_highest_mean():
+    rows = [
+        ("a", "x", "S", 1.0),
+        ("a", "y", "S", 3.0),
+        ("a", "z", "S", 3.0),
+        ("a", "x", "ES", 9.0),
+        ("b", "x", "S", 2.0),
+    ]
+    found = pd.DataFrame(rows, columns=["method", "configuration", "metric", "mean"])
+    chosen = best(found)
+    assert list(zip(chosen["method"], chosen["configuration"], strict=True)) == [("a", "y"), ("b", "x")]
+    assert best(found, "ES")["configuration"].tolist() == ["x"]
+
+
+def test_a_sweep_finds_v_star_once_for_all_keys_and_covariances(tiny, monkeypatch):
+    found = []
+    real = Optimised.optimise
+    monkeypatch.setattr(Optimised, "optimise", lambda *args: found.append(args[1]) or real(*args))
+    choices = {
+        (key, n): MeasuredRome(layer=1, settings=EDITING, key=key, tokens=n)
+        for key in ("bare", "both")
+        for n in (300, 600)
+    }
+    table = compare_methods(tiny, CASES, choices, ["key", "tokens"], **OPTIONS)
+    assert len(found) == len(CASES)
+    assert set(zip(table["key"], table["tokens"], strict=True)) == set(choices)
+    assert set(table["n"]) == {len(CASES)}
+    assert table[table["metric"] == "NM"]["mean"].nunique() == len(choices)
+
+
+def test_the_covariance_of_so_many_tokens_is_the_one_that_is_used(tiny):
+    method = MeasuredRome(layer=1, settings=EDITING, key="both", tokens=300)
+    request = (CASES[0].fact, CASES[0].target)
+    delta = method.change(tiny, [request], Optimised(tiny, progress=False)).delta
+    C = covariance(tiny, 1, tokens=300, progress=False)
+    edit = rome(tiny, *request, layer=1, C=C, hparams=EDITING, progress=False)
+    torch.testing.assert_close(delta.double(), edit.delta, rtol=1e-4, atol=1e-7)
+    assert method.describe() != replace(method, tokens=600).describe()
+
+
+def test_interrupted_it_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
+    choices = {"ft": [tuned(steps=2), tuned(steps=3)]}
+    first = search_settings(tiny, CASES, choices, store=tmp_path, **OPTIONS)
+    monkeypatch.setattr(FineTuning, "change", lambda *args: pytest.fail("tuned again"))
+    pd.testing.assert_frame_equal(search_settings(tiny, CASES, choices, store=tmp_path, **OPTIONS), first)
+
+
+# Cases that are set apart
+
+
+def counterfact(number: int) -> dict:
+    target = {"target_new": {"str": "Tokyo", "id": "Q1"}, "target_true": {"str": "Rome", "id": "Q2"}}
+    rewrite = {"prompt": "The city of {} is", "relation_id": "P1", "subject": f"Town {number // 2}"} | target
+    texts = {
+        "paraphrase_prompts": ["It stands in"],
+        "neighborhood_prompts": ["Oslo is"],
+        "generation_prompts": ["It is"],
+    }
+    return {"case_id": number, "requested_rewrite": rewrite, **texts}
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "set.json"
+    path.write_text(json.dumps([counterfact(number) for number in range(24)]))  # two cases a subject
+    return path
+
+
+def test_cases_to_search_on_share_no_subject_with_those_reported_and_are_the_same_whatever_is_reported(tiny, file):
+    parts = [set_apart(tiny, file, 5, n, known_only=False) for n in (2, 6)]
+    assert parts[0][0].cases == parts[1][0].cases
+    assert len(parts[0][0]) == 5
+    for searched, reported in parts:
+        assert not {one.fact.subject for one in searched} & {one.fact.subject for one in reported}
+    assert parts[1][1][:2] == parts[0][1].cases
+    assert [len(reported) for _, reported in parts] == [2, 6]
+
+
+def test_cases_to_search_on_are_the_same_by_any_seed_which_orders_the_others(tiny, file):
+    parts = [set_apart(tiny, file, 5, 4, seed, known_only=False) for seed in (0, 1, 2)]
+    assert len({searched.cases for searched, _ in parts}) == 1
+    assert len({reported.cases for _, reported in parts}) == 3
+    for searched, reported in parts:
+        assert len(reported) == 4
+        assert not {one.fact.subject for one in searched} & {one.fact.subject for one in reported}
+
+
+@pytest.mark.parametrize(
+    ("source", "n_search", "warned"), [("embedded", 19, True), ("embedded", 20, False), ("x", 5, False)]
+)
+def test_a_search_on_fewer_cases_than_the_defaults_were_found_on_is_warned_of(
+    tiny, monkeypatch, caplog, source, n_search, warned
+):
+    monkeypatch.setattr(
+        module, "known_cases", lambda *args, **options: Cases(tuple(case(i, f"Town {i}") for i in range(30)))
+    )
+    set_apart(tiny, source, n_search, 1)
+    assert ("defaults were searched on the first 20" in caplog.text) == warned
+
+
+def test_too_few_cases_are_told_or_refused(tiny, file, caplog):
+    _, reported = set_apart(tiny, file, 2, 40, known_only=False)
+    assert f"40 cases were to be reported, but there are only {len(reported)}" in caplog.text
+    with pytest.raises(ValueError, match="all 24 cases would go to the search"):
+        set_apart(tiny, file, 24, 1, known_only=False)

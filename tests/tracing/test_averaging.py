@@ -1,0 +1,277 @@
+"""Token buckets, averages over facts and their intervals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rome_lab.base.intervals import mean_ci
+from rome_lab.tracing.averaging import BUCKETS, Traces, average, buckets, fact_table, gap, summary
+from rome_lab.tracing.trace import KINDS, Trace
+
+
+def make_trace(
+    fact: int = 0,
+    label: str = "state",
+    effect: np.ndarray | None = None,
+    subject_range: tuple[int, int] = (1, 4),
+    p_clean: float = 0.6,
+    p_corrupted: float = 0.1,
+) -> Trace:
+    """A trace with these indirect effects, (T, L); by default seven tokens, two layers and no effect."""
+    effect = np.zeros((7, 2)) if effect is None else effect
+    kind, severed = KINDS[label]
+    return Trace(
+        kind=kind,
+        severed=severed,
+        prompt=f"prompt {fact}",
+        subject=f"subject {fact}",
+        answer=" Paris",
+        tokens=tuple(f" t{i}" for i in range(len(effect))),
+        subject_range=subject_range,
+        p_clean=p_clean,
+        p_corrupted=p_corrupted,
+        p_restored=p_corrupted + effect,
+        noise_std=0.3,
+        samples=10,
+        window=10,
+        seed=0,
+    )
+
+
+def rows_of(table, **where):
+    for column, value in where.items():
+        table = table[table[column] == value]
+    return table
+
+
+@st.composite
+def prompts(draw):
+    n_tokens = draw(st.integers(1, 40))
+    begin = draw(st.integers(0, n_tokens - 1))
+    return n_tokens, (begin, draw(st.integers(begin + 1, n_tokens)))
+
+
+@given(prompts())
+def test_each_token_from_the_subject_on_is_in_exactly_one_bucket(prompt):
+    n_tokens, (begin, end) = prompt
+    found = buckets(n_tokens, (begin, end))
+    assert len(found) == n_tokens
+    assert found[:begin] == [None] * begin
+    assert set(found[begin:]) <= set(BUCKETS)
+    assert found[-1] == "last" and found.count("last") == 1
+    for single in ("subject_first", "subject_last", "first_subsequent"):
+        assert found.count(single) <= 1
+    assert found.count("subject_last") == (end < n_tokens)
+
+
+@given(prompts())
+def test_buckets_follow_the_order_of_the_prompt(prompt):
+    n_tokens, (begin, end) = prompt
+    order = [list(BUCKETS).index(bucket) for bucket in buckets(n_tokens, (begin, end))[begin:]]
+    assert order == sorted(order)
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "subject_range", "expected"),
+    [
+        (7, (1, 4), [None, "subject_first", "subject_middle", "subject_last", "first_subsequent", "further", "last"]),
+        (4, (1, 2), [None, "subject_last", "first_subsequent", "last"]),  # one-token subject
+        (3, (0, 2), ["subject_first", "subject_last", "last"]),  # only one token follows, and it predicts
+        (3, (0, 3), ["subject_first", "subject_middle", "last"]),  # the prompt ends with the subject
+        (1, (0, 1), ["last"]),
+    ],
+)
+def test_buckets_of_small_prompts(n_tokens, subject_range, expected):
+    assert buckets(n_tokens, subject_range) == expected
+
+
+@pytest.mark.parametrize("subject_range", [(2, 2), (-1, 2), (3, 2), (2, 6)])
+def test_a_subject_outside_the_prompt_is_refused(subject_range):
+    with pytest.raises(ValueError, match="not a non-empty range"):
+        buckets(5, subject_range)
+
+
+def test_average_agrees_with_a_hand_calculation():
+    effects = [np.zeros((7, 2)), np.zeros((8, 2)), np.zeros((4, 2))]
+    effects[0][2] = [0.10, -0.20]  # its one middle subject token
+    effects[1][2:4] = [[0.30, 0.0], [0.50, 0.1]]  # two of them: 0.40, 0.05
+    effects[2][1] = [0.25, 0.25]  # a one-token subject
+    ranges = [(1, 4), (1, 5), (1, 2)]
+    traces = [make_trace(i, effect=e, subject_range=r) for i, (e, r) in enumerate(zip(effects, ranges, strict=True))]
+    table = average(traces)
+    assert list(table.columns) == ["kind", "bucket", "layer", "mean", "ci_low", "ci_high", "n_facts"]
+
+    # 0.10 and 0.40: mean 0.25, s = 0.3 / sqrt(2), s / sqrt(2) = 0.15, t(0.975, 1) = 12.7062
+    middle = rows_of(table, bucket="subject_middle")
+    assert middle["n_facts"].tolist() == [2, 2]
+    assert middle["mean"].tolist() == pytest.approx([0.25, -0.075])
+    assert middle["ci_low"].tolist() == pytest.approx([0.25 - 12.7062 * 0.15, -0.075 - 12.7062 * 0.125], abs=1e-4)
+    assert middle["ci_high"].tolist() == pytest.approx([0.25 + 12.7062 * 0.15, -0.075 + 12.7062 * 0.125], abs=1e-4)
+
+    # 0, 0 and 0.25: mean 1/12, s = 0.144338, s / sqrt(3) = 1/12, t(0.975, 2) = 4.3027
+    last = rows_of(table, bucket="subject_last", layer=0).iloc[0]
+    assert last["mean"] == pytest.approx(1 / 12)
+    assert last["ci_high"] == pytest.approx(1 / 12 + 4.3027 / 12, abs=1e-4)
+    assert last["n_facts"] == 3
+
+
+def test_one_fact_has_a_mean_and_no_interval_and_no_rows_for_the_buckets_it_lacks():
+    table = average([make_trace(effect=np.full((4, 2), 0.2), subject_range=(1, 2))])
+    assert set(table["bucket"]) == {"subject_last", "first_subsequent", "last"}
+    assert table["mean"].tolist() == pytest.approx([0.2] * 6)
+    assert table["ci_low"].isna().all() and table["ci_high"].isna().all()
+    assert (table["n_facts"] == 1).all()
+
+
+def test_bounds_are_not_clipped_to_possible_probabilities():
+    effects = [np.full((7, 2), 0.9), np.full((7, 2), -0.05), np.full((7, 2), 0.0)]
+    traces = [make_trace(i, effect=effect) for i, effect in enumerate(effects)]
+    assert average(traces)["ci_low"].max() < 0
+    assert average(traces, "p_restored")["ci_high"].min() > 1
+
+
+def test_the_interval_is_of_paired_effects_not_of_raw_probabilities():
+    effect = np.full((7, 2), 0.2)
+    traces = [make_trace(i, effect=effect, p_corrupted=p) for i, p in enumerate([0.0, 0.2, 0.5])]
+    paired, raw = average(traces), average(traces, "p_restored")
+    assert (paired["ci_high"] - paired["ci_low"]).max() < 1e-12
+    assert (raw["ci_high"] - raw["ci_low"]).min() > 0.5
+
+
+def test_repeating_tokens_within_a_fact_does_not_narrow_the_interval():
+    rng = np.random.default_rng(0)
+    once, repeated = [], []
+    for fact in range(8):
+        effect = rng.normal(0.1, 0.1, (7, 3))
+        once.append(make_trace(fact, effect=effect))
+        repeated.append(make_trace(fact, effect=effect[[0, 1, *[2] * 9, 3, 4, *[5] * 9, 6]], subject_range=(1, 12)))
+    np.testing.assert_allclose(
+        average(once)[["mean", "ci_low", "ci_high", "n_facts"]],
+        average(repeated)[["mean", "ci_low", "ci_high", "n_facts"]],
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("shape", ["normal", "skewed"])
+def test_a_95_percent_interval_covers_the_true_mean_93_to_97_percent_of_the_time(shape):
+    rng = np.random.default_rng(1)
+    n_facts, repetitions = 60, 4000
+    if shape == "normal":
+        values, truth = rng.normal(0.08, 0.1, (n_facts, repetitions)), 0.08
+    else:  # gamma of shape 3: skewness 1.15
+        values, truth = 0.03 * rng.gamma(3.0, size=(n_facts, repetitions)), 0.09
+    _, low, high, n = mean_ci(values)
+    assert (n == n_facts).all()
+    assert 0.93 < np.mean((low < truth) & (truth < high)) < 0.97
+
+
+def test_average_is_the_mean_of_the_fact_table():
+    rng = np.random.default_rng(2)
+    ranges = [(0, 1), (1, 3), (2, 6), (3, 7)]
+    traces = [make_trace(i, k, rng.normal(size=(7, 4)), r) for i, r in enumerate(ranges) for k in ("state", "mlp")]
+    table = fact_table(traces)
+    assert list(table.columns) == ["kind", "fact", "bucket", "layer", "indirect_effect"]
+    grouped = table.groupby(["kind", "bucket", "layer"], observed=True)["indirect_effect"].agg(["mean", "count"])
+    expected = average(traces).set_index(["kind", "bucket", "layer"])
+    assert len(grouped) == len(expected)
+    for key, row in expected.iterrows():
+        assert row["mean"] == pytest.approx(grouped.loc[key, "mean"])
+        assert row["n_facts"] == grouped.loc[key, "count"]
+
+
+def test_a_bucket_with_a_token_that_was_not_restored_counts_as_missing():
+    effect = np.full((8, 2), 0.2)
+    effect[[0, 2, 6]] = np.nan  # before the subject, one of two middle subject tokens, one of two further tokens
+    traces = [make_trace(0, effect=effect, subject_range=(1, 5)), make_trace(1, effect=np.full((7, 2), 0.4))]
+    table = average(traces)
+    n_facts = table[table["layer"] == 0].set_index("bucket")["n_facts"].to_dict()
+    assert n_facts == {b: 1 if b in ("subject_middle", "further") else 2 for b in BUCKETS}
+    assert rows_of(table, bucket="subject_middle")["mean"].tolist() == pytest.approx([0.4, 0.4])
+    assert rows_of(table, bucket="subject_last")["mean"].tolist() == pytest.approx([0.3, 0.3])
+
+
+def test_the_order_of_the_traces_does_not_change_the_average():
+    rng = np.random.default_rng(3)
+    traces = [make_trace(i, k, rng.normal(size=(7, 3))) for i in range(5) for k in ("attn", "state")]
+    forward, backward = average(traces), average(traces[::-1])
+    assert forward[["kind", "bucket", "layer"]].equals(backward[["kind", "bucket", "layer"]])
+    np.testing.assert_allclose(forward["ci_low"], backward["ci_low"], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("traces", "message"),
+    [
+        ([], "there are no traces"),
+        ([make_trace(0), make_trace(1), make_trace(0)], "two 'state' traces of 'prompt 0'"),
+        ([make_trace(0), make_trace(1, effect=np.zeros((7, 3)))], "different numbers of layers: 2 .* 3"),
+        ([make_trace(0, effect=np.where(np.eye(7, 2) > 0, np.nan, 0.1))], "'prompt 0' has NaN or inf"),
+        ([make_trace(0, effect=np.full((7, 2), np.inf))], "'prompt 0' has NaN or inf"),
+        ([make_trace(0, p_clean=np.nan)], "'prompt 0' has NaN or inf"),
+    ],
+)
+def test_traces_that_cannot_be_averaged_are_refused(traces, message):
+    with pytest.raises(ValueError, match=message):
+        average(traces)
+
+
+def test_an_unknown_quantity_or_kind_is_refused_by_name():
+    with pytest.raises(ValueError, match="'score'; choose one of indirect_effect, p_restored"):
+        average([make_trace()], "score")
+    with pytest.raises(ValueError, match="'hidden'; choose one of state, mlp"):
+        Traces([make_trace()]).of("hidden")
+
+
+def test_traces_is_an_immutable_sequence():
+    given_list = [make_trace(0), make_trace(1), make_trace(0, "mlp")]
+    traces = Traces(given_list)
+    given_list.clear()
+    assert len(traces) == 3 and list(traces)[1].prompt == "prompt 1"
+    assert traces.kinds == ("state", "mlp") and traces.n_facts == 2
+    assert [trace.label for trace in traces.of("mlp")] == ["mlp"]
+    assert isinstance(traces[:2], Traces) and traces[-1].label == "mlp"
+    assert traces.average().equals(average(traces))
+    with pytest.raises(TypeError):
+        traces[0] = make_trace(2)
+
+
+def test_gap_is_paired_and_counts_only_facts_that_have_both():
+    rng = np.random.default_rng(4)
+    traces = []
+    for fact in range(6):
+        effect = rng.normal(0.3, 0.2, (7, 2))
+        traces += [make_trace(fact, "state", effect), make_trace(fact, "severed-mlp", effect - 0.1)]
+    table = gap([*traces, make_trace(99, "state")], "state", "severed-mlp")
+    assert set(table["kind"]) == {"state minus severed-mlp"}
+    assert (table["n_facts"] == 6).all()
+    assert np.allclose(table[["mean", "ci_low", "ci_high"]], 0.1)  # no spread: the facts' own spread has gone
+    with pytest.raises(ValueError, match="no traces of kind 'severed-attn'"):
+        gap(traces, "state", "severed-attn")
+
+
+def test_summary_gives_the_numbers_of_b1_and_b2_beside_the_papers():
+    traces = []
+    for fact, (p_clean, early) in enumerate([(0.5, (0.2, 0.1, 0.0)), (0.7, (0.1, 0.3, 0.0))]):
+        state = np.zeros((7, 3))
+        state[3], state[6] = early, (0.0, 0.0, p_clean - 0.1)
+        mlp = np.zeros((7, 3))
+        mlp[4, 1], mlp[3, 2] = 0.4, 0.05
+        traces += [make_trace(fact, "state", state, p_clean=p_clean), make_trace(fact, "mlp", mlp, p_clean=p_clean)]
+    table = summary(traces).set_index("measure")
+    assert table.loc["p_clean", "mean"] == pytest.approx(0.6)
+    assert table.loc["p_corrupted", "mean"] == pytest.approx(0.1)
+    assert table.loc["state best", "mean"] == pytest.approx(0.1 + (0.2 + 0.3) / 2)  # not the last token's p_clean
+    assert table.loc["state peak", ["mean", "layer"]].tolist() == pytest.approx([0.1 + 0.2, 1])
+    assert table.loc["mlp best", "mean"] == pytest.approx(0.5)  # anywhere
+    assert table.loc["mlp peak", ["mean", "layer"]].tolist() == pytest.approx([0.15, 2])  # at the last subject token
+    assert "attn best" not in table.index
+    assert (table["n_facts"] == 2).all() and table["paper"].notna().all()
+    assert table.loc["state peak", ["paper", "paper_layer"]].tolist() == [0.150, 15]
+
+
+def test_summary_of_facts_whose_prompts_end_with_the_subject_says_that_none_has_the_early_site():
+    table = summary([make_trace(i, subject_range=(4, 7)) for i in range(3)]).set_index("measure")
+    assert table.loc["state best", "n_facts"] == 0 and np.isnan(table.loc["state best", "mean"])
+    assert table.loc["p_clean", "n_facts"] == 3
