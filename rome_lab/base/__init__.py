@@ -7,25 +7,3 @@ from rome_lab.base.seeds import seed_from, uniform
 from rome_lab.base.store import Json, Record, Store, canonical_json
 from rome_lab.base.versions import code_version, package_versions
 from rome_lab.base.words import holds, mentions, visible
-
-__all__ = [
-    "Json",
-    "MeanCI",
-    "Record",
-    "Store",
-    "canonical_json",
-    "check_text",
-    "check_whole",
-    "code_version",
-    "check_writable",
-    "explained",
-    "holds",
-    "mean_ci",
-    "mentions",
-    "package_versions",
-    "seed_from",
-    "uniform",
-    "user_cache",
-    "visible",
-    "write_atomically",
-]

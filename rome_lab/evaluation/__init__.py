@@ -6,21 +6,3 @@ from rome_lab.evaluation.case import Case
 from rome_lab.evaluation.evaluating import evaluate, known_pool, methods_of
 from rome_lab.evaluation.judging import SCORES_ONLY, JudgeSettings, damage, questions_of
 from rome_lab.evaluation.metrics import METRICS, S_OF, summarise
-
-__all__ = [
-    "Bench",
-    "Case",
-    "JudgeSettings",
-    "METRICS",
-    "SCORES_ONLY",
-    "S_OF",
-    "damage",
-    "evaluate",
-    "judged_or_why",
-    "known_pool",
-    "methods_of",
-    "names_touched",
-    "questions_of",
-    "spared",
-    "summarise",
-]

@@ -16,23 +16,3 @@ from rome_lab.facts.sources import (
     read_zsre,
     template_of,
 )
-
-__all__ = [
-    "Fact",
-    "Parsed",
-    "Prompt",
-    "RecordForm",
-    "continuation_ids",
-    "embedded_records",
-    "identity_by",
-    "known_facts",
-    "load_facts",
-    "load_relations",
-    "open_set",
-    "read_counterfact",
-    "read_each",
-    "read_prompt",
-    "read_zsre",
-    "template_of",
-    "text_at",
-]

@@ -22,40 +22,6 @@ from rome_lab.models.sampling import continue_randomly, generate_each, stop_toke
 from rome_lab.models.scoring import Question, Score, continuation_p, next_log_p, score
 from rome_lab.models.weights import device_of
 
-__all__ = [
-    "Batching",
-    "Change",
-    "LanguageModel",
-    "Question",
-    "Recording",
-    "Score",
-    "Workers",
-    "at_least_float32",
-    "causal_mask",
-    "check_hub",
-    "choose_products",
-    "continuation_p",
-    "continue_randomly",
-    "device_of",
-    "enough_memory",
-    "find_layout",
-    "freed_memory_given_back",
-    "generate_each",
-    "joined",
-    "last_token_only",
-    "load_model",
-    "next_log_p",
-    "output_changed",
-    "record_run",
-    "run_block",
-    "run_blocks",
-    "score",
-    "side_by_side",
-    "stop_tokens",
-    "suited_attention",
-    "text_bytes",
-]
-
 
 def __getattr__(name: str) -> object:
     """Workers needs dask.distributed, which is an optional extra, so it is imported when it is first asked for."""

@@ -7,18 +7,3 @@ from rome_lab.tracing.one_fact import causal_trace
 from rome_lab.tracing.paper_claims import claims
 from rome_lab.tracing.sweep import READ_TOGETHER, columns_of
 from rome_lab.tracing.trace import KINDS, Trace
-
-__all__ = [
-    "BUCKETS",
-    "FixedNoise",
-    "GaussianNoise",
-    "KINDS",
-    "READ_TOGETHER",
-    "Trace",
-    "Traces",
-    "buckets",
-    "causal_trace",
-    "claims",
-    "columns_of",
-    "trace_facts",
-]
