@@ -1,4 +1,15 @@
-"""Results on disk, keyed by all that determines them: `Store`, `Record`, `write_atomically`, `explained`, `user_cache`.
+"""Results kept, and found again by all that determines them.
+
+Store(folder)        results on disk
+Basket()             a store in memory: nothing in it is a file
+USER_CACHE           the store in the user's cache
+Record               one result: arrays, and JSON values beside them
+opened(store)        what a caller means by `store`, as a Store
+canonical_json       the one text of a JSON value
+
+One contract for every function with an argument `store: Store | str | Path | None`: results are kept in a folder (its name
+as text or Path) or in a Store, and found again there; with None they are kept nowhere. Where the default is `USER_CACHE`,
+they are costly and serve many callers: they are kept in the user's cache unless the caller says otherwise.
 
 A result is one safetensors file, `folder/<what>/<sha256 of the inputs>.safetensors`. Its header carries the inputs
 themselves and a digest of the whole record; a file that fails either check is reported and treated as absent.
@@ -20,7 +31,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from rome_lab.base.files import check_writable, write_atomically
+from rome_lab.base.files import check_writable, user_cache, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +119,57 @@ class Store:
             OSError: as in `save`.
         """
         check_writable(self.folder)
+
+
+class UserCache(Store):
+    """The store in the user's cache folder, wherever that is when it is used."""
+
+    def __init__(self) -> None:
+        """It has no folder of its own."""
+
+    @property
+    def folder(self) -> Path:
+        return user_cache()
+
+
+USER_CACHE = UserCache()
+
+
+class Basket(Store):
+    """A store in memory: nothing in it is a file, and its paths are names only.
+
+    Attributes:
+        records: by path, the inputs of a record, and the record.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("basket")
+        self.records: dict[Path, tuple[Mapping[str, Json], Record]] = {}
+
+    def load(self, inputs: Mapping[str, Json]) -> Record | None:
+        return self.records.get(self.path(inputs), (inputs, None))[1]
+
+    def save(
+        self, inputs: Mapping[str, Json], arrays: Mapping[str, np.ndarray], meta: Mapping[str, Json] | None = None
+    ) -> Path:
+        path = self.path(inputs)
+        copies = {name: np.array(array) for name, array in arrays.items()}  # what was received cannot be written to
+        self.records[path] = (inputs, Record(copies, json.loads(canonical_json(meta or {}, "Store: meta"))))
+        return path
+
+    def check_writable(self) -> None:
+        """It always is."""
+
+
+def opened(store: Store | str | Path | None) -> Store | None:
+    """What a caller means by `store`: the store in the folder of that name; a Store, or None, is itself.
+
+    Raises:
+        TypeError: it is none of these.
+    """
+    if not isinstance(store, Store | str | Path | None):
+        raise TypeError(f"store is {store!r}; expected a folder (text or Path), a Store, or None to keep nothing.")
+    return Store(store) if isinstance(store, str | Path) else store
 
 
 def canonical_json(value: Json, name: str = "the value") -> str:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rome_lab.base import Json, Store, canonical_json, code_version
+from rome_lab.base import Json, Store, canonical_json, code_version, opened
 from rome_lab.editing.exact import check_news
 from rome_lab.editing.keys import k_star, sample_prefixes
 from rome_lab.editing.second_moment import covariances
@@ -62,7 +62,7 @@ class Optimised:
 
     def __init__(self, lm: LanguageModel, store: Store | str | Path | None = None, progress: bool = True) -> None:
         self.lm, self.progress = lm, progress
-        self.store = Store(store) if isinstance(store, str | Path) else store
+        self.store = opened(store)
         self.found: dict[str, Optimum] = {}
         self.prefixes: dict[tuple[tuple[int, ...], int], tuple[str, ...]] = {}
         self.factors: dict[tuple[int, str], Factor] = {}

@@ -6,13 +6,14 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rome_lab.base import Json, Record, Store, check_whole, code_version, user_cache
+from rome_lab.base import USER_CACHE, Basket, Json, Record, Store, check_whole, code_version, opened
 from rome_lab.editing.keys import key_size, run_to_keys
 from rome_lab.editing.texts import SampledText, Source
 from rome_lab.editing.update import ENOUGH, precise
@@ -68,7 +69,7 @@ def covariance(
     layer: int,
     source: Source | None = None,
     tokens: int | None = None,
-    store: Store | None = None,
+    store: Store | str | Path | None = USER_CACHE,
     progress: bool = True,
 ) -> Float[Tensor, "H H"]:
     """The uncentred second moment of the keys at one layer, C = E[k kT] (Appendix A); see `covariances`.
@@ -83,7 +84,7 @@ def covariances(
     layers: Sequence[int],
     source: Source | None = None,
     tokens: int | None = None,
-    store: Store | None = None,
+    store: Store | str | Path | None = USER_CACHE,
     progress: bool = True,
 ) -> dict[int, Covariance]:
     """C = E[k kT] of several layers in one pass over the text, which stops at the highest of them (Appendix A).
@@ -101,7 +102,7 @@ def covariances(
         source: the text; `SampledText()` by default. `FolderText(folder)` and `WikipediaText()` are others.
         tokens: how many to see, `ENOUGH` times H by default: 49,152 for the embedded model. The last passage may bring
             some more; a source that ends earlier brings fewer, with a warning.
-        store: where results are kept; the user's cache by default.
+        store: folder or Store where results are kept, the user's cache by default; None: nowhere.
 
     Raises:
         ValueError: a layer out of range, bad numbers; the source holds no text; the keys hold NaN or infinity.
@@ -114,7 +115,7 @@ def covariances(
             raise ValueError(f"covariance: layer is {layer!r}; {lm.name} has the layers 0 to {lm.n_layers - 1}.")
     tokens = max(ENOUGH * key_size(lm, layer) for layer in layers) if tokens is None else tokens
     check_whole("covariance", tokens=(tokens, 1))
-    source, store = source or SampledText(), store or Store(user_cache())
+    source, store = source or SampledText(), opened(store) or Basket()
     common = lm.identity().key() | {"what": "covariance", "code": code_version(__name__), "source": source.describe()}
     keys = {layer: {**common, "layer": layer} for layer in sorted(set(map(int, layers)))}
     records = {layer: store.load({**key, "tokens": tokens}) for layer, key in keys.items()}

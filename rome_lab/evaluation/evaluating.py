@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from tqdm.auto import tqdm
 
-from rome_lab.base import Store, seed_from
+from rome_lab.base import Store, opened, seed_from
 from rome_lab.editing import METHODS, Method, Optimised
 from rome_lab.evaluation.bench import Bench
 from rome_lab.evaluation.bystanders import requests_by_case
@@ -85,7 +85,7 @@ def evaluate(
     if len({case.id for case in cases}) < len(cases):
         raise ValueError("evaluate: two cases have one id; give every case its own.")
     methods = [chosen.settled(lm) for chosen in methods]
-    store = Store(store) if isinstance(store, str | Path) else store
+    store = opened(store)
     if store:
         store.check_writable()
     if client is not None:

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from rome_lab.base import Json, Store, code_version
+from rome_lab.base import Json, Store, code_version, opened
 from rome_lab.facts.completion import Outcome, Text, go_on, next_tokens
 from rome_lab.facts.fact import Fact
 from rome_lab.facts.prompts import continuation_ids
@@ -124,7 +124,7 @@ def known_facts(
     order = sorted(dict.fromkeys(facts), key=lambda fact: rank(seed, fact))
     if not order:
         raise ValueError("known_facts: there are no facts to try; load some with load_facts.")
-    store = Store(store) if isinstance(store, str | Path) else store
+    store = opened(store)
     inputs: dict[str, Json] = {}
     if store:
         store.check_writable()

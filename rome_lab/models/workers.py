@@ -1,7 +1,6 @@
 """Many machines: a function of a model and an item, called on the workers of a Dask cluster.
 
 Workers(client, lm, store).map(function, items, bar)   what the function returns for each item
-Basket                                                 a store in memory, in which records travel
 
 Every worker loads the model once, from where the client's came from, on a device of its own choice, and keeps it for the
 next call. What the function saves comes back with what it returns, and the client writes it to its own store, so that
@@ -10,7 +9,6 @@ machines need no common file system. This module needs dask.distributed: it is i
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,11 +17,10 @@ from threading import Lock
 from typing import Any, TypeAlias
 
 import dask
-import numpy as np
 from distributed import CancelledError, Client, Future, KilledWorker, as_completed, get_worker
 from tqdm.auto import tqdm
 
-from rome_lab.base import Json, Record, Store, canonical_json, code_version, package_versions
+from rome_lab.base import Basket, Json, Record, Store, code_version, opened, package_versions
 from rome_lab.models.language_model import LanguageModel
 from rome_lab.models.loading import load_model
 from rome_lab.models.process import set_precisions
@@ -32,28 +29,6 @@ logger = logging.getLogger(__name__)
 
 Function: TypeAlias = Callable[[LanguageModel, Any, Store], Any]
 Saved: TypeAlias = tuple[Mapping[str, Json], Record]  # the inputs of a record, and the record
-
-
-class Basket(Store):
-    """A store in memory: nothing in it is a file, and its paths are names only."""
-
-    def __init__(self) -> None:
-        super().__init__("basket")
-        self.records: dict[Path, Saved] = {}
-
-    def load(self, inputs: Mapping[str, Json]) -> Record | None:
-        return self.records.get(self.path(inputs), (inputs, None))[1]
-
-    def save(
-        self, inputs: Mapping[str, Json], arrays: Mapping[str, np.ndarray], meta: Mapping[str, Json] | None = None
-    ) -> Path:
-        path = self.path(inputs)
-        copies = {name: np.array(array) for name, array in arrays.items()}  # what was received cannot be written to
-        self.records[path] = (inputs, Record(copies, json.loads(canonical_json(meta or {}, "Store: meta"))))
-        return path
-
-    def check_writable(self) -> None:
-        """It always is."""
 
 
 class Workers:
@@ -69,7 +44,7 @@ class Workers:
         ValueError: the workers cannot load the model, because it exists in memory only.
     """
 
-    def __init__(self, client: Client, lm: LanguageModel, store: Store | None = None) -> None:
+    def __init__(self, client: Client, lm: LanguageModel, store: Store | str | Path | None = None) -> None:
         if not isinstance(client, Client) or client.asynchronous:
             raise TypeError(
                 f"client is {client!r}; expected a dask.distributed Client that is not asynchronous, such as "
@@ -82,7 +57,7 @@ class Workers:
                 "only; save it with lm.save_pretrained(folder), in a folder that all workers see, and give "
                 "load_model(folder)."
             )
-        self.client, self.lm, self.store = client, lm, store or Basket()
+        self.client, self.lm, self.store = client, lm, opened(store) or Basket()
         self.key: dict[str, Json] = lm.identity().key()  # which the model of every worker must have, too
 
     def map(self, function: Function, items: Sequence[Any], bar: tqdm) -> list[Any]:

@@ -21,7 +21,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from rome_lab.base import Json, Store, code_version, seed_from
+from rome_lab.base import Json, Store, code_version, opened, seed_from
 from rome_lab.editing import Method, Optimised, Proposal, Request
 from rome_lab.evaluation import (
     METRICS,
@@ -37,6 +37,7 @@ from rome_lab.evaluation import (
 )
 from rome_lab.facts import Fact
 from rome_lab.models import LanguageModel
+from rome_lab.studies.evaluation import UNITS, curve_panels
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +173,7 @@ def judge_chains(
     methods = [chosen.settled(lm) for chosen in methods_of(method)]
     settings = replace(settings or JudgeSettings(), new_tokens=0)
     plan = chains_of(cases, sizes, least, chains, settings.seed)
-    store = Store(store) if isinstance(store, str | Path) else store
+    store = opened(store)
     if store:
         store.check_writable()
     pool = known_pool(lm, store, progress) if unrelated is None else tuple(unrelated)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from rome_lab.base import Json, Record, Store, code_version
+from rome_lab.base import Json, Record, Store, code_version, opened
 from rome_lab.facts import Fact, Prompt, read_prompt
 from rome_lab.models import LanguageModel, Workers
 from rome_lab.tracing.averaging import Traces
@@ -64,7 +64,7 @@ def trace_facts(
         raise ValueError(f"trace_facts: unknown kinds {sorted(unknown)}; choose from {', '.join(KINDS)}.")
     if not facts:
         raise ValueError("trace_facts: there are no facts to trace; known_facts(lm, facts) finds some.")
-    store = Store(store) if isinstance(store, str | Path) else store
+    store = opened(store)
     if store:
         store.check_writable()
     settings = TraceSettings(corruption, samples, window, seed, max_rows)
