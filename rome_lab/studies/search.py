@@ -18,6 +18,7 @@ from rome_lab.base import Json, Store, canonical_json
 from rome_lab.editing import SEARCH, Factor, Method, Optimised, Rome
 from rome_lab.evaluation import SCORES_ONLY, Case, JudgeSettings, evaluate, summarise
 from rome_lab.models import LanguageModel
+from rome_lab.studies.evaluation import PAGE_WIDTH, UNITS, curves
 
 
 def search_settings(

@@ -28,7 +28,7 @@ from rome_lab.evaluation.judging import judge_case
 from rome_lab.evaluation.metrics import METRICS, summarise
 from rome_lab.facts.known import KnownFacts
 from rome_lab.models.changes import Change
-from rome_lab.studies.evaluation import curves as evaluation_plots
+from rome_lab.studies.evaluation import drawings as evaluation_plots
 from rome_lab.studies.evaluation import paper
 
 SUBJECTS = ("Paris", "Japan", "Warsaw", "France")
