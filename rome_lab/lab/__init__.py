@@ -1,4 +1,4 @@
 """TODO front door lab."""
 
 from rome_lab.lab.batch import record_values, run_notebook
-from rome_lab.lab.plots import COLUMN_WIDTH, FONT_SIZE, plot_history
+from rome_lab.lab.plots import COLOURS, COLUMN_WIDTH, FONT_SIZE, finish, layer_ticks, new_axes, plot_history

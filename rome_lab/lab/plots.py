@@ -6,7 +6,8 @@
     severed_lines(average)          effect at the last subject token, ordinary and severed (Figure 3)
     shared_limits(*data)            vmin and vmax with which compared heatmaps share their colour scale
     cell_table(trace)               the numbers of a heatmap, as a table
-    save_figure(figure, numbers, stem)
+    save_figure(figure, numbers, stem), save_table(table, path)
+    new_axes(height), finish(ax), COLOURS    one look for all figures, those of the studies too
 
 Colours: white is no effect; the kind's own colour is above it, and its opposite below, at the same distance equally
 strong. The scale always reaches as far as the data, on both sides. For lines with a shared scale make the axes with
@@ -25,7 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import Colormap, LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import Locator, MaxNLocator
 
 from rome_lab.base import visible, write_atomically
 from rome_lab.editing import Edit
@@ -60,21 +61,33 @@ TITLES = {
 }
 QUANTITY_NAMES = {"indirect_effect": "average indirect effect", "p_restored": "average p, restored"}
 COLOUR_MAPS = {"state": ("Oranges", "Purples"), "mlp": ("RdPu", "Greens"), "attn": ("Blues", "Reds")}
-# The colours of Okabe and Ito, told apart by the colour-blind; the two sites that the paper speaks of stand out.
+COLOURS = {  # of Okabe and Ito, told apart by the colour-blind
+    "orange": "#E69F00",
+    "sky": "#56B4E9",
+    "green": "#009E73",
+    "blue": "#0072B2",
+    "red": "#D55E00",
+    "pink": "#CC79A7",
+    "black": "#000000",
+}
+# The two sites that the paper speaks of stand out.
 BUCKET_STYLES = {
-    "subject_first": {"color": "#56B4E9", "linestyle": (0, (4, 1.5)), "linewidth": 0.9},
-    "subject_middle": {"color": "#0072B2", "linestyle": (0, (1, 1)), "linewidth": 1.1},
-    "subject_last": {"color": "#D55E00", "linestyle": "-", "linewidth": 1.6},
-    "first_subsequent": {"color": "#E69F00", "linestyle": (0, (4, 1.5, 1, 1.5)), "linewidth": 0.9},
-    "further": {"color": "#009E73", "linestyle": (0, (2, 1)), "linewidth": 0.9},
-    "last": {"color": "#000000", "linestyle": "-", "linewidth": 1.2},
+    "subject_first": {"color": COLOURS["sky"], "linestyle": (0, (4, 1.5)), "linewidth": 0.9},
+    "subject_middle": {"color": COLOURS["blue"], "linestyle": (0, (1, 1)), "linewidth": 1.1},
+    "subject_last": {"color": COLOURS["red"], "linestyle": "-", "linewidth": 1.6},
+    "first_subsequent": {"color": COLOURS["orange"], "linestyle": (0, (4, 1.5, 1, 1.5)), "linewidth": 0.9},
+    "further": {"color": COLOURS["green"], "linestyle": (0, (2, 1)), "linewidth": 0.9},
+    "last": {"color": COLOURS["black"], "linestyle": "-", "linewidth": 1.2},
 }
 SEVERED_STYLES = {
     "state": ("ordinary", {"color": "#6A3D9A", "linestyle": "-", "linewidth": 1.6}),
-    "severed-attn": ("attention severed", {"color": "#D55E00", "linestyle": (0, (4, 1.5)), "linewidth": 1.2}),
-    "severed-mlp": ("MLP severed", {"color": "#009E73", "linestyle": (0, (1, 1)), "linewidth": 1.5}),
-    "state minus severed-attn": ("ordinary minus attention severed", {"color": "#D55E00", "linestyle": (0, (4, 1.5))}),
-    "state minus severed-mlp": ("ordinary minus MLP severed", {"color": "#009E73", "linestyle": (0, (1, 1))}),
+    "severed-attn": ("attention severed", {"color": COLOURS["red"], "linestyle": (0, (4, 1.5)), "linewidth": 1.2}),
+    "severed-mlp": ("MLP severed", {"color": COLOURS["green"], "linestyle": (0, (1, 1)), "linewidth": 1.5}),
+    "state minus severed-attn": (
+        "ordinary minus attention severed",
+        {"color": COLOURS["red"], "linestyle": (0, (4, 1.5))},
+    ),
+    "state minus severed-mlp": ("ordinary minus MLP severed", {"color": COLOURS["green"], "linestyle": (0, (1, 1))}),
 }
 
 
@@ -89,7 +102,7 @@ def heatmap(trace: Trace, ax: Axes | None = None, vmin: float | None = None, vma
     begin, end = trace.subject_range
     short = [token if len(token) <= 20 else token[:19] + "…" for token in trace.tokens]
     names = [visible(token) + "*" * (begin <= i < end) for i, token in enumerate(short)]
-    ax = ax or _new_axes(0.6 + 0.15 * len(names))
+    ax = ax or new_axes(0.6 + 0.15 * len(names))
     values = np.asarray(trace.p_restored)
     limits = _limits([np.nanmin(values), np.nanmax(values), trace.p_corrupted], vmin, vmax)
     mesh = _mesh(ax, np.ma.masked_invalid(values), _colour_map(trace.kind, trace.p_corrupted, limits), limits)
@@ -97,7 +110,7 @@ def heatmap(trace: Trace, ax: Axes | None = None, vmin: float | None = None, vma
     ax.set_yticks(range(len(names)), names)
     ax.set_title(TITLES[trace.label])
     ax.set_xlabel("layer" if trace.kind == "state" else f"middle of the {trace.window} restored layers")
-    return _finish(ax)
+    return finish(ax, layer_ticks())
 
 
 def average_heatmap(
@@ -113,7 +126,7 @@ def average_heatmap(
     rows = _of_kind(average, kind)
     present = [bucket for bucket in BUCKETS if bucket in set(average["bucket"])]
     values = rows.pivot(index="bucket", columns="layer", values="mean").reindex(present).to_numpy()
-    ax = ax or _new_axes(0.6 + 0.17 * len(present))
+    ax = ax or new_axes(0.6 + 0.17 * len(present))
     quantity = average.attrs.get("quantity", "indirect_effect")
     white = 0.0 if quantity == "indirect_effect" else np.nanmin(values)
     limits = _limits([np.nanmin(values), np.nanmax(values), white], vmin, vmax)
@@ -125,7 +138,7 @@ def average_heatmap(
     ax.set_yticks(range(len(names)), names)
     ax.set_title(f"{TITLES[kind]} (n = {n_most})")
     ax.set_xlabel(_layer_label(kind))
-    return _finish(ax)
+    return finish(ax, layer_ticks())
 
 
 def lines(average: pd.DataFrame, kind: str, ax: Axes | None = None, legend: bool = True) -> Axes:
@@ -135,7 +148,7 @@ def lines(average: pd.DataFrame, kind: str, ax: Axes | None = None, legend: bool
     Raises: ValueError: `average` has nothing of this kind.
     """
     rows = _of_kind(average, kind)
-    ax = ax or _new_axes(2.3)
+    ax = ax or new_axes(2.3)
     for bucket, name in BUCKETS.items():
         _band(ax, rows[rows["bucket"] == bucket], name, BUCKET_STYLES[bucket])
     ax.set_title(f"{TITLES[kind]} (n = {rows['n_facts'].max()})")
@@ -154,7 +167,7 @@ def severed_lines(average: pd.DataFrame, ax: Axes | None = None, legend: bool = 
         raise ValueError(
             f"severed_lines: no row of kind {', '.join(SEVERED_STYLES)} at subject_last; trace_facts with these kinds"
         )
-    ax = ax or _new_axes(2.3)
+    ax = ax or new_axes(2.3)
     for kind, (name, style) in SEVERED_STYLES.items():
         _band(ax, rows[rows["kind"] == kind], name, style)
     ax.set_title(f"Last subject token (n = {rows['n_facts'].max()})")
@@ -203,11 +216,16 @@ def save_figure(figure: Figure, numbers: pd.DataFrame, stem: Path, unit: str = "
     table = numbers.assign(**{name: text for name, text in said.items() if text and name not in numbers})
     if "ci_low" in table and "interval" not in table:
         table["interval"] = np.where(table["ci_low"].notna(), "95% t over facts", None)
-    write_atomically(_suffixed(stem, ".csv"), lambda path: table.to_csv(path, index=False, lineterminator="\n"))
+    save_table(table, _suffixed(stem, ".csv"))
     with plt.rc_context(SAVING):
         write_atomically(_suffixed(stem, ".png"), lambda path: figure.savefig(path, format="png", dpi=200))
         undated = {"CreationDate": None}
         write_atomically(_suffixed(stem, ".pdf"), lambda path: figure.savefig(path, format="pdf", metadata=undated))
+
+
+def save_table(table: pd.DataFrame, path: Path) -> None:
+    """Write a table without its index as CSV, whole or not at all."""
+    write_atomically(path, lambda temporary: table.to_csv(temporary, index=False, lineterminator="\n"))
 
 
 def _suffixed(stem: Path, suffix: str) -> Path:
@@ -222,8 +240,9 @@ def _of_kind(average: pd.DataFrame, kind: str) -> pd.DataFrame:
     return rows
 
 
-def _new_axes(height: float) -> Axes:
-    return plt.subplots(figsize=(COLUMN_WIDTH, height), layout="constrained")[1]
+def new_axes(height: float, width: float = COLUMN_WIDTH) -> Axes:
+    """Axes of a figure of their own; inches."""
+    return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 
 def _limits(ends: list[float], vmin: float | None = None, vmax: float | None = None) -> tuple[float, float]:
@@ -262,6 +281,10 @@ def _colour_bar(mesh: QuadMesh, label: str) -> None:
     bar.outline.set_linewidth(0.5)
 
 
+def layer_ticks() -> Locator:
+    return MaxNLocator(nbins=7, integer=True)
+
+
 def _layer_label(kind: str) -> str:
     return "middle of the restored layers" if kind in ("mlp", "attn") else "layer"
 
@@ -280,18 +303,25 @@ def _finish_lines(ax: Axes, average: pd.DataFrame, layer_label: str, legend: boo
     ax.set_xlabel(layer_label)
     inner = len(ax.get_shared_y_axes().get_siblings(ax)) > 1 and not ax.get_subplotspec().is_first_col()
     ax.set_ylabel("" if inner else QUANTITY_NAMES[average.attrs.get("quantity", "indirect_effect")])
-    ax.spines[["top", "right"]].set_visible(False)
-    if legend:
-        ax.legend(fontsize=FONT_SIZE - 1, frameon=False, handlelength=2.4, labelspacing=0.3)
-    return _finish(ax)
+    return finish(ax, layer_ticks(), frame=False, legend=legend)
 
 
-def _finish(ax: Axes) -> Axes:
-    """The sizes of print, whatever style the axes were made under."""
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-    ax.tick_params(labelsize=FONT_SIZE - 1, length=2, width=0.5)
+def finish(ax: Axes, locator: Locator | None = None, frame: bool = True, legend: bool = False) -> Axes:
+    """The sizes of print, whatever style the axes were made under.
+
+    Args:
+        locator: of the ticks of the x axis; None leaves them.
+        frame: whether the upper and the right side are drawn.
+        legend: whether a legend is put on the axes.
+    """
+    if locator:
+        ax.xaxis.set_major_locator(locator)
+    ax.tick_params(labelsize=FONT_SIZE - 1, length=2, width=0.5, which="both")
     for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
         text.set_size(FONT_SIZE)
+    ax.spines[["top", "right"]].set_visible(frame)
     for spine in ax.spines.values():
         spine.set_linewidth(0.5)
+    if legend:
+        ax.legend(fontsize=FONT_SIZE - 1, frameon=False, handlelength=2.4, labelspacing=0.3)
     return ax
