@@ -31,7 +31,7 @@ PARAMETERS_many_edits := $(JUDGED) -p sizes "[$(EDITS)]" -p least $(N_CASES_EACH
 PARAMETERS_edit_anatomy := -p model $(MODEL) -p seed $(SEED) -p figures $(FIGURES)
 PARAMETERS_cost := -p model $(MODEL) -p dtype $(DTYPE) -p seed $(SEED) -p figures $(FIGURES)
 PARAMETERS_search := $(COMMON) -p known_only $(KNOWN_ONLY) -p n_search $(N_SEARCH) -p configurations $(CONFIGURATIONS)
-SOURCES := $(wildcard rome_lab/*.py rome_lab/data/*.csv)
+SOURCES := $(shell find rome_lab -name '*.py' -o -name '*.csv')
 NUMBERS := 1 2 3 7
 
 .PHONY: help setup figures anatomy evaluate search cost bench faults lab test lint accept clean
@@ -101,11 +101,11 @@ lab: .venv/ready ## open JupyterLab on the notebooks
 test: .venv/ready ## set up and run all tests
 	$(BIN)/python -m pytest -q
 
-lint: .venv/ready ## check the code's style
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: .venv/ready ## check the code's style, and that imports go one way
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-cache --no-logo
 
 accept: .venv/ready ## take the notebooks' present numbers as the ones that tests expect
-	ROME_LAB_ACCEPT=1 $(BIN)/python -m pytest -q tests/test_notebooks.py
+	ROME_LAB_ACCEPT=1 $(BIN)/python -m pytest -q tests/house/test_notebooks.py
 
 clean: ## remove executed notebooks and cached results (not figures, not .venv)
 	rm -rf runs results
