@@ -19,7 +19,7 @@ from rome_lab.base import Json, code_version
 from rome_lab.editing.exact import NothingToEdit, check_independent, distinct
 from rome_lab.editing.fine_tuning import Tuning, default_tuning, fine_tune
 from rome_lab.editing.keys import opening_key
-from rome_lab.editing.optimised import Optimised, Optimum, Request
+from rome_lab.editing.optima import Optima, Optimum, Request
 from rome_lab.editing.settings import PARTS, EditSettings, default_settings
 from rome_lab.editing.texts import SampledText, Source, source_of
 from rome_lab.editing.update import Factor, solve_update
@@ -57,7 +57,7 @@ class Method(Protocol):
     def describe(self) -> dict[str, Json]:
         """All that determines a settled method's Change besides `lm.identity().key()` and the requests; name and together do not."""
 
-    def change(self, lm: LanguageModel, requests: Sequence[Request], optimised: Optimised) -> Proposal:
+    def change(self, lm: LanguageModel, requests: Sequence[Request], optima: Optima) -> Proposal:
         """The one Change that meets all requests; `lm` is unchanged."""
 
 
@@ -105,26 +105,26 @@ class Rome:
         chosen = {"key": self.key, "layer": self.layer, "settings": settings, "C": self.source.describe()}
         return {"method": "rome", "code": code_version(__name__), "solution": self.solution, **chosen}
 
-    def change(self, lm: LanguageModel, requests: Sequence[Request], optimised: Optimised) -> Proposal:
+    def change(self, lm: LanguageModel, requests: Sequence[Request], optima: Optima) -> Proposal:
         method = self.settled(lm)
-        optima, remarks = [], []
+        reached, remarks = [], []
         for request in requests:
             try:
-                optima.append(optimised.find(request, method.layer, method.settings))
+                reached.append(optima.find(request, method.layer, method.settings))
             except NothingToEdit as reason:
                 remarks.append(str(reason))
                 continue
-            if not optima[-1].converged:
-                p, prompt = optima[-1].p_target, request[0].prompt
+            if not reached[-1].converged:
+                p, prompt = reached[-1].p_target, request[0].prompt
                 remarks.append(f"v* did not converge: {prompt!r} -> {request[1]!r} has a mean probability of {p:.2f}")
         remark = "; ".join(remarks)
-        if not optima:
+        if not reached:
             return Proposal(remark=remark)
-        return Proposal(method.layer, method.solve(lm, method.factor(lm, optimised), optima).float(), remark=remark)
+        return Proposal(method.layer, method.solve(lm, method.factor(lm, optima), reached).float(), remark=remark)
 
-    def factor(self, lm: LanguageModel, optimised: Optimised) -> Factor:
+    def factor(self, lm: LanguageModel, optima: Optima) -> Factor:
         """Of the matrix that measures the smallness of a change."""
-        return optimised.factor(self.layer, self.source)
+        return optima.factor(self.layer, self.source)
 
     def solve(self, lm: LanguageModel, factor: Factor, optima: Sequence[Optimum]) -> Float[Tensor, "D H"]:
         """dW, float64."""
@@ -147,7 +147,7 @@ class IdentityRome(Rome):
 
     solution: ClassVar[str] = "identity"
 
-    def factor(self, lm: LanguageModel, optimised: Optimised) -> Factor:
+    def factor(self, lm: LanguageModel, optima: Optima) -> Factor:
         return Factor(torch.eye(lm.weight(self.layer).shape[1], dtype=torch.float64))
 
 
@@ -165,13 +165,13 @@ class MismatchedRome(Rome):
 
     solution: ClassVar[str] = "mismatched"
 
-    def change(self, lm: LanguageModel, requests: Sequence[Request], optimised: Optimised) -> Proposal:
+    def change(self, lm: LanguageModel, requests: Sequence[Request], optima: Optima) -> Proposal:
         if len(requests) != 1:
             raise ValueError(
                 f"{self.name}: the published update is of one fact, but {len(requests)} requests are given; give one, "
                 "or make one change after the other with sequence()."
             )
-        return super().change(lm, requests, optimised)
+        return super().change(lm, requests, optima)
 
     def solve(self, lm: LanguageModel, factor: Factor, optima: Sequence[Optimum]) -> Float[Tensor, "D H"]:
         (optimum,) = optima
@@ -202,7 +202,7 @@ class FineTuning:
         check_settled(self.name, self.tuning)
         return {"method": "fine-tuning", "code": code_version(__name__), **asdict(self.tuning)}
 
-    def change(self, lm: LanguageModel, requests: Sequence[Request], optimised: Optimised) -> Proposal:
+    def change(self, lm: LanguageModel, requests: Sequence[Request], optima: Optima) -> Proposal:
         tuning = self.settled(lm).tuning
         return Proposal(tuning.layer, fine_tune(lm, requests, tuning).delta.float().cpu())
 
@@ -225,7 +225,7 @@ class InContext:
     def describe(self) -> dict[str, Json]:
         return {"method": "in-context", "introduction": self.introduction}
 
-    def change(self, lm: LanguageModel, requests: Sequence[Request], optimised: Optimised) -> Proposal:
+    def change(self, lm: LanguageModel, requests: Sequence[Request], optima: Optima) -> Proposal:
         stated = [f"{self.introduction}{fact.prompt.rstrip()} {target.strip()}." for fact, target in requests]
         return Proposal(preamble="".join(f"{sentence} " for sentence in stated))
 
@@ -243,7 +243,7 @@ class NoEdit:
     def describe(self) -> dict[str, Json]:
         return {"method": "none"}
 
-    def change(self, lm: LanguageModel, requests: Sequence[Request], optimised: Optimised) -> Proposal:
+    def change(self, lm: LanguageModel, requests: Sequence[Request], optima: Optima) -> Proposal:
         return Proposal()
 
 

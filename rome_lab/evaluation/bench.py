@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TypeAlias
 
 from rome_lab.base import Json, Store, canonical_json, code_version
-from rome_lab.editing import Method, Optimised, Proposal, Request
+from rome_lab.editing import Method, Optima, Proposal, Request
 from rome_lab.evaluation.bystanders import spared, unrelated_to
 from rome_lab.evaluation.case import Case
 from rome_lab.evaluation.judging import JudgeSettings, judge_all
@@ -44,13 +44,13 @@ class Bench:
     lm: LanguageModel
     settings: JudgeSettings
     pool: tuple[Fact, ...]
-    optimised: Optimised
+    optima: Optima
     store: Store | None
     common: dict[str, Json]
 
     def at(self, lm: LanguageModel | None, store: Store | None) -> Bench:
         """The same for this model in another process, and a store there; for None it can travel."""
-        return replace(self, lm=lm, store=store, optimised=self.optimised.at(lm, store))
+        return replace(self, lm=lm, store=store, optima=self.optima.at(lm, store))
 
     def sheet(self, case: Case, requests: Sequence[Request]) -> tuple[Case, JudgeSettings]:
         """What is judged, and how: no neighbour that is edited itself, and known facts that no request touches."""
@@ -86,7 +86,7 @@ class Bench:
     def propose(self, method: Method, requests: Sequence[Request]) -> Proposal | str:
         """The method's change, or the reason why it makes none."""
         try:
-            return method.change(self.lm, requests, self.optimised)
+            return method.change(self.lm, requests, self.optima)
         except ValueError as error:
             return str(error)
 

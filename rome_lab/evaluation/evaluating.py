@@ -16,7 +16,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from rome_lab.base import Store, opened, seed_from
-from rome_lab.editing import METHODS, Method, Optimised
+from rome_lab.editing import METHODS, Method, Optima
 from rome_lab.evaluation.bench import Bench
 from rome_lab.evaluation.bystanders import requests_by_case
 from rome_lab.evaluation.case import Case
@@ -95,8 +95,8 @@ def evaluate(
         workers = Workers(client, lm, store)
         store = workers.store
     pool = known_pool(lm, store, progress) if unrelated is None else tuple(unrelated)
-    optimised = Optimised(lm, store, progress)
-    bench = Bench(lm, settings or JudgeSettings(), pool, optimised, store, optimised.common)
+    optima = Optima(lm, store, progress)
+    bench = Bench(lm, settings or JudgeSettings(), pool, optima, store, optima.common)
     given = {size: requests_by_case(cases, size) for size in {chosen.together for chosen in methods}}
     questions = [(case, methods, [given[chosen.together][case.id] for chosen in methods]) for case in cases]
     if client is not None:

@@ -18,21 +18,21 @@ from rome_lab.editing import EditSettings, Request, Rome
 from rome_lab.evaluation.bench import Bench, CaseQuestions
 from rome_lab.models import LanguageModel, Workers
 
-Sought: TypeAlias = tuple[Request, int, EditSettings]  # what `Optimised.find` is asked for
+Sought: TypeAlias = tuple[Request, int, EditSettings]  # what `Optima.find` is asked for
 
 
 def judge_on_workers(workers: Workers, bench: Bench, questions: Sequence[CaseQuestions], progress: bool) -> None:
     """Have the workers make, and put into the store, all rows that the store of the bench does not hold."""
     asked = [question for question in (unanswered(bench, one) for one in questions) if question[1]]
     rome = {method.name: method for _, methods, _ in asked for method in methods if isinstance(method, Rome)}
-    missing = [one for one in sought(asked) if bench.optimised.recall(*one) is None]
+    missing = [one for one in sought(asked) if bench.optima.recall(*one) is None]
     with tqdm(desc="v*", unit="request", total=len(missing), disable=not (progress and missing)) as bar:
         workers.map(partial(find_there, bench.at(None, None)), missing, bar)
     for one in missing:
-        bench.optimised.recall(*one)
+        bench.optima.recall(*one)
     for method in rome.values():
         # C is measured here, once, so that the workers use the same one and the user's cache keeps it.
-        method.factor(bench.lm, bench.optimised)
+        method.factor(bench.lm, bench.optima)
     done = len(questions) - len(asked)
     with tqdm(desc="judging", unit="case", total=len(questions), initial=done, disable=not progress) as bar:
         workers.map(partial(judge_there, bench.at(None, None)), asked, bar)
@@ -54,7 +54,7 @@ def sought(questions: Sequence[CaseQuestions]) -> list[Sought]:
 def find_there(bench: Bench, lm: LanguageModel, asked: Sought, store: Store) -> None:
     """On a worker: v* of one request, into the store."""
     with contextlib.suppress(ValueError):  # there is none; why is found again, and said, where the case is judged
-        bench.at(lm, store).optimised.find(*asked)
+        bench.at(lm, store).optima.find(*asked)
 
 
 def judge_there(bench: Bench, lm: LanguageModel, question: CaseQuestions, store: Store) -> None:

@@ -22,7 +22,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from rome_lab.base import Json, Store, code_version, opened, seed_from
-from rome_lab.editing import Method, Optimised, Proposal, Request
+from rome_lab.editing import Method, Optima, Proposal, Request
 from rome_lab.evaluation import (
     METRICS,
     Bench,
@@ -96,7 +96,7 @@ def lengths_of(sizes: Sequence[int], least: int, chains: int) -> list[int]:
 
 
 def changes_in_turn(
-    lm: LanguageModel, requests: Sequence[Request], method: Method, optimised: Optimised | None = None
+    lm: LanguageModel, requests: Sequence[Request], method: Method, optima: Optima | None = None
 ) -> Iterator[Proposal]:
     """One change after the other, each found on the model with all before it in place.
 
@@ -104,19 +104,19 @@ def changes_in_turn(
     between two of them, and after the last, after an exception too, it is bit for bit what it was.
 
     Args:
-        optimised: for `lm` as it is; a new one that stores nothing by default.
+        optima: for `lm` as it is; a new one that stores nothing by default.
 
     Yields: after each request the sum of the changes so far, with the remark of the last one. Where a change comes to
         nothing, or the method fails with a ValueError, the sum stays as it was.
     """
-    optimised = optimised or Optimised(lm)
+    optima = optima or Optima(lm)
     method = method.settled(lm)
     total = Proposal()
     for request in requests:
         # The first change that needs C or the prefixes finds nothing in place yet: they are those of `lm` as it is.
         try:
             with total.applied(lm):
-                found = method.change(lm, [request], optimised.anew())
+                found = method.change(lm, [request], optima.anew())
         except ValueError as error:
             found = Proposal(remark=str(error), failed=True)
         deltas = [x.delta for x in (total, found) if x.delta is not None]
@@ -177,7 +177,7 @@ def judge_chains(
     if store:
         store.check_writable()
     pool = known_pool(lm, store, progress) if unrelated is None else tuple(unrelated)
-    bench = Bench(lm, settings, pool, Optimised(lm, store, progress), store, dict(lm.identity().key()) if store else {})
+    bench = Bench(lm, settings, pool, Optima(lm, store, progress), store, dict(lm.identity().key()) if store else {})
     rows: list[dict] = []
     with tqdm(total=len(methods) * sum(map(len, plan)), desc="editing", unit="edit", disable=not progress) as bar:
         for (place, chain), chosen in product(enumerate(plan), methods):
@@ -245,7 +245,7 @@ def in_turn(bench: Bench, requests: Sequence[Request], method: Method) -> Iterat
     """
     remarks: list[str] = []
     made = False
-    for proposal in changes_in_turn(bench.lm, requests, method, bench.optimised):
+    for proposal in changes_in_turn(bench.lm, requests, method, bench.optima):
         remarks.append(proposal.remark)
         made = made or not proposal.failed
         state = EditedState(proposal if made else None, tuple(remarks))

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from rome_lab.base import Json, Store, canonical_json
-from rome_lab.editing import SEARCH, Factor, Method, Optimised, Rome
+from rome_lab.editing import SEARCH, Factor, Method, Optima, Rome
 from rome_lab.evaluation import SCORES_ONLY, Case, JudgeSettings, evaluate, summarise
 from rome_lab.models import LanguageModel
 from rome_lab.studies.evaluation import PAGE_WIDTH, UNITS, curves
@@ -108,5 +108,5 @@ class MeasuredRome(Rome):
     def describe(self) -> dict[str, Json]:
         return super().describe() | {"tokens": self.tokens}
 
-    def factor(self, lm: LanguageModel, optimised: Optimised) -> Factor:
-        return optimised.factor(self.layer, self.source, self.tokens)
+    def factor(self, lm: LanguageModel, optima: Optima) -> Factor:
+        return optima.factor(self.layer, self.source, self.tokens)

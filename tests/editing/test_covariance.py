@@ -235,7 +235,7 @@ def test_a_killed_process_loses_only_the_last_stretch(tmp_path: Path) -> None:
         [sys.executable, "-c", KILLED, str(tmp_path)],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))},
     )
     assert process.stdout.readline() == "stuck\n"
     process.kill()

@@ -12,12 +12,12 @@ import pytest
 import torch
 from tiny import FAMILIES, tiny_model
 
-import rome_lab.editing.optimised as optimised_module
+import rome_lab.editing.optima as optima_module
 from rome_lab.editing.exact import NothingToEdit, rome, rome_many
 from rome_lab.editing.fine_tuning import Tuning, fine_tune
 from rome_lab.editing.keys import k_star
 from rome_lab.editing.methods import METHODS, SEARCH, FineTuning, InContext, NoEdit, Rome, measured_on
-from rome_lab.editing.optimised import Optimised
+from rome_lab.editing.optima import Optima
 from rome_lab.editing.second_moment import covariance
 from rome_lab.editing.settings import EditSettings
 from rome_lab.editing.texts import FolderText, WikipediaText
@@ -67,7 +67,7 @@ def tiny_method(name, **choices):
 
 
 def propose(lm, name, requests=(REQUEST,), **choices):
-    return tiny_method(name, **choices).change(lm, requests, Optimised(lm, progress=False))
+    return tiny_method(name, **choices).change(lm, requests, Optima(lm, progress=False))
 
 
 def C_of(lm):
@@ -76,7 +76,7 @@ def C_of(lm):
 
 def optimum(lm, request=REQUEST):
     """bare and averaged key, v*, W, in float64."""
-    found = Optimised(lm).find(request, 1, FEW)
+    found = Optima(lm).find(request, 1, FEW)
     return *found.keys.double().T, found.v_star, lm.weight(1).double()
 
 
@@ -213,29 +213,29 @@ def interrupt(*args, **kwargs):
 def test_the_family_shares_one_optimisation_a_request(monkeypatch) -> None:
     lm = tiny_model("llama")
     calls = []
-    optimise_value = optimised_module.optimise_value
+    optimise_value = optima_module.optimise_value
     monkeypatch.setattr(
-        optimised_module, "optimise_value", lambda *args, **kwargs: calls.append(1) or optimise_value(*args, **kwargs)
+        optima_module, "optimise_value", lambda *args, **kwargs: calls.append(1) or optimise_value(*args, **kwargs)
     )
-    optimised = Optimised(lm, progress=False)
+    optima = Optima(lm, progress=False)
     for name in [*ROMES, "joint"]:
-        tiny_method(name).change(lm, [REQUEST], optimised)
+        tiny_method(name).change(lm, [REQUEST], optima)
     assert len(calls) == 1
-    tiny_method("joint").change(lm, SEVERAL, optimised)
+    tiny_method("joint").change(lm, SEVERAL, optima)
     assert len(calls) == 3
-    tiny_method("rome", settings=replace(FEW, steps=2)).change(lm, [REQUEST], optimised)
-    tiny_method("rome", layer=2).change(lm, [REQUEST], optimised)
+    tiny_method("rome", settings=replace(FEW, steps=2)).change(lm, [REQUEST], optima)
+    tiny_method("rome", layer=2).change(lm, [REQUEST], optima)
     assert len(calls) == 5
 
 
 def test_what_the_store_holds_is_the_same_and_is_not_optimised_again(tmp_path, monkeypatch) -> None:
     lm = tiny_model("llama")
-    first = Optimised(lm, tmp_path / "store", progress=False)
+    first = Optima(lm, tmp_path / "store", progress=False)
     expected = {name: tiny_method(name).change(lm, [REQUEST], first).delta for name in ROMES}
     strict = replace(FEW, enough=0.99)
     remark = tiny_method("rome", settings=strict).change(lm, [REQUEST], first).remark
-    monkeypatch.setattr(optimised_module, "optimise_value", interrupt)
-    again = Optimised(lm, tmp_path / "store", progress=False)
+    monkeypatch.setattr(optima_module, "optimise_value", interrupt)
+    again = Optima(lm, tmp_path / "store", progress=False)
     for name, delta in expected.items():
         assert torch.equal(tiny_method(name).change(lm, [REQUEST], again).delta, delta)
     assert tiny_method("rome", settings=strict).change(lm, [REQUEST], again).remark == remark != ""
@@ -244,7 +244,7 @@ def test_what_the_store_holds_is_the_same_and_is_not_optimised_again(tmp_path, m
         "another template": lambda: again.find((replace(FACT, template="{} is in"), "Rome"), 1, FEW),
         "other prefixes": lambda: again.find(REQUEST, 1, replace(FEW, prefixes=("In Rome. ",))),
         "another layer": lambda: again.find(REQUEST, 2, FEW),
-        "another model": lambda: Optimised(tiny_model("llama", seed=1), tmp_path / "store").find(REQUEST, 1, FEW),
+        "another model": lambda: Optima(tiny_model("llama", seed=1), tmp_path / "store").find(REQUEST, 1, FEW),
     }
     for change in others.values():
         with pytest.raises(KeyboardInterrupt):
@@ -255,12 +255,12 @@ def test_what_the_store_holds_is_the_same_and_is_not_optimised_again(tmp_path, m
 
 def test_prefixes_are_sampled_once_and_count_in_full() -> None:
     lm = tiny_model("gpt2")
-    optimised = Optimised(lm)
-    sampled = optimised.with_prefixes(replace(FEW, prefixes=None, prefix_lengths=(4, 6), seed=1))
+    optima = Optima(lm)
+    sampled = optima.with_prefixes(replace(FEW, prefixes=None, prefix_lengths=(4, 6), seed=1))
     assert len(sampled.prefixes) == 2
-    assert optimised.with_prefixes(replace(FEW, prefixes=None, prefix_lengths=(4, 6), seed=1)) == sampled
-    assert optimised.with_prefixes(replace(FEW, prefixes=None, prefix_lengths=(4, 6), seed=2)) != sampled
-    assert optimised.with_prefixes(FEW) == FEW
+    assert optima.with_prefixes(replace(FEW, prefixes=None, prefix_lengths=(4, 6), seed=1)) == sampled
+    assert optima.with_prefixes(replace(FEW, prefixes=None, prefix_lengths=(4, 6), seed=2)) != sampled
+    assert optima.with_prefixes(FEW) == FEW
 
 
 # What is not as it should be
@@ -286,7 +286,7 @@ def convinced():
 
 def test_where_the_target_is_said_already_there_is_no_change_but_a_remark(convinced) -> None:
     with pytest.raises(NothingToEdit, match="already goes on from 'The Eiffel Tower is in' with 'Rome'"):
-        Optimised(convinced).find(REQUEST, 1, FEW)
+        Optima(convinced).find(REQUEST, 1, FEW)
     for name in [*ROMES, "joint"]:
         proposal = propose(convinced, name)
         assert proposal.delta is None and proposal.layer is None
@@ -376,14 +376,14 @@ def test_each_change_of_a_sequence_is_found_on_the_model_with_those_before_it(na
     lm = tiny_model("gpt2")
     before = lm.fingerprint()
     method = tiny_method(name)
-    found = list(changes_in_turn(lm, SEVERAL, method, Optimised(lm, progress=False)))
+    found = list(changes_in_turn(lm, SEVERAL, method, Optima(lm, progress=False)))
     assert lm.fingerprint() == before
-    W, optimised = lm.weight(1).clone(), Optimised(lm, progress=False)
+    W, optima = lm.weight(1).clone(), Optima(lm, progress=False)
     by_hand = tiny_model("gpt2")
-    optimised.factor(1, Tokens())
+    optima.factor(1, Tokens())
     for request, total in zip(SEVERAL, found, strict=True):
-        fresh = Optimised(by_hand, progress=False)
-        fresh.factors = optimised.factors
+        fresh = Optima(by_hand, progress=False)
+        fresh.factors = optima.factors
         delta = method.change(by_hand, [request], fresh).delta
         with torch.no_grad():
             by_hand.memory(1).weight += delta.T
@@ -395,15 +395,15 @@ def test_between_the_changes_of_a_sequence_the_model_is_what_it_was(monkeypatch)
     lm = tiny_model("llama")
     before, said = lm.fingerprint(), logits(lm)
     totals = []
-    for total in changes_in_turn(lm, SEVERAL, tiny_method("rome"), Optimised(lm, progress=False)):
+    for total in changes_in_turn(lm, SEVERAL, tiny_method("rome"), Optima(lm, progress=False)):
         assert lm.fingerprint() == before
         with total.applied(lm):
             assert not torch.equal(logits(lm), said)
         totals.append(total.delta)
     assert not torch.equal(totals[0], totals[1]) and torch.equal(logits(lm), said)
-    steps = changes_in_turn(lm, SEVERAL, tiny_method("rome"), Optimised(lm, progress=False))
+    steps = changes_in_turn(lm, SEVERAL, tiny_method("rome"), Optima(lm, progress=False))
     next(steps)
-    monkeypatch.setattr(optimised_module, "optimise_value", interrupt)
+    monkeypatch.setattr(optima_module, "optimise_value", interrupt)
     with pytest.raises(KeyboardInterrupt):
         next(steps)
     assert lm.fingerprint() == before
@@ -411,7 +411,7 @@ def test_between_the_changes_of_a_sequence_the_model_is_what_it_was(monkeypatch)
 
 def test_a_sequence_goes_on_where_a_change_comes_to_nothing(convinced) -> None:
     requests = [REQUEST, (OTHER, "Tokyo"), REQUEST, (THIRD, "Microsoft")]
-    totals = list(changes_in_turn(convinced, requests, tiny_method("rome"), Optimised(convinced, progress=False)))
+    totals = list(changes_in_turn(convinced, requests, tiny_method("rome"), Optima(convinced, progress=False)))
     assert ["already goes on" in total.remark for total in totals] == [True, False, True, False]
     assert totals[0].delta is None and torch.equal(totals[1].delta, totals[2].delta)
     assert not torch.equal(totals[2].delta, totals[3].delta)
@@ -421,22 +421,22 @@ def test_what_cannot_be_read_is_no_lack_of_news() -> None:
     lm = tiny_model("llama")
     endless = (Fact("Paris", "{} is " + "far " * 100, "Rome"), "Tokyo")
     with pytest.raises(ValueError, match="reads at most 64; shorten it") as caught:
-        tiny_method("rome").change(lm, [REQUEST, endless], Optimised(lm, progress=False))
+        tiny_method("rome").change(lm, [REQUEST, endless], Optima(lm, progress=False))
     assert not isinstance(caught.value, NothingToEdit)
     with torch.no_grad():
         lm.memory(1).weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="rome"):
-        tiny_method("rome").change(lm, [REQUEST], Optimised(lm, progress=False))
+        tiny_method("rome").change(lm, [REQUEST], Optima(lm, progress=False))
 
 
 def test_a_sequence_goes_on_where_the_method_fails_and_says_why() -> None:
     tiny = tiny_model("llama")
     endless = (Fact("Paris", "{} is " + "far " * 100, "Rome"), "Tokyo")
     requests = [REQUEST, endless, (THIRD, "Microsoft")]
-    totals = list(changes_in_turn(tiny, requests, tiny_method("ft"), Optimised(tiny, progress=False)))
+    totals = list(changes_in_turn(tiny, requests, tiny_method("ft"), Optima(tiny, progress=False)))
     assert [total.failed for total in totals] == [False, True, False]
     assert "shorten it" in totals[1].remark and totals[2].remark == ""
-    without = list(changes_in_turn(tiny, requests[::2], tiny_method("ft"), Optimised(tiny, progress=False)))
+    without = list(changes_in_turn(tiny, requests[::2], tiny_method("ft"), Optima(tiny, progress=False)))
     torch.testing.assert_close(totals[1].delta, totals[0].delta, rtol=0, atol=0)
     torch.testing.assert_close(totals[2].delta, without[-1].delta, rtol=0, atol=0)
 

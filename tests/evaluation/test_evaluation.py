@@ -65,7 +65,7 @@ class Spy:
     def describe(self):
         return {"method": "spy"}
 
-    def change(self, lm, requests, optimised):
+    def change(self, lm, requests, optima):
         self.asked.append([fact.subject for fact, _ in requests])
         if requests[0][0].subject in self.failing:
             raise self.error(f"spy: no change of {requests[0][0].subject!r} for {len(self.asked)} reasons.")
@@ -190,7 +190,7 @@ def test_a_case_that_a_method_cannot_edit_is_reported_and_spoils_no_other(tiny, 
 def test_a_change_that_breaks_the_model_spoils_its_own_row_only(tiny):
     @dataclass(frozen=True)
     class Breaker(Spy):
-        def change(self, lm, requests, optimised):
+        def change(self, lm, requests, optima):
             return Proposal(1, torch.full((32, 48), 1e38))
 
     table = run(tiny, CASES[:1], ["none", Breaker([])])
@@ -218,7 +218,7 @@ def test_requests_are_met_together_and_every_case_is_judged_with_all_of_them(tin
     joint = run(tiny, CASES[:2], ["joint"])
     delta = (
         small("rome")
-        .change(tiny, [(one.fact, one.target) for one in CASES[:2]], evaluation.Optimised(tiny, progress=False))
+        .change(tiny, [(one.fact, one.target) for one in CASES[:2]], evaluation.Optima(tiny, progress=False))
         .delta
     )
     for one, (_, row) in zip(CASES, joint.iterrows(), strict=False):

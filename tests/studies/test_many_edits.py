@@ -12,7 +12,7 @@ import torch
 from bench import QUICK, UNRELATED, case, small
 
 from rome_lab.editing.methods import Proposal
-from rome_lab.editing.optimised import Optimised
+from rome_lab.editing.optima import Optima
 from rome_lab.evaluation.judging import judge_case
 from rome_lab.evaluation.metrics import METRICS, summarise
 from rome_lab.models.changes import Change
@@ -118,7 +118,7 @@ def test_together_is_one_closed_form_of_all_requests(tiny):
     chain = chains_of(CASES, SIZES, 4)[0]
     rows = run(tiny, ["joint"]).query("chain == 0 and edits == 5").to_dict("records")
     requests = [(one.fact, one.target) for one in chain]
-    change = small("joint").change(tiny, requests, Optimised(tiny, progress=False))
+    change = small("joint").change(tiny, requests, Optima(tiny, progress=False))
     (expected,) = judge_case(tiny, chain[3], [change], QUICK)
     assert rows[3]["EM"] == pytest.approx(expected["EM"], rel=1e-3)
     assert rows[3]["PM"] == pytest.approx(expected["PM"], rel=1e-3)
@@ -169,7 +169,7 @@ class Stepping:
     def describe(self):
         return {"method": "stepping"}
 
-    def change(self, lm, requests, optimised):
+    def change(self, lm, requests, optima):
         self.calls.append(requests[0][0].subject)
         if self.fails_at <= len(self.calls) <= self.fails_until:
             raise self.error("stepping: the loss is nan at step 1, because tiny-llama overflows.")
@@ -191,7 +191,7 @@ def test_values_found_on_the_edited_model_are_found_again_after_an_interruption(
     first = run(tiny, ["rome"], store=tmp_path)
     for file in tmp_path.glob("many_edits/*"):
         file.unlink()
-    monkeypatch.setattr(Optimised, "optimise", lambda *args: pytest.fail("v* was optimised again"))
+    monkeypatch.setattr(Optima, "optimise", lambda *args: pytest.fail("v* was optimised again"))
     pd.testing.assert_frame_equal(run(tiny, ["rome"], store=tmp_path), first)
 
 
@@ -229,7 +229,7 @@ def test_where_no_edit_can_be_made_no_case_is_judged_and_all_say_why(tiny, toget
 def test_the_damage_is_told_where_the_first_case_cannot_be_judged(tiny):
     chain = [replace(CASES[0], paraphrases=("far " * 100,)), CASES[1]]  # more than the model reads
     state = module.EditedState(Proposal(1, torch.full((32, 48), 1e-3)), ("", ""))
-    bench = module.Bench(tiny, QUICK, UNRELATED, Optimised(tiny), None, {})
+    bench = module.Bench(tiny, QUICK, UNRELATED, Optima(tiny), None, {})
     first, second = module.judge_state(bench, chain, state)
     (expected,) = judge_case(tiny, CASES[1], [state.proposal], replace(QUICK, known=UNRELATED))
     assert (first["judged"], second["judged"]) == (False, True)
@@ -254,7 +254,7 @@ def test_known_facts_are_those_that_the_chain_touches_least_and_never_of_an_edit
     same_object = tuple(replace(one, object=f"Target {i % 6}") for i, one in enumerate(far))
 
     def asked(*facts):
-        return module.untouched(chain, module.Bench(tiny, QUICK, facts, Optimised(tiny), None, {}))
+        return module.untouched(chain, module.Bench(tiny, QUICK, facts, Optima(tiny), None, {}))
 
     assert set(asked(*same_object, *edited, *same_relation, *far)[:20]) == set(far)
     assert set(asked(*same_object, *edited, *same_relation, *far)[20:40]) == set(same_relation)

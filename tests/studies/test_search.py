@@ -13,7 +13,7 @@ from bench import EDITING, QUICK, case
 from rome_lab import covariance, rome
 from rome_lab.editing.fine_tuning import Tuning
 from rome_lab.editing.methods import SEARCH, FineTuning, Rome
-from rome_lab.editing.optimised import Optimised
+from rome_lab.editing.optima import Optima
 from rome_lab.evaluation.case import Cases
 from rome_lab.evaluation.cases import set_apart
 from rome_lab.evaluation.evaluating import evaluate
@@ -82,8 +82,8 @@ def test_the_best_is_the_first_with_the_highest_mean():
 
 def test_a_sweep_finds_v_star_once_for_all_keys_and_covariances(tiny, monkeypatch):
     found = []
-    real = Optimised.optimise
-    monkeypatch.setattr(Optimised, "optimise", lambda *args: found.append(args[1]) or real(*args))
+    real = Optima.optimise
+    monkeypatch.setattr(Optima, "optimise", lambda *args: found.append(args[1]) or real(*args))
     choices = {
         (key, n): MeasuredRome(layer=1, settings=EDITING, key=key, tokens=n)
         for key in ("bare", "both")
@@ -99,7 +99,7 @@ def test_a_sweep_finds_v_star_once_for_all_keys_and_covariances(tiny, monkeypatc
 def test_the_covariance_of_so_many_tokens_is_the_one_that_is_used(tiny):
     method = MeasuredRome(layer=1, settings=EDITING, key="both", tokens=300)
     request = (CASES[0].fact, CASES[0].target)
-    delta = method.change(tiny, [request], Optimised(tiny, progress=False)).delta
+    delta = method.change(tiny, [request], Optima(tiny, progress=False)).delta
     C = covariance(tiny, 1, tokens=300, progress=False)
     edit = rome(tiny, *request, layer=1, C=C, hparams=EDITING, progress=False)
     torch.testing.assert_close(delta.double(), edit.delta, rtol=1e-4, atol=1e-7)

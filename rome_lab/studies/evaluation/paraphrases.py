@@ -13,7 +13,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from rome_lab.base import Store, mean_ci
-from rome_lab.editing import Method, Optimised
+from rome_lab.editing import Method, Optima
 from rome_lab.evaluation import SCORES_ONLY, Case, methods_of, questions_of
 from rome_lab.models import LanguageModel, score
 
@@ -38,11 +38,11 @@ def paraphrase_scores(
         texts), won (100 where the target is the more probable one, otherwise 0).
     """
     (chosen,) = (one.settled(lm) for one in methods_of(method))
-    optimised = Optimised(lm, store, progress)
+    optima = Optima(lm, store, progress)
     rows: list[dict] = []
     for case in tqdm(list(cases), desc="paraphrases", unit="case", disable=not progress):
         try:
-            change = chosen.change(lm, [(case.fact, case.target)], optimised)
+            change = chosen.change(lm, [(case.fact, case.target)], optima)
         except ValueError:
             continue
         sheet = questions_of(lm, case, 0, change.preamble, SCORES_ONLY)

@@ -1,8 +1,8 @@
 """What the methods of the ROME family share: v* and the keys of each request, found once; C and the prefixes.
 
-Optimised(lm, store)                     finds them, and keeps them in memory and in the store
-Optimised.find(request, layer, ...)      an Optimum: v*, the bare and the averaged key
-Optimised.factor(layer, source)          of C
+Optima(lm, store)                     finds them, and keeps them in memory and in the store
+Optima.find(request, layer, ...)      an Optimum: v*, the bare and the averaged key
+Optima.factor(layer, source)          of C
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Optimum:
     converged: bool
 
 
-class Optimised:
+class Optima:
     """What the methods of the ROME family have in common, each found once: v*, the keys, the prefixes, and C.
 
     It is for `lm` as it is now. Where the weights have changed, `anew` makes one for them.
@@ -67,15 +67,15 @@ class Optimised:
         self.prefixes: dict[tuple[tuple[int, ...], int], tuple[str, ...]] = {}
         self.factors: dict[tuple[int, str], Factor] = {}
 
-    def anew(self) -> Optimised:
+    def anew(self) -> Optima:
         """For `lm` with other weights: v* and keys are found afresh, C and the prefixes stay those that are here."""
-        other = Optimised(self.lm, self.store, self.progress)
+        other = Optima(self.lm, self.store, self.progress)
         other.prefixes, other.factors = self.prefixes, self.factors
         return other
 
-    def at(self, lm: LanguageModel | None, store: Store | None) -> Optimised:
+    def at(self, lm: LanguageModel | None, store: Store | None) -> Optima:
         """The same, and all that was found, for this model in another process and a store there; for None it can travel."""
-        other = Optimised(lm, store, self.progress)
+        other = Optima(lm, store, self.progress)
         other.found, other.prefixes, other.factors = dict(self.found), self.prefixes, self.factors
         other.common = self.common
         return other
