@@ -1,4 +1,4 @@
-"""Run notebooks headlessly with checked parameters: `python -m rome_lab.lab.batch NOTEBOOK ... -p NAME VALUE`.
+"""Run notebooks headlessly with checked parameters: `python -m rome_lab.batch NOTEBOOK ... -p NAME VALUE`.
 
 From Python: `run_notebook`. In a notebook: `record(model=lm.name, fingerprint=lm.fingerprint())` hands values over to the
 executed copy. The executed copy is runs/<name>.ipynb, written only when every cell has succeeded; `metadata.rome_lab`
@@ -61,7 +61,7 @@ def record_values(**values: Json) -> None:
     Raises:
         TypeError, ValueError: a value is not finite JSON.
     """
-    plain = json.loads(canonical_json(values, "record: the values"))
+    plain = json.loads(canonical_json(values, "record_values: the values"))
     shown = ", ".join(f"{name}={value!r}" for name, value in plain.items())
     display({"text/plain": f"recorded: {shown}", MIME: plain}, raw=True)
 
@@ -200,7 +200,7 @@ def main(arguments: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
-        print(f"rome_lab.lab.batch: {error}", file=sys.stderr)
+        print(f"rome_lab.batch: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print(f"\n{error}" if error.args else "\nInterrupted.", file=sys.stderr)
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(prog="python -m rome_lab.lab.batch", description="Run notebooks with parameters.")
+    options = argparse.ArgumentParser(prog="python -m rome_lab.batch", description="Run notebooks with parameters.")
     options.add_argument("notebooks", nargs="+", type=Path, metavar="NOTEBOOK")
     options.add_argument("-p", nargs=2, metavar=("NAME", "VALUE"), help="a parameter; the last one of a name counts")
     options.add_argument("--params", type=Path, metavar="FILE", help="parameters from a YAML file; -p overrides it")

@@ -52,7 +52,7 @@ CELLS = (
     "import contextlib, os, pathlib",
     'with contextlib.suppress(OSError):\n    pathlib.Path(folder, "kernel").write_text(str(os.getpid()))',
     "import torch\ntorch.set_num_threads(1)\nfrom faults import work\nlm = work.load(model)",
-    "from rome_lab.lab.batch import record\nrecord(result=work.trace(lm, model, pathlib.Path(folder)))",
+    "from rome_lab.batch import record_values\nrecord_values(result=work.trace(lm, model, pathlib.Path(folder)))",
 )
 
 

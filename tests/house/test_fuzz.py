@@ -254,7 +254,7 @@ def test_a_parameters_file_with_any_bytes_is_read_or_refused_on_the_command_line
         path.write_bytes(content)
         if sentence_or(lambda: prepare(NOTEBOOKS[0], read_parameters_file(path))) is None:
             assert main([str(NOTEBOOKS[0]), "--params", str(path)]) == 2
-            assert error.getvalue().count("\n") == 1 and error.getvalue().startswith("rome_lab.lab.batch: ")
+            assert error.getvalue().count("\n") == 1 and error.getvalue().startswith("rome_lab.batch: ")
 
 
 @settings(max_examples=400)

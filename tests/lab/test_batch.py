@@ -304,7 +304,7 @@ def test_bad_input_ends_with_status_2_and_one_line_before_anything_runs(folder, 
     assert main(arguments.split()) == 2
     error = capsys.readouterr().err
     assert message in error
-    assert error.startswith("rome_lab.lab.batch: ") and error.count("\n") == 1
+    assert error.startswith("rome_lab.batch: ") and error.count("\n") == 1
     assert not Path("ran").exists()
     assert not files(folder)
 
@@ -337,9 +337,9 @@ def test_a_run_uses_this_interpreter_here_with_the_values_given_and_records_what
         folder / "notebooks" / "x.ipynb",
         "import json, os, sys\nseen = [sys.executable, os.getcwd(), model, n_facts, rate, layers, device]",
         "open('seen.json', 'w').write(json.dumps(seen))",
-        "from rome_lab.lab.batch import record\nrecord(model=model, fingerprint='00')",
+        "from rome_lab.batch import record_values\nrecord_values(model=model, fingerprint='00')",
         "from tqdm.auto import tqdm\nfor _ in tqdm(range(2), desc='inner'): pass",
-        "record(fingerprint='beef')",
+        "record_values(fingerprint='beef')",
     )
     given = [
         "-p",
@@ -377,7 +377,7 @@ def test_a_run_uses_this_interpreter_here_with_the_values_given_and_records_what
 
 
 def test_record_refuses_what_the_executed_copy_could_not_hold(capsys):
-    with pytest.raises(TypeError, match=r"record: the values\['lm'\]"):
+    with pytest.raises(TypeError, match=r"record_values: the values\['lm'\]"):
         record_values(lm=object())
     record_values(seed=3)
     assert "recorded: seed=3" in capsys.readouterr().out
@@ -399,7 +399,7 @@ def test_a_failing_cell_is_shown_and_only_the_failed_copy_kept(folder, capsys):
     assert files(folder) == {"x.ipynb", "x.failed.ipynb"}
     assert Path("runs/x.ipynb").read_text() == "of an earlier run"
     failed = nbformat.read(Path("runs/x.failed.ipynb"), as_version=4)
-    assert failed.metadata.rome_lab.lab.parameters.n_facts == 3
+    assert failed.metadata.rome_lab.parameters.n_facts == 3
 
 
 @pytest.mark.parametrize(
@@ -431,12 +431,12 @@ def test_an_executed_copy_can_be_run_again_with_other_values(folder):
     assert Path("seen").read_text() == "7 0;120 8;"
 
 
-# `python -m rome_lab.lab.batch x.ipynb`, except that a shell may start background jobs with Ctrl-C ignored.
+# `python -m rome_lab.batch x.ipynb`, except that a shell may start background jobs with Ctrl-C ignored.
 LAUNCH = """
 import runpy, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.argv = ["batch", "x.ipynb", "--quiet"]
-runpy.run_module("rome_lab.lab.batch", run_name="__main__")
+runpy.run_module("rome_lab.batch", run_name="__main__")
 """
 
 
