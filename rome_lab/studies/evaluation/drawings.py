@@ -4,6 +4,8 @@
     dot_table(summary, metrics)      the same for several metrics: methods are rows, metrics are columns
     curves(summary, metric, along)   one metric along a number, such as that of edits, a line for each method
     curve_panels(summary, metrics, along)
+    methods_figure(summary, about)   the figure of evaluation.ipynb
+    plotted_numbers(summary, ...)    a summary with its units, as it is written beside a figure
 
 `summary` is what `rome_lab.evaluation.metrics.summarise` returns. Metrics of one unit share their scale.
 """
@@ -11,30 +13,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FixedLocator, Locator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator
 
 from rome_lab.evaluation import METRICS
-from rome_lab.lab import FONT_SIZE
+from rome_lab.lab import COLOURS, FONT_SIZE, finish, layer_ticks, new_axes
+from rome_lab.studies.evaluation.paper import paper_numbers
 
 PAGE_WIDTH = 7.0  # inches, both columns of a page
 SCORES = ("S", "ES", "PS", "NS", "known", "efficacy", "paraphrase", "specificity")  # shares, from 0 to 100
 UNITS = {"S": "%", "perplexity": ""} | {name: metric.unit for name, metric in METRICS.items()}
-# The colours of Okabe and Ito, told apart by the colour-blind.
 STYLES = {
     "none": {"color": "#777777", "marker": "s", "linestyle": (0, (1, 1))},
-    "rome": {"color": "#D55E00", "marker": "o", "linestyle": "-"},
-    "joint": {"color": "#0072B2", "marker": "^", "linestyle": (0, (4, 1.5))},
-    "ft": {"color": "#009E73", "marker": "v", "linestyle": (0, (2, 1))},
-    "ft-linf": {"color": "#CC79A7", "marker": "D", "linestyle": (0, (4, 1.5, 1, 1.5))},
-    "in-context": {"color": "#E69F00", "marker": "P", "linestyle": (0, (2, 2))},
+    "rome": {"color": COLOURS["red"], "marker": "o", "linestyle": "-"},
+    "joint": {"color": COLOURS["blue"], "marker": "^", "linestyle": (0, (4, 1.5))},
+    "ft": {"color": COLOURS["green"], "marker": "v", "linestyle": (0, (2, 1))},
+    "ft-linf": {"color": COLOURS["pink"], "marker": "D", "linestyle": (0, (4, 1.5, 1, 1.5))},
+    "in-context": {"color": COLOURS["orange"], "marker": "P", "linestyle": (0, (2, 2))},
 }
-OTHERS = ("#D55E00", "#0072B2", "#009E73", "#000000")
+OTHERS = tuple(COLOURS[name] for name in ("red", "blue", "green", "black"))
 
 
 def dots(
@@ -51,7 +54,7 @@ def dots(
     """
     rows = of_metric(summary, metric)
     names = list(dict.fromkeys(summary[by]))
-    ax = ax or plt.subplots(figsize=(3.4, 0.5 + 0.17 * len(names)), layout="constrained")[1]
+    ax = ax or new_axes(0.5 + 0.17 * len(names))
     for y, name in enumerate(names):
         for row in rows[rows[by] == name].itertuples():
             style = style_of(name, y)
@@ -71,7 +74,8 @@ def dots(
     ax.grid(axis="y", color="0.92", linewidth=0.5)
     if metric in SCORES:
         ax.set_xlim(-8, 108)
-    return finished(ax, FixedLocator([0, 50, 100] if metric in SCORES else outer_ticks(*ax.get_xlim())))
+    ticks = [0, 50, 100] if metric in SCORES else outer_ticks(*ax.get_xlim())
+    return finish(ax, FixedLocator(ticks), frame=False)
 
 
 def dot_table(
@@ -94,6 +98,32 @@ def dot_table(
     return figure
 
 
+def methods_figure(summary: pd.DataFrame, about: str) -> Figure:
+    """The table of methods as dots, with the paper's means as diamonds where the cases have its metrics.
+
+    Args: about: the model and the cases, for the title.
+    """
+    counterfact = "ES" in set(summary["metric"])
+    scores = SCORES[:4] if counterfact else SCORES[5:]
+    paper = paper_numbers() if counterfact else None
+    figure = dot_table(summary, [*scores, "RS", "GE", "perplexity", "known"], paper=paper)
+    diamonds = "; diamonds: GPT-2 XL on CounterFact, Meng et al. (2022)" * counterfact
+    figure.suptitle(f"{about}; means with 95% intervals over cases{diamonds}", fontsize=FONT_SIZE)
+    return figure
+
+
+def plotted_numbers(summary: pd.DataFrame, model: str, dataset: str | Path) -> pd.DataFrame:
+    """A summary with the columns unit, interval, model and dataset, as it is written beside its figure.
+
+    Damage by many edits has one value for each edited model, so its interval is over models, not over cases.
+    """
+    damage = summary["metric"].isin(["nll", "perplexity", "known"])
+    over_models = damage & (summary["edits"] > 0) if "edits" in summary else damage & False
+    interval = over_models.map({True: "95% t over models", False: "95% t over cases"})
+    units = summary["metric"].map(UNITS)
+    return summary.assign(unit=units, interval=interval, model=model, dataset=Path(dataset).name)
+
+
 def curves(
     summary: pd.DataFrame,
     metric: str,
@@ -111,7 +141,7 @@ def curves(
     Raises: ValueError: the summary has nothing of this metric.
     """
     rows = of_metric(summary, metric)
-    ax = ax or plt.subplots(figsize=(3.4, 2.2), layout="constrained")[1]
+    ax = ax or new_axes(2.2)
     names = list(dict.fromkeys(summary[by]))
     for place, name in enumerate(names):
         line = rows[rows[by] == name].sort_values(along)
@@ -140,7 +170,7 @@ def curves(
     ax.set_title(metric)
     ax.set_xlabel(label or along)
     ax.set_ylabel(UNITS[metric])
-    return finished(ax, None if log else MaxNLocator(nbins=7, integer=True))
+    return finish(ax, None if log else layer_ticks(), frame=False)
 
 
 def curve_panels(
@@ -179,27 +209,15 @@ def style_of(name: object, place: int) -> Mapping[str, object]:
 def of_metric(summary: pd.DataFrame, metric: str) -> pd.DataFrame:
     rows = summary[summary["metric"] == metric]
     if rows.empty:
-        found = ", ".join(dict.fromkeys(summary["metric"])) or "nothing"
-        raise ValueError(f"evaluation_plots: the summary has no metric {metric!r}, only {found}; choose one of these.")
+        present = ", ".join(dict.fromkeys(summary["metric"])) or "nothing"
+        raise ValueError(
+            f"evaluation_plots: the summary has no metric {metric!r}, only {present}; choose one of these."
+        )
     return rows
 
 
 def outer_ticks(low: float, high: float) -> list[float]:
     """The first and the last round number within a narrow axis, which has no room for more."""
-    round_numbers = [
-        x for x in MaxNLocator(nbins=3, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low <= x <= high
-    ]
-    return [round_numbers[0], round_numbers[-1]]
-
-
-def finished(ax: Axes, locator: Locator | None) -> Axes:
-    """The sizes of print, whatever style the axes were made under."""
-    if locator:
-        ax.xaxis.set_major_locator(locator)
-    ax.tick_params(labelsize=FONT_SIZE - 1, length=2, width=0.5)
-    for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
-        text.set_size(FONT_SIZE)
-    ax.spines[["top", "right"]].set_visible(False)
-    for spine in ax.spines.values():
-        spine.set_linewidth(0.5)
-    return ax
+    ticks = MaxNLocator(nbins=3, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    inside = [tick for tick in ticks if low <= tick <= high]
+    return [inside[0], inside[-1]]

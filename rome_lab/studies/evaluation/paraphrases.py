@@ -2,6 +2,7 @@
 
 paraphrase_scores(lm, cases, method)    a row a paraphrase: whether the edit holds there, and whether the subject opens it
 by_opening(scores)                      PS of the paraphrases that the subject opens, and of the others
+failures_in_words(scores)               how many fail, and how many of these begin with the subject
 """
 
 from __future__ import annotations
@@ -64,6 +65,11 @@ def by_opening(scores: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for opens, group in scores.groupby("opens"):
         mean, low, high, n = mean_ci(group.groupby("case")["won"].mean().to_numpy())
-        found = {"mean": float(mean), "ci_low": float(low), "ci_high": float(high), "n": int(n)}
-        rows.append({"opens": bool(opens)} | found | {"paraphrases": len(group)})
-    return pd.DataFrame(rows)
+        rows.append((bool(opens), float(mean), float(low), float(high), int(n), len(group)))
+    return pd.DataFrame(rows, columns=["opens", "mean", "ci_low", "ci_high", "n", "paraphrases"])
+
+
+def failures_in_words(scores: pd.DataFrame) -> str:
+    """How many paraphrases fail, and how many of these begin with the subject."""
+    lost = scores[scores["won"] == 0]
+    return f"{len(lost)} of {len(scores)} paraphrases fail, {lost['opens'].sum()} of them with the subject in front"

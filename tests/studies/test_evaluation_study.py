@@ -1,0 +1,89 @@
+"""What evaluation.ipynb tells from a table: marks, verdicts, the order of cases, failing paraphrases, tables to read."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from rome_lab.evaluation import METRICS, summarise
+from rome_lab.studies import evaluation as study
+
+
+def judged(scores: dict[str, list[tuple[float, float, float]]]) -> pd.DataFrame:
+    """A table of judged cases from ES, PS and NS by method."""
+    rows = [
+        {"case": str(i), "method": method, "ES": es, "PS": ps, "NS": ns, "PM": ps / 2, "judged": True}
+        for method, several in scores.items()
+        for i, (es, ps, ns) in enumerate(several)
+    ]
+    return pd.DataFrame(rows)
+
+
+GOOD = judged({"rome": [(100, 100, 80), (100, 90, 80)], "ft": [(100, 80, 40), (100, 90, 50)]})
+
+
+def test_marks_are_reached_missed_or_cannot_be_told() -> None:
+    lines = dict(line.split(": ", 1) for line in study.aims_in_words(summarise(GOOD)).splitlines())
+    assert lines["ES"] == "100.0, aim 99: reached"
+    assert lines["PS"] == "95.0, aim 90: reached"
+    assert lines["S above ft-linf"] == "nan, aim 15: cannot be told"
+    S = summarise(GOOD).query("metric == 'S'").set_index("method")["mean"]
+    assert lines["S above ft"] == f"{S['rome'] - S['ft']:.1f}, aim 15: reached"
+    worse = study.aims_in_words(summarise(judged({"rome": [(98, 90, 75)] * 2})))
+    assert "ES: 98.0, aim 99: missed by 1.0" in worse
+
+
+def test_every_verdict_has_a_line_that_counts_it() -> None:
+    agreement = study.agreement_with_paper(judged({"rome": [(100, 96, 75)] * 3, "ft": [(99.9, 88, 40)] * 3}))
+    lines = study.verdicts_in_words(agreement).splitlines()
+    assert sum(int(line.split(": ")[1].split(" of ")[0]) for line in lines) == len(agreement) == 4
+    assert "agrees: 4 of 4: S (rome minus ft), ES (rome minus ft), PS (rome minus ft), NS (rome minus ft)" in lines
+
+
+def test_the_worst_cases_come_first_and_equals_by_magnitude() -> None:
+    table = judged({"none": [(0, 0, 0)] * 3, "rome": [(100, 100, 100), (100, 50, 50), (100, 0, 100)]})
+    assert study.worst_first(table) == ["2", "1", "0"]
+    assert study.worst_first(table[table["method"] == "none"]) == ["0", "1", "2"]
+    tied = table.assign(PM=[0, 0, 0, 3, 2, 1]).assign(ES=50.0, PS=50.0, NS=50.0)
+    assert study.worst_first(tied) == ["2", "1", "0"]
+
+
+def test_tables_to_read_keep_the_order_and_say_mean_and_interval() -> None:
+    summary = summarise(GOOD)
+    table = study.table_of_means(summary)
+    assert list(table.index) == ["rome", "ft"]
+    assert list(table.columns) == ["S", "ES", "PS", "PM", "NS", "n"]
+    one = summary.set_index(["method", "metric"]).loc[("rome", "PS")]
+    assert table.loc["rome", "PS"] == f"{one['mean']:.1f} ({one.ci_low:.1f}, {one.ci_high:.1f})"
+    assert (table["n"] == 2).all()
+    assert list(study.definitions().index) == list(METRICS)
+    assert list(study.definitions()) == ["definition", "unit", "of", "teacher forcing", "better"]
+
+
+def test_the_figure_has_the_papers_diamonds_where_the_metrics_are_its_own() -> None:
+    figure = study.methods_figure(summarise(GOOD), "a model, 2 cases")
+    assert "diamonds" in figure.get_suptitle()
+    assert [ax.get_title() for ax in figure.axes] == ["S", "ES", "PS", "NS"]
+    zsre = pd.DataFrame(
+        {"method": ["rome"] * 2, "efficacy": [50.0, 70.0], "paraphrase": 40.0, "specificity": [9.0, 8.0]}
+    )
+    figure = study.methods_figure(summarise(zsre), "a model")
+    assert "diamonds" not in figure.get_suptitle()
+    assert [ax.get_title() for ax in figure.axes] == ["efficacy", "paraphrase", "specificity"]
+
+
+def test_numbers_say_over_what_their_interval_is() -> None:
+    summary = pd.DataFrame({"metric": ["ES", "nll", "nll"], "edits": [3, 3, 0], "mean": np.ones(3)})
+    numbers = study.plotted_numbers(summary, "a model", "folder/cases.json")
+    assert list(numbers["interval"]) == ["95% t over cases", "95% t over models", "95% t over cases"]
+    assert list(numbers["unit"]) == ["%", "nats", "nats"]
+    assert set(numbers["dataset"]) == {"cases.json"}
+    single = study.plotted_numbers(summary.drop(columns="edits"), "a model", "embedded")
+    assert set(single["interval"]) == {"95% t over cases"}
+
+
+def test_failing_paraphrases_are_counted_with_those_that_the_subject_opens() -> None:
+    scores = pd.DataFrame({"case": ["a", "a", "b"], "opens": [True, False, True], "won": [0.0, 100.0, 0.0]})
+    assert study.failures_in_words(scores) == "2 of 3 paraphrases fail, 2 of them with the subject in front"
+    assert list(study.by_opening(scores)["mean"]) == pytest.approx([100.0, 0.0])
