@@ -1,4 +1,26 @@
-"""TODO front door lab."""
+"""What people see: figures, the panel, what an edit does, notebooks in batch.
 
+plots                                     the paper's figures, and the parts that all drawings share
+save_figure, save_table, plot_history     a figure or a table as files; how the optimisation of v* went
+panel_figure, new_axes, finish, layer_ticks, shared_legend, colour_bar, token_names    parts of drawings
+COLOURS, FONT_SIZE, COLUMN_WIDTH          what they look like
+record_values, run_notebook               values for the executed copy of a notebook; running one from Python
+"""
+
+from rome_lab.lab import plots
 from rome_lab.lab.batch import record_values, run_notebook
-from rome_lab.lab.plots import COLOURS, COLUMN_WIDTH, FONT_SIZE, finish, layer_ticks, new_axes, plot_history
+from rome_lab.lab.plots import (
+    COLOURS,
+    COLUMN_WIDTH,
+    FONT_SIZE,
+    colour_bar,
+    finish,
+    layer_ticks,
+    new_axes,
+    panel_figure,
+    plot_history,
+    save_figure,
+    save_table,
+    shared_legend,
+    token_names,
+)

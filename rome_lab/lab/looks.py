@@ -19,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rome_lab.base import seed_from, uniform
-from rome_lab.facts import Fact, continuation_ids, load_facts, load_relations, read_prompt, template_of
-from rome_lab.models import LanguageModel, continuation_p, continue_randomly, next_log_p
+from rome_lab.facts import Fact, completions, known_among, load_facts, load_relations, template_of
+from rome_lab.models import LanguageModel, continue_randomly
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +77,7 @@ class Look:
 
 def only_known(lm: LanguageModel, facts: Sequence[Fact]) -> list[Fact]:
     """Those of the facts whose object's first token is what the model finds most probable next."""
-    ids = [read_prompt(lm, fact).ids.tolist() for fact in facts]
-    said = [int(log_p[-1].argmax()) for log_p in next_log_p(lm, ids, "comparison")]
-    return [x for x, token in zip(facts, said, strict=True) if continuation_ids(lm, x.prompt, x.object)[0] == token]
+    return known_among(lm, facts, "comparison")
 
 
 def best_known(lm: LanguageModel, fact: Fact) -> Fact:
@@ -167,8 +165,8 @@ def look_at(lm: LanguageModel, probe: Probe) -> Look:
 
 def probabilities(lm: LanguageModel, asked: Sequence[tuple[Fact, str]]) -> tuple[list[float], Float[Tensor, "Q V"]]:
     """Of each text behind its fact's prompt: the probability of all its tokens; and the log probabilities of the first."""
-    pairs = [(read_prompt(lm, fact).ids.tolist(), continuation_ids(lm, fact.prompt, text)) for fact, text in asked]
-    return continuation_p(lm, pairs, "comparison")
+    answers = completions(lm, [(fact.prompt, text) for fact, text in asked], "comparison", following=True)
+    return [answer.p for answer in answers], torch.stack([answer.following for answer in answers])
 
 
 def continuations(lm: LanguageModel, prompt: str) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from rome_lab.lab.trials import EditRequest, make_edit
 from rome_lab.models import LanguageModel
 from rome_lab.tracing import Trace, causal_trace
 
-COLOURS = {"done": "#1a7f37", "busy": "#57606a", "warning": "#9a6700", "error": "#cf222e"}
+STATUS_COLOURS = {"done": "#1a7f37", "busy": "#57606a", "warning": "#9a6700", "error": "#cf222e"}
 HINT = (
     '<div style="height: 190px; display: flex; align-items: center; justify-content: center; color: #777; '
     'border: 1px dashed #bbb">Trace shows in which layers the MLPs recall the fact.</div>'
@@ -137,7 +137,7 @@ class Panel:
 
     def say(self, text: str, kind: str, notes: Sequence[str] = ()) -> None:
         lines = [(kind, text), *(("warning", note) for note in notes)]
-        shown = "".join(f'<div style="color: {COLOURS[x]}">{html.escape(line)}</div>' for x, line in lines)
+        shown = "".join(f'<div style="color: {STATUS_COLOURS[x]}">{html.escape(line)}</div>' for x, line in lines)
         self.status.value = f'<div style="line-height: 1.5; min-height: 20px">{shown}</div>'
 
     def tell(self, doing: str, done: float) -> None:

@@ -1,13 +1,17 @@
-"""Results in, Axes out: the figures of the paper, and `save_figure` for the files behind them.
+"""Results in, Axes out: the figures of the paper, and the files behind them.
 
     heatmap(trace)                  one fact: p_restored by token and layer (Figure 1a-c)
     average_heatmap(average, kind)  mean effect by bucket and layer (Figures 1 and 2)
-    lines(average, kind)            the same with 95% intervals (Figure 7)
+    facts_and_average(...)          heatmaps of several facts and of the average, a row each (Figure 1)
+    lines(average, kind)            mean effects with 95% intervals (Figure 7)
     severed_lines(average)          effect at the last subject token, ordinary and severed (Figure 3)
+    plot_history(edit)              how the optimisation of v* went
     shared_limits(*data)            vmin and vmax with which compared heatmaps share their colour scale
     cell_table(trace)               the numbers of a heatmap, as a table
-    save_figure(figure, numbers, stem), save_table(table, path)
-    new_axes(height), finish(ax), COLOURS    one look for all figures, those of the studies too
+    save_figure, save_table         a figure as PDF, PNG and CSV; a table as CSV
+
+The parts that drawings elsewhere share: `panel_figure`, `new_axes`, `finish`, `layer_ticks`, `shared_legend`, `colour_bar`,
+`token_names`, `COLOURS`, `FONT_SIZE`, `COLUMN_WIDTH`.
 
 Colours: white is no effect; the kind's own colour is above it, and its opposite below, at the same distance equally
 strong. The scale always reaches as far as the data, on both sides. For lines with a shared scale make the axes with
@@ -17,6 +21,8 @@ strong. The scale always reaches as far as the data, on both sides. For lines wi
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -34,21 +40,6 @@ from rome_lab.tracing import BUCKETS, KINDS, Trace, buckets
 
 logger = logging.getLogger(__name__)
 
-
-def plot_history(edit: Edit, ax: Axes | None = None) -> Axes:
-    """The terms of the loss and, on an axis of its own, the target's probability, step by step; means over several facts."""
-    ax = plt.subplots(figsize=(3.4, 2.2), layout="constrained")[1] if ax is None else ax
-    mean = edit.history.groupby("step").mean()
-    for name, label in {"loss": "loss", "nll": "-log P[target]", "kl": "KL", "weight_decay": "weight decay"}.items():
-        ax.plot(mean.index, mean[name], label=label, color="black" if name == "loss" else None)
-    ax.set(xlabel="step of Adam", ylabel="loss (nats)")
-    right = ax.twinx()
-    right.plot(mean.index, mean["p_target"], color="tab:purple", linestyle="--")
-    right.set(ylim=(0, 1), ylabel="P[target], mean over prefixes (dashed)")
-    ax.legend(frameon=False)
-    return ax
-
-
 FONT_SIZE = 7
 COLUMN_WIDTH = 3.4  # inches, of a two-column page
 SAVING = {"pdf.fonttype": 42, "savefig.bbox": "tight", "savefig.pad_inches": 0.02}  # 42: text stays text in the PDF
@@ -61,15 +52,11 @@ TITLES = {
 }
 QUANTITY_NAMES = {"indirect_effect": "average indirect effect", "p_restored": "average p, restored"}
 COLOUR_MAPS = {"state": ("Oranges", "Purples"), "mlp": ("RdPu", "Greens"), "attn": ("Blues", "Reds")}
-COLOURS = {  # of Okabe and Ito, told apart by the colour-blind
-    "orange": "#E69F00",
-    "sky": "#56B4E9",
-    "green": "#009E73",
-    "blue": "#0072B2",
-    "red": "#D55E00",
-    "pink": "#CC79A7",
-    "black": "#000000",
+COLOURS = {
+    **{"black": "#000000", "orange": "#E69F00", "sky": "#56B4E9", "green": "#009E73"},
+    **{"blue": "#0072B2", "red": "#D55E00", "pink": "#CC79A7"},
 }
+"""The colours of Okabe and Ito, told apart by the colour-blind."""
 # The two sites that the paper speaks of stand out.
 BUCKET_STYLES = {
     "subject_first": {"color": COLOURS["sky"], "linestyle": (0, (4, 1.5)), "linewidth": 0.9},
@@ -79,15 +66,14 @@ BUCKET_STYLES = {
     "further": {"color": COLOURS["green"], "linestyle": (0, (2, 1)), "linewidth": 0.9},
     "last": {"color": COLOURS["black"], "linestyle": "-", "linewidth": 1.2},
 }
+_NO_ATTENTION = {"color": COLOURS["red"], "linestyle": (0, (4, 1.5))}
+_NO_MLP = {"color": COLOURS["green"], "linestyle": (0, (1, 1))}
 SEVERED_STYLES = {
     "state": ("ordinary", {"color": "#6A3D9A", "linestyle": "-", "linewidth": 1.6}),
-    "severed-attn": ("attention severed", {"color": COLOURS["red"], "linestyle": (0, (4, 1.5)), "linewidth": 1.2}),
-    "severed-mlp": ("MLP severed", {"color": COLOURS["green"], "linestyle": (0, (1, 1)), "linewidth": 1.5}),
-    "state minus severed-attn": (
-        "ordinary minus attention severed",
-        {"color": COLOURS["red"], "linestyle": (0, (4, 1.5))},
-    ),
-    "state minus severed-mlp": ("ordinary minus MLP severed", {"color": COLOURS["green"], "linestyle": (0, (1, 1))}),
+    "severed-attn": ("attention severed", _NO_ATTENTION | {"linewidth": 1.2}),
+    "severed-mlp": ("MLP severed", _NO_MLP | {"linewidth": 1.5}),
+    "state minus severed-attn": ("ordinary minus attention severed", _NO_ATTENTION),
+    "state minus severed-mlp": ("ordinary minus MLP severed", _NO_MLP),
 }
 
 
@@ -99,15 +85,9 @@ def heatmap(trace: Trace, ax: Axes | None = None, vmin: float | None = None, vma
 
     Args: vmin, vmax: the least range of the colour scale; see `shared_limits`.
     """
-    begin, end = trace.subject_range
-    short = [token if len(token) <= 20 else token[:19] + "…" for token in trace.tokens]
-    names = [visible(token) + "*" * (begin <= i < end) for i, token in enumerate(short)]
-    ax = ax or new_axes(0.6 + 0.15 * len(names))
-    values = np.asarray(trace.p_restored)
-    limits = _limits([np.nanmin(values), np.nanmax(values), trace.p_corrupted], vmin, vmax)
-    mesh = _mesh(ax, np.ma.masked_invalid(values), _colour_map(trace.kind, trace.p_corrupted, limits), limits)
-    _colour_bar(mesh, f'p("{visible(trace.answer.strip())}")')
-    ax.set_yticks(range(len(names)), names)
+    ax = ax or new_axes(0.6 + 0.15 * len(trace.tokens))
+    scale = Scale(trace.kind, trace.p_corrupted, vmin, vmax, f'p("{visible(trace.answer.strip())}")')
+    _draw_cells(ax, np.asarray(trace.p_restored), token_names(trace.tokens, trace.subject_range), scale)
     ax.set_title(TITLES[trace.label])
     ax.set_xlabel("layer" if trace.kind == "state" else f"middle of the {trace.window} restored layers")
     return finish(ax, layer_ticks())
@@ -126,19 +106,36 @@ def average_heatmap(
     rows = _of_kind(average, kind)
     present = [bucket for bucket in BUCKETS if bucket in set(average["bucket"])]
     values = rows.pivot(index="bucket", columns="layer", values="mean").reindex(present).to_numpy()
-    ax = ax or new_axes(0.6 + 0.17 * len(present))
-    quantity = average.attrs.get("quantity", "indirect_effect")
-    white = 0.0 if quantity == "indirect_effect" else np.nanmin(values)
-    limits = _limits([np.nanmin(values), np.nanmax(values), white], vmin, vmax)
-    mesh = _mesh(ax, np.ma.masked_invalid(values), _colour_map(KINDS[kind][0], white, limits), limits)
-    _colour_bar(mesh, QUANTITY_NAMES[quantity])
     n_facts = rows.groupby("bucket")["n_facts"].max().reindex(present, fill_value=0)
     n_most = n_facts.max()
     names = [BUCKETS[bucket] + (f" ({n})" if n < n_most else "") for bucket, n in n_facts.items()]
-    ax.set_yticks(range(len(names)), names)
+    ax = ax or new_axes(0.6 + 0.17 * len(present))
+    quantity = average.attrs.get("quantity", "indirect_effect")
+    white = 0.0 if quantity == "indirect_effect" else np.nanmin(values)
+    _draw_cells(ax, values, names, Scale(KINDS[kind][0], white, vmin, vmax, QUANTITY_NAMES[quantity]))
     ax.set_title(f"{TITLES[kind]} (n = {n_most})")
     ax.set_xlabel(_layer_label(kind))
     return finish(ax, layer_ticks())
+
+
+def facts_and_average(singles: Sequence[Sequence[Trace]], average: pd.DataFrame, note: str) -> Figure:
+    """Figure 1: a row of heatmaps for each fact, with one colour scale, and a row of averages; a column a kind.
+
+    Args: singles: of each fact, its traces of state, MLP and attention. note: stands above the figure.
+    """
+    heights = [*(1 + len(traces[0].tokens) for traces in singles), 7]
+    size = (7, 0.16 * sum(heights))
+    figure, axes = panel_figure(len(heights), 3, size, note, height_ratios=heights, sharey="row")
+    for traces, row in zip(singles, axes, strict=False):
+        for trace, ax in zip(traces, row, strict=True):
+            heatmap(trace, ax, **shared_limits(*traces))
+    for kind, ax in zip(dict.fromkeys(average["kind"]), axes[-1], strict=True):
+        average_heatmap(average, kind, ax, **shared_limits(average))
+    for ax in axes.flat:
+        ax.label_outer()  # tokens are named once a row, layers once a column
+    for ax in axes[1:-1].flat:
+        ax.set_title("")
+    return figure
 
 
 def lines(average: pd.DataFrame, kind: str, ax: Axes | None = None, legend: bool = True) -> Axes:
@@ -174,6 +171,20 @@ def severed_lines(average: pd.DataFrame, ax: Axes | None = None, legend: bool = 
     return _finish_lines(ax, average, "layer", legend)
 
 
+def plot_history(edit: Edit, ax: Axes | None = None) -> Axes:
+    """The terms of the loss and, on an axis of its own, the target's probability, step by step; means over several facts."""
+    ax = ax or new_axes(2.2)
+    mean = edit.history.groupby("step").mean()
+    for name, label in {"loss": "loss", "nll": "-log P[target]", "kl": "KL", "weight_decay": "weight decay"}.items():
+        ax.plot(mean.index, mean[name], label=label, color="black" if name == "loss" else None)
+    ax.set(xlabel="step of Adam", ylabel="loss (nats)")
+    right = ax.twinx()
+    right.plot(mean.index, mean["p_target"], color="tab:purple", linestyle="--")
+    right.set(ylim=(0, 1), ylabel="P[target], mean over prefixes (dashed)")
+    ax.legend(frameon=False)
+    return ax
+
+
 def shared_limits(*data: Trace | pd.DataFrame) -> dict[str, float]:
     """The least {"vmin", "vmax"} that fits the heatmaps of all these traces or averages, and their white."""
     ends: list[float] = []
@@ -206,43 +217,100 @@ def cell_table(trace: Trace) -> pd.DataFrame:
     )
 
 
-def save_figure(figure: Figure, numbers: pd.DataFrame, stem: Path, unit: str = "probability") -> None:
+def save_figure(figure: Figure, numbers: pd.DataFrame, stem: str | Path, unit: str = "probability") -> None:
     """Write `stem`.csv (the plotted numbers), `stem`.png (200 dpi) and, last, `stem`.pdf, each whole or not at all.
 
     The table gets the columns `quantity`, `unit` and `interval` where they apply and it has none of that name. The same
     figure gives the same bytes: no times are written.
     """
-    said = {"quantity": numbers.attrs.get("quantity"), "unit": unit}
-    table = numbers.assign(**{name: text for name, text in said.items() if text and name not in numbers})
+    columns = {"quantity": numbers.attrs.get("quantity"), "unit": unit}
+    table = numbers.assign(**{name: text for name, text in columns.items() if text and name not in numbers})
     if "ci_low" in table and "interval" not in table:
         table["interval"] = np.where(table["ci_low"].notna(), "95% t over facts", None)
-    save_table(table, _suffixed(stem, ".csv"))
+    save_table(table, f"{stem}.csv")  # with_suffix would take the end off "qwen2.5"
     with plt.rc_context(SAVING):
-        write_atomically(_suffixed(stem, ".png"), lambda path: figure.savefig(path, format="png", dpi=200))
+        write_atomically(Path(f"{stem}.png"), lambda path: figure.savefig(path, format="png", dpi=200))
         undated = {"CreationDate": None}
-        write_atomically(_suffixed(stem, ".pdf"), lambda path: figure.savefig(path, format="pdf", metadata=undated))
+        write_atomically(Path(f"{stem}.pdf"), lambda path: figure.savefig(path, format="pdf", metadata=undated))
 
 
-def save_table(table: pd.DataFrame, path: Path) -> None:
-    """Write a table without its index as CSV, whole or not at all."""
-    write_atomically(path, lambda temporary: table.to_csv(temporary, index=False, lineterminator="\n"))
+def save_table(table: pd.DataFrame, path: str | Path) -> None:
+    """Write a table as CSV, without its index, whole or not at all."""
+    write_atomically(Path(path), lambda place: table.to_csv(place, index=False, lineterminator="\n"))
 
 
-def _suffixed(stem: Path, suffix: str) -> Path:
-    return stem.with_name(stem.name + suffix)  # with_suffix would take the end off "qwen2.5"
+def panel_figure(
+    rows: int, columns: int, size: tuple[float, float], note: str = "", **options: object
+) -> tuple[Figure, np.ndarray]:
+    """A figure of several panels and its Axes, as `plt.subplots` gives them, with a note above it in the sizes of print.
 
-
-def _of_kind(average: pd.DataFrame, kind: str) -> pd.DataFrame:
-    rows = average[average["kind"] == kind]
-    if rows.empty:
-        found = ", ".join(dict.fromkeys(average["kind"])) or "nothing"
-        raise ValueError(f"plots: the average has no rows of kind {kind!r}, only of {found}; choose one of these")
-    return rows
+    Args: size: width and height in inches. options: as `plt.subplots` takes them, such as `sharey`.
+    """
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", dpi=150, **options)
+    if note:
+        figure.suptitle(note, fontsize=FONT_SIZE)
+    return figure, axes
 
 
 def new_axes(height: float, width: float = COLUMN_WIDTH) -> Axes:
     """Axes of a figure of their own; inches."""
     return plt.subplots(figsize=(width, height), layout="constrained")[1]
+
+
+def finish(ax: Axes, locator: Locator | None = None, frame: bool = True, legend: bool = False) -> Axes:
+    """The sizes of print, whatever style the axes were made under.
+
+    Args:
+        locator: of the ticks of the x axis; None leaves them.
+        frame: whether the upper and the right side are drawn.
+        legend: whether a legend is put on the axes.
+    """
+    if locator:
+        ax.xaxis.set_major_locator(locator)
+    ax.tick_params(labelsize=FONT_SIZE - 1, length=2, width=0.5, which="both")
+    for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
+        text.set_size(FONT_SIZE)
+    ax.spines[["top", "right"]].set_visible(frame)
+    for spine in ax.spines.values():
+        spine.set_linewidth(0.5)
+    if legend:
+        ax.legend(fontsize=FONT_SIZE - 1, frameon=False, handlelength=2.4, labelspacing=0.3)
+    return ax
+
+
+def layer_ticks() -> Locator:
+    """Ticks at whole numbers."""
+    return MaxNLocator(nbins=7, integer=True)
+
+
+def shared_legend(figure: Figure, columns: int) -> None:
+    """One legend below the figure for panels that draw the same lines; it is that of the last panel."""
+    style = {"fontsize": FONT_SIZE, "frameon": False, "columnspacing": 1.2, "handlelength": 2.2}
+    handles = figure.axes[-1].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=columns, **style)
+
+
+def colour_bar(mesh: QuadMesh, label: str = "") -> None:
+    """The scale of a heatmap's colours, beside it."""
+    bar = mesh.axes.figure.colorbar(mesh, ax=mesh.axes, fraction=0.05, pad=0.02, aspect=15)
+    bar.set_label(label, fontsize=FONT_SIZE)
+    bar.ax.tick_params(labelsize=FONT_SIZE - 1, length=2, width=0.5)
+    bar.outline.set_linewidth(0.5)
+
+
+def token_names(tokens: Sequence[str], subject_range: tuple[int, int]) -> list[str]:
+    """Tokens as the rows of a heatmap name them: spaces shown, long ones cut short, an asterisk at the subject's."""
+    begin, end = subject_range
+    short = [token if len(token) <= 20 else token[:19] + "…" for token in tokens]
+    return [visible(token) + "*" * (begin <= i < end) for i, token in enumerate(short)]
+
+
+def _of_kind(average: pd.DataFrame, kind: str) -> pd.DataFrame:
+    rows = average[average["kind"] == kind]
+    if rows.empty:
+        present = ", ".join(dict.fromkeys(average["kind"])) or "nothing"
+        raise ValueError(f"plots: the average has no rows of kind {kind!r}, only of {present}; choose one of these")
+    return rows
 
 
 def _limits(ends: list[float], vmin: float | None = None, vmax: float | None = None) -> tuple[float, float]:
@@ -265,24 +333,27 @@ def _colour_map(kind: str, white: float, limits: tuple[float, float]) -> Colorma
     return ListedColormap(ramp(0.5 + (np.linspace(low, high, 512) - white) / (2 * reach)), name=kind)
 
 
-def _mesh(ax: Axes, values: np.ndarray, colours: Colormap, limits: tuple[float, float]) -> QuadMesh:
-    low, high = limits
+@dataclass(frozen=True)
+class Scale:
+    """Colours of a heatmap: whose they are, the value that is white, the least range that they span, what they measure."""
+
+    kind: str
+    white: float
+    vmin: float | None
+    vmax: float | None
+    label: str
+
+
+def _draw_cells(ax: Axes, values: np.ndarray, names: Sequence[str], scale: Scale) -> None:
+    """Values by row and layer as colours, with the names of the rows and a colour bar; cells of NaN are left empty."""
+    low, high = _limits([np.nanmin(values), np.nanmax(values), scale.white], scale.vmin, scale.vmax)
+    colours = {"cmap": _colour_map(scale.kind, scale.white, (low, high)), "vmin": low, "vmax": high}
     layers, rows = (np.arange(n + 1) - 0.5 for n in values.T.shape)  # the edges of the cells
     # Without edges PDF viewers show the page between the cells.
-    mesh = ax.pcolormesh(layers, rows, values, cmap=colours, vmin=low, vmax=high, edgecolors="face", linewidth=0.1)
+    mesh = ax.pcolormesh(layers, rows, np.ma.masked_invalid(values), edgecolors="face", linewidth=0.1, **colours)
     ax.set_ylim(rows[-1], rows[0])
-    return mesh
-
-
-def _colour_bar(mesh: QuadMesh, label: str) -> None:
-    bar = mesh.axes.figure.colorbar(mesh, ax=mesh.axes, fraction=0.05, pad=0.02, aspect=15)
-    bar.set_label(label, fontsize=FONT_SIZE)
-    bar.ax.tick_params(labelsize=FONT_SIZE - 1, length=2, width=0.5)
-    bar.outline.set_linewidth(0.5)
-
-
-def layer_ticks() -> Locator:
-    return MaxNLocator(nbins=7, integer=True)
+    ax.set_yticks(range(len(names)), names)
+    colour_bar(mesh, scale.label)
 
 
 def _layer_label(kind: str) -> str:
@@ -304,24 +375,3 @@ def _finish_lines(ax: Axes, average: pd.DataFrame, layer_label: str, legend: boo
     inner = len(ax.get_shared_y_axes().get_siblings(ax)) > 1 and not ax.get_subplotspec().is_first_col()
     ax.set_ylabel("" if inner else QUANTITY_NAMES[average.attrs.get("quantity", "indirect_effect")])
     return finish(ax, layer_ticks(), frame=False, legend=legend)
-
-
-def finish(ax: Axes, locator: Locator | None = None, frame: bool = True, legend: bool = False) -> Axes:
-    """The sizes of print, whatever style the axes were made under.
-
-    Args:
-        locator: of the ticks of the x axis; None leaves them.
-        frame: whether the upper and the right side are drawn.
-        legend: whether a legend is put on the axes.
-    """
-    if locator:
-        ax.xaxis.set_major_locator(locator)
-    ax.tick_params(labelsize=FONT_SIZE - 1, length=2, width=0.5, which="both")
-    for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
-        text.set_size(FONT_SIZE)
-    ax.spines[["top", "right"]].set_visible(frame)
-    for spine in ax.spines.values():
-        spine.set_linewidth(0.5)
-    if legend:
-        ax.legend(fontsize=FONT_SIZE - 1, frameon=False, handlelength=2.4, labelspacing=0.3)
-    return ax

@@ -8,27 +8,21 @@ ten_facts()                 requests that are worth trying on the embedded model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from rome_lab.base import Json, Store
+from rome_lab.base import Json
 from rome_lab.editing import (
-    ENOUGH,
     Edit,
     EditSettings,
-    SampledText,
-    Source,
     check_requests,
-    covariances,
     default_settings,
-    factorise,
-    key_size,
+    layer_to_edit,
     rome,
-    traced_layer,
 )
 from rome_lab.facts import Fact, load_facts
 from rome_lab.lab.looks import Look, Probe, look_at, probe_of
@@ -104,22 +98,6 @@ class Tried:
         return compared_page(self.probe, {"Before the edit": self.before, "After the edit": self.after})
 
 
-@dataclass(frozen=True)
-class Watched:
-    """A source of text that tells how many tokens of it were read."""
-
-    source: Source
-    tell: Callable[[int], None]
-
-    def describe(self) -> dict[str, Json]:
-        return self.source.describe()
-
-    def passages(self, lm: LanguageModel, store: Store, begin: int) -> Iterator[list[int]]:
-        for passage in self.source.passages(lm, store, begin):
-            self.tell(len(passage))
-            yield passage
-
-
 def ten_facts() -> tuple[EditRequest, ...]:
     """The requests of `TEN`."""
     embedded = [fact for fact in load_facts("embedded")]
@@ -139,28 +117,22 @@ def make_edit(lm: LanguageModel, request: EditRequest, tell: Tell = lambda doing
     """
     fact, target = request.fact, request.target
     check_requests(lm, [(fact, target)], request.layer)
-    default = default_settings(lm)
-    layer = default.layer if request.layer is None else request.layer
-    layer = traced_layer(lm, [fact]) if layer is None else layer
-    settings = request.settings or default.settings
-    tokens, seen = request.tokens or ENOUGH * key_size(lm, layer), 0
+    layer = layer_to_edit(lm, [fact], request.layer)
+    settings = request.settings or default_settings(lm).settings
+    measuring = f"Measuring C of layer {layer}, once for each layer"
 
-    def read(count: int) -> None:
-        nonlocal seen
-        seen += count
-        doing = f"Measuring C of layer {layer}, once for each layer: {min(seen, tokens):,} of {tokens:,} tokens"
-        tell(doing, min(1.0, seen / tokens))
+    def seen(count: int, of: int) -> None:
+        tell(f"{measuring}: {min(count, of):,} of {of:,} tokens", min(1.0, count / of))
+        if count >= of:
+            tell("Sampling the prefixes", 0.0)
 
     def step(row: dict[str, float]) -> None:
         number = int(row["step"])
         tell(f"v*: step {number} of {settings.steps}, P[target] {row['p_target']:.2f}", number / settings.steps)
 
-    tell(f"Measuring C of layer {layer}, once for each layer", 0.0)
-    with lm.overlay.only([]):
-        measured = covariances(lm, [layer], Watched(SampledText(), read), tokens, progress=False)[layer]
-    factorise(measured.C, measured.tokens)  # whose error, unlike rome's, says how many tokens C was built from
-    tell("Sampling the prefixes", 0.0)
-    return rome(lm, fact, target, layer, C=measured.C, hparams=settings, progress=False, callback=step)
+    tell(measuring, 0.0)
+    given = {"tokens": request.tokens, "hparams": settings, "callback": step, "C_callback": seen}
+    return rome(lm, fact, target, layer, progress=False, **given)
 
 
 def try_edit(lm: LanguageModel, request: EditRequest, tell: Tell = lambda doing, done: None) -> Tried:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib
 
@@ -279,3 +282,45 @@ def test_the_png_has_200_dots_an_inch(average, tmp_path):
     plots.save_figure(plots.lines(average, "state").figure, average, tmp_path / "figure")
     height, width, _ = plt.imread(tmp_path / "figure.png").shape
     assert width == pytest.approx(200 * plots.COLUMN_WIDTH, rel=0.1) and height > 200
+
+
+def test_single_facts_and_the_average_are_drawn_a_row_each_with_one_scale_a_row(traces, average):
+    kinds = ("state", "mlp", "attn")
+    singles = [[make_trace(kind, fact) for kind in kinds] for fact in range(2)]
+    figure = plots.facts_and_average(singles, average[average["kind"].isin(kinds)], "what it is of")
+    panels = [ax for ax in figure.axes if any(isinstance(item, QuadMesh) for item in ax.collections)]
+    panels = [ax for ax in panels if ax.get_label() != "<colorbar>"]
+    assert len(panels) == 9 and figure.get_suptitle() == "what it is of"
+    for row in (panels[:3], panels[3:6], panels[6:]):
+        assert len({mesh_of(ax).get_clim() for ax in row}) == 1
+    assert [bool(ax.get_title()) for ax in panels] == [True] * 3 + [False] * 3 + [True] * 3
+    for ax, trace in zip(panels, [trace for traces in singles for trace in traces], strict=False):
+        np.testing.assert_array_equal(mesh_of(ax).get_array(), trace.p_restored)
+
+
+def test_panels_have_a_note_above_and_one_legend_below_them(average):
+    figure, axes = plots.panel_figure(1, 2, (7, 2.4), "a note", sharey=True)
+    for ax in axes:
+        plots.lines(average, "state", ax, legend=False)
+    plots.shared_legend(figure, columns=6)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(BUCKETS.values())
+    assert figure.get_suptitle() == "a note" and axes[0].get_shared_y_axes().joined(*axes)
+
+
+def test_a_table_is_saved_whole_and_without_its_index(tmp_path):
+    table = pd.DataFrame({"a": [1, 2], "b": ["x", None]}, index=[7, 8])
+    plots.save_table(table, f"{tmp_path}/new/table.csv")
+    assert (tmp_path / "new" / "table.csv").read_text() == "a,b\n1,x\n2,\n"
+
+
+def test_importing_what_lies_below_the_lab_loads_no_plotting_library():
+    rooms = ("base", "models", "facts", "tracing", "editing", "evaluation")
+    code = (
+        "import importlib, sys, types\n"
+        "house = types.ModuleType('rome_lab'); house.__path__ = [sys.argv[1]]; sys.modules['rome_lab'] = house\n"
+        "for name in sys.argv[2:]: importlib.import_module(f'rome_lab.{name}')\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & {'matplotlib', 'ipywidgets', 'papermill'}))\n"
+    )
+    command = [sys.executable, "-c", code, str(Path(plots.__file__).parents[1]), *rooms]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
