@@ -1,7 +1,12 @@
-"""Which cases are edited one after the other, in one model.
+"""The room of many_edits.ipynb: many edits in one model, and what becomes of it.
 
-    chains_of(cases, sizes, ...)    the cases of each chain
-    cases_needed(sizes, ...)        how many cases it takes that no two chains share one
+    cases_needed(sizes, ...)         how many cases it takes that no two chains share one
+    chains_of(cases, sizes, ...)     the cases of each chain
+    changes_in_turn(lm, requests, ...)    one change after the other, each found on the model with all before it
+    judge_chains(lm, cases, ...)     a row a method, number of edits, chain and case: does the edit hold, what is damaged?
+    caption(table)                   how many cases and models stand behind each number of edits
+    where_it_breaks(summary)         from which number of edits on S is below half of what it was
+    curve_panels, plotted_numbers    a summary along the number of edits, drawn and written; see `studies.evaluation`
 
 A chain is a sequence of cases whose edits come into one model. There are many short chains and few long ones, so that
 every number of edits is judged on enough cases.
@@ -37,7 +42,7 @@ from rome_lab.evaluation import (
 )
 from rome_lab.facts import Fact
 from rome_lab.models import LanguageModel
-from rome_lab.studies.evaluation import UNITS, curve_panels
+from rome_lab.studies.evaluation import curve_panels, plotted_numbers  # noqa: F401  of this room's front door
 
 logger = logging.getLogger(__name__)
 
@@ -337,3 +342,23 @@ def caption(table: pd.DataFrame) -> str:
             f"{n} models of {method} have no perplexity after {edits}." for (method, edits), n in broken.items()
         ]
     return "\n".join(sentences)
+
+
+def where_it_breaks(summary: pd.DataFrame) -> str:
+    """A line for each method that edits: S at both ends, and from which number of edits on it is below half of the first.
+
+    Args: summary: what `summarise(table, ["method", "edits"])` gives of `judge_chains`; rows of no edits are passed over.
+        Of zsRE, which has no S, it is efficacy.
+    """
+    score = "S" if "S" in set(summary["metric"]) else "efficacy"
+    rows = summary[(summary["metric"] == score) & (summary["edits"] > 0)].sort_values("edits")
+    lines = []
+    for method, points in rows.groupby("method", sort=False):
+        first, last = points.iloc[0], points.iloc[-1]
+        low, sure = (points.loc[points[bound] < first["mean"] / 2, "edits"].min() for bound in ("mean", "ci_high"))
+        since, surely = ("never" if pd.isna(edits) else str(edits) for edits in (low, sure))
+        lines.append(
+            f"{method}: {score} {first['mean']:.1f} after {first['edits']}, {last['mean']:.1f} after {last['edits']} edits; "
+            f"mean below half from: {since}; whole interval from: {surely}"
+        )
+    return "\n".join(lines)

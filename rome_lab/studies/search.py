@@ -1,9 +1,14 @@
-"""Search for the settings of the methods, on cases that are not the ones reported: scores only, no texts.
+"""The room of search.ipynb: settings searched for on cases that are not the ones reported; scores only, no texts.
 
-search(lm, cases)                   every configuration of `methods.SEARCH`, and which is the best of each method
-sweep(lm, cases, choices, by)       the metrics of some methods by what tells them apart, such as the layer
-MeasuredRome                        ROME with C of a given number of tokens
-best(found)                         the best of each method
+search_settings(lm, cases)              every configuration of `SEARCH`, all methods with equal effort
+best(found)                             the best of each method
+sweep_layers(lm, cases, layers)         ROME at several layers, with each choice of the key
+sweep_tokens(lm, cases, tokens)         with C of several numbers of tokens, and of other text
+sweep_changes(lm, cases, n)             with one of its other settings changed at a time
+compare_methods(lm, cases, choices, by) the metrics of some methods by what tells them apart, such as the layer
+means, best_layers                      a sweep as a table to read, and its highest scores in words
+scores_of, search_figure                the scores that a sweep has, and both sweeps drawn
+all_numbers, plotted_numbers            the numbers behind the figure
 """
 
 from __future__ import annotations
@@ -12,13 +17,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure
 
 from rome_lab.base import Json, Store, canonical_json
-from rome_lab.editing import SEARCH, Factor, Method, Optima, Rome
+from rome_lab.editing import KEYS, METHODS, SEARCH, Factor, FolderText, Method, Optima, Rome, covariances
 from rome_lab.evaluation import SCORES_ONLY, Case, JudgeSettings, evaluate, summarise
+from rome_lab.lab import FONT_SIZE
 from rome_lab.models import LanguageModel
-from rome_lab.studies.evaluation import PAGE_WIDTH, UNITS, curves
+from rome_lab.studies.evaluation import PAGE_WIDTH, curves, plotted_numbers
+
+PUBLISHED_DECAY = 0.5  # of v*'s weight decay, which the embedded model's defaults depart from
+OTHER_SETTINGS: Mapping[str, Mapping[str, float]] = {
+    "weight decay 0.5": {"weight_decay": 0.5},
+    "weight decay 0.02, clamp 8": {"weight_decay": 0.02, "clamp": 8.0},
+    "no KL": {"kl": 0.0},
+    "KL 1": {"kl": 1.0},
+}
 
 
 def search_settings(
@@ -76,6 +92,100 @@ def compare_methods(
     values = {method.name: values for method, values in zip(methods, choices, strict=True)}
     named = pd.DataFrame([values[name] for name in table["method"]], columns=list(by), index=table.index)
     return summarise(pd.concat([table.drop(columns="method"), named], axis=1), by)
+
+
+def sweep_layers(
+    lm: LanguageModel, cases: Iterable[Case], layers: Iterable[int], store: Store | str | Path | None = None
+) -> pd.DataFrame:
+    """The metrics of ROME by layer and key, everything else as published; layers that the model has not are left out."""
+    layers = [layer for layer in layers if layer < lm.n_layers]
+    covariances(lm, layers)  # in one pass over the text
+    rome = as_published(lm)
+    choices = {(layer, key): replace(rome, layer=layer, key=key) for layer in layers for key in KEYS}
+    return compare_methods(lm, cases, choices, ["layer", "key"], store=store)
+
+
+def sweep_tokens(
+    lm: LanguageModel,
+    cases: Iterable[Case],
+    tokens: Iterable[int],
+    texts: str | None = None,
+    store: Store | str | Path | None = None,
+) -> pd.DataFrame:
+    """The metrics of ROME by the number of tokens and the text that C is measured on, everything else as published.
+
+    Args: texts: a folder of text files to measure C on, beside text sampled from the model.
+    """
+    rome = as_published(lm)
+    chosen = {"layer": rome.layer, "key": rome.key, "settings": rome.settings}
+    sources = {"sampled": rome.source} | ({"folder": FolderText(texts)} if texts else {})
+    choices = {
+        (n, name): MeasuredRome(**chosen, source=source, tokens=n)
+        for n in sorted(tokens)
+        for name, source in sources.items()
+    }
+    return compare_methods(lm, cases, choices, ["tokens", "source"], store=store)
+
+
+def sweep_changes(
+    lm: LanguageModel, cases: Iterable[Case], n: int, store: Store | str | Path | None = None
+) -> pd.DataFrame:
+    """The metrics of ROME with its defaults ("as it is"), and with each of the first n of `OTHER_SETTINGS`."""
+    rome = METHODS["rome"].settled(lm)
+    changes = {"as it is": {}} | dict(list(OTHER_SETTINGS.items())[:n])
+    choices = {(name,): replace(rome, settings=replace(rome.settings, **change)) for name, change in changes.items()}
+    return compare_methods(lm, cases, choices, ["change"], store=store)
+
+
+def as_published(lm: LanguageModel) -> Rome:
+    """ROME at the layer and with the key of the model's defaults, with the published weight decay."""
+    rome = METHODS["rome"].settled(lm)
+    return replace(rome, settings=replace(rome.settings, weight_decay=PUBLISHED_DECAY))
+
+
+def scores_of(swept: pd.DataFrame) -> list[str]:
+    """The scores that a sweep has: S, ES, PS and NS, or those of zsRE."""
+    return ["S", "ES", "PS", "NS"] if "S" in set(swept["metric"]) else ["efficacy", "paraphrase", "specificity"]
+
+
+def means(
+    swept: pd.DataFrame, rows: str | Sequence[str], columns: str | Sequence[str] = "metric", metrics: Sequence[str] = ()
+) -> pd.DataFrame:
+    """A sweep as a table to read: the means, by default of its scores, with rows in the order in which they were tried."""
+    metrics = metrics or scores_of(swept)
+    kept = swept[swept["metric"].isin(metrics)]
+    wide = kept.pivot(index=rows, columns=columns, values="mean")
+    order = pd.MultiIndex.from_frame(kept[rows]).unique() if isinstance(rows, list) else kept[rows].unique()
+    return wide.loc[order, metrics] if columns == "metric" else wide.loc[order]
+
+
+def best_layers(by_layer: pd.DataFrame) -> str:
+    """A line for each key: the highest score, and the layer where it is."""
+    score = scores_of(by_layer)[0]
+    table = means(by_layer, "layer", "key", [score])
+    lines = [f"{key}: highest {score} {table[key].max():.1f}, at layer {table[key].idxmax()}" for key in KEYS]
+    return "\n".join(lines)
+
+
+def search_figure(by_layer: pd.DataFrame, by_tokens: pd.DataFrame, about: str) -> Figure:
+    """A column for each score: above along the layers, below along the tokens behind C; one scale for all."""
+    scores = scores_of(by_layer)
+    figure, axes = plt.subplots(2, len(scores), figsize=(PAGE_WIDTH, 3.6), sharey=True, layout="constrained")
+    for score, upper, lower in zip(scores, *axes, strict=True):
+        curves(by_layer, score, "layer", upper, by="key")
+        curves(by_tokens, score, "tokens", lower, by="source", log=True, label="tokens behind C")
+    for ax in axes[:, 0]:
+        ax.legend(fontsize=FONT_SIZE - 1, frameon=False)
+    for ax in axes[:, 1:].flat:
+        ax.set_ylabel("")
+    figure.suptitle(about, fontsize=FONT_SIZE)
+    return figure
+
+
+def all_numbers(lm: LanguageModel, dataset: str | Path, **parts: pd.DataFrame) -> pd.DataFrame:
+    """All sweeps in one table, each with its name in the column panel; those without rows are left out."""
+    panels = [part.assign(panel=name) for name, part in parts.items() if len(part)]
+    return plotted_numbers(pd.concat(panels, ignore_index=True), lm.name, dataset)
 
 
 def best(found: pd.DataFrame, metric: str = "S") -> pd.DataFrame:

@@ -17,7 +17,7 @@ from rome_lab.evaluation.judging import judge_case
 from rome_lab.evaluation.metrics import METRICS, summarise
 from rome_lab.models.changes import Change
 from rome_lab.studies import many_edits as module
-from rome_lab.studies.many_edits import caption, cases_needed, chains_of, judge_chains
+from rome_lab.studies.many_edits import caption, cases_needed, chains_of, judge_chains, where_it_breaks
 
 CASES = [case(i, subject) for i, subject in enumerate(("Paris", "Japan", "Warsaw", "France", "Curie", "Eiffel"))]
 SIZES = (1, 2, 5)
@@ -281,3 +281,14 @@ def test_bad_input_is_refused_in_one_sentence(tiny, tmp_path):
     blocked.write_text("")
     with pytest.raises(OSError, match="Cannot write to the folder"):
         run(tiny, store=blocked / "results")
+
+
+def test_a_method_breaks_where_its_mean_and_surely_where_its_interval_is_below_half():
+    points = [("none", 0, 1, 1), ("rome", 1, 80, 90), ("rome", 10, 30, 50), ("rome", 3, 60, 70), ("rome", 30, 10, 20)]
+    points += [("joint", 1, 80, 90), ("joint", 30, 70, 90)]
+    summary = pd.DataFrame(points, columns=["method", "edits", "mean", "ci_high"]).assign(metric="S")
+    assert where_it_breaks(summary).splitlines() == [
+        "rome: S 80.0 after 1, 10.0 after 30 edits; mean below half from: 10; whole interval from: 30",
+        "joint: S 80.0 after 1, 70.0 after 30 edits; mean below half from: never; whole interval from: never",
+    ]
+    assert where_it_breaks(summary.assign(metric="efficacy")).startswith("rome: efficacy 80.0")

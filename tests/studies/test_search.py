@@ -12,7 +12,7 @@ from bench import EDITING, QUICK, case
 
 from rome_lab import covariance, rome
 from rome_lab.editing.fine_tuning import Tuning
-from rome_lab.editing.methods import SEARCH, FineTuning, Rome
+from rome_lab.editing.methods import METHODS, SEARCH, FineTuning, Rome
 from rome_lab.editing.optima import Optima
 from rome_lab.evaluation.case import Cases
 from rome_lab.evaluation.cases import set_apart
@@ -171,3 +171,74 @@ def test_too_few_cases_are_told_or_refused(tiny, file, caplog):
     assert f"40 cases were to be reported, but there are only {len(reported)}" in caplog.text
     with pytest.raises(ValueError, match="all 24 cases would go to the search"):
         set_apart(tiny, file, 24, 1, known_only=False)
+
+
+@pytest.fixture
+def rome_here(monkeypatch) -> Rome:
+    """A tiny model has no defaults; this ROME stands for them."""
+    monkeypatch.setitem(METHODS, "rome", replace(rome_at(1), key="bare"))
+    return METHODS["rome"]
+
+
+def means_of(swept: pd.DataFrame, **where) -> pd.Series:
+    rows = swept
+    for name, value in where.items():
+        rows = rows[rows[name] == value]
+    return rows.set_index("metric")["mean"]
+
+
+def alone(lm, method: Rome) -> pd.Series:
+    return compare_methods(lm, CASES[:2], {("x",): method}, ["it"], progress=False).set_index("metric")["mean"]
+
+
+def test_sweeps_change_one_thing_and_leave_the_rest_as_published_or_as_it_is(tiny, rome_here):
+    published = replace(rome_here, settings=replace(rome_here.settings, weight_decay=module.PUBLISHED_DECAY))
+    layers = module.sweep_layers(tiny, CASES[:2], [2, 0, 99])
+    assert list(dict.fromkeys(layers["layer"])) == [2, 0]
+    pd.testing.assert_series_equal(
+        means_of(layers, layer=2, key="averaged"), alone(tiny, replace(published, layer=2, key="averaged"))
+    )
+    tokens = module.sweep_tokens(tiny, CASES[:2], [600, 300])
+    assert list(dict.fromkeys(tokens["tokens"])) == [300, 600]
+    measured = MeasuredRome(key="bare", layer=1, settings=published.settings, tokens=600)
+    pd.testing.assert_series_equal(means_of(tokens, tokens=600), alone(tiny, measured))
+    changes = module.sweep_changes(tiny, CASES[:2], 1)
+    assert list(dict.fromkeys(changes["change"])) == ["as it is", "weight decay 0.5"]
+    pd.testing.assert_series_equal(means_of(changes, change="as it is"), alone(tiny, rome_here))
+    pd.testing.assert_series_equal(means_of(changes, change="weight decay 0.5"), alone(tiny, published))
+
+
+def swept(along: str, by: str, values: dict, names=("S", "ES", "PS", "NS")) -> pd.DataFrame:
+    rows = [
+        {along: at, by: name, "metric": metric, "mean": mean, "ci_low": mean, "ci_high": mean, "n": 2}
+        for (at, name), mean in values.items()
+        for metric in names
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_the_layer_with_the_highest_score_is_named_for_each_key():
+    by_layer = swept("layer", "key", {(layer, key): 10.0 * layer for layer in (3, 1, 2) for key in module.KEYS})
+    lines = module.best_layers(by_layer).splitlines()
+    assert lines == [f"{key}: highest S 30.0, at layer 3" for key in module.KEYS]
+    zsre = swept("layer", "key", {(1, key): 5.0 for key in module.KEYS}, ("efficacy", "paraphrase", "specificity"))
+    assert module.best_layers(zsre).startswith(f"{next(iter(module.KEYS))}: highest efficacy 5.0, at layer 1")
+
+
+def test_means_stand_in_the_order_in_which_they_were_tried():
+    table = module.means(swept("layer", "key", {(3, "bare"): 1.0, (1, "bare"): 2.0}), "layer")
+    assert list(table.index) == [3, 1]
+    assert list(table.columns) == ["S", "ES", "PS", "NS"]
+    two = module.means(swept("layer", "key", {(3, "b"): 1.0, (1, "a"): 2.0}), ["layer", "key"])
+    assert list(two.index) == [(3, "b"), (1, "a")]
+
+
+def test_the_figure_has_a_column_a_score_and_its_numbers_name_their_panel(tiny):
+    by_layer = swept("layer", "key", {(1, "bare"): 10.0, (2, "bare"): 20.0})
+    by_tokens = swept("tokens", "source", {(100, "sampled"): 10.0, (1000, "sampled"): 20.0})
+    figure = module.search_figure(by_layer, by_tokens, "about")
+    assert [ax.get_title() for ax in figure.axes[:4]] == ["S", "ES", "PS", "NS"]
+    assert len(figure.axes) == 8
+    numbers = module.all_numbers(tiny, "embedded", layer=by_layer, tokens=by_tokens, configuration=by_layer.head(0))
+    assert numbers.groupby("panel").size().to_dict() == {"layer": 8, "tokens": 8}
+    assert set(numbers["unit"]) == {"%"}
