@@ -1,0 +1,115 @@
+"""What is read off the figures, beside the paper.
+
+strongest(average, kind, among)          where the mean effect is highest: a Peak
+strongest_places(average, numbers)       whether each kind has its peak where the paper found it
+beside_paper(numbers, n_layers)          `summary` in shares, so that models of other depths and probabilities compare
+trace_random_weights(lm, facts, ...)     the same tracing of a model that has learnt nothing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rome_lab.facts import Fact
+from rome_lab.models import LanguageModel
+from rome_lab.tracing.averaging import BUCKETS, Traces
+from rome_lab.tracing.corruption import GaussianNoise
+from rome_lab.tracing.one_fact import causal_trace
+from rome_lab.tracing.trace import KINDS
+
+PAPER_LAYERS = 48  # of GPT-2 XL
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The highest mean effect of a kind.
+
+    Attributes:
+        bucket, layer: where it is.
+        mean, ci_low, ci_high: the effect there, with its 95% interval over `n_facts` facts.
+        layers_below: layers of that bucket whose whole interval lies below this one's.
+    """
+
+    bucket: str
+    layer: int
+    mean: float
+    ci_low: float
+    ci_high: float
+    n_facts: int
+    layers_below: int
+
+    def __str__(self) -> str:
+        interval = f"95% interval {self.ci_low:.3f} to {self.ci_high:.3f}"
+        return f"{self.mean:.3f} ({interval}) at layer {self.layer}, n = {self.n_facts}"
+
+
+def strongest(average: pd.DataFrame, kind: str, among: Collection[str] = tuple(BUCKETS)) -> Peak:
+    """Where the mean effect of one kind is highest, among these buckets; `average` is what `Traces.average` returns."""
+    rows = average[(average["kind"] == kind) & average["bucket"].isin(among)]
+    top = rows.loc[rows["mean"].idxmax()]
+    below = (rows.loc[rows["bucket"] == top["bucket"], "ci_high"] < top["ci_low"]).sum()
+    return Peak(**top.drop("kind"), layers_below=int(below))
+
+
+def strongest_places(average: pd.DataFrame, numbers: pd.DataFrame) -> pd.DataFrame:
+    """A row a kind: where its effect is strongest, and where the paper found its peak.
+
+    The state of the last token is left out: in the last layer it gives back the whole answer in any model.
+
+    Args: numbers: what `summary` returns of the same traces.
+    """
+    rows = []
+    for paper in numbers[numbers["measure"].str.endswith(" peak")].itertuples():
+        kind = paper.measure.removesuffix(" peak")
+        peak = strongest(average, kind, [bucket for bucket in BUCKETS if (kind, bucket) != ("state", "last")])
+        ours, theirs = BUCKETS[peak.bucket], BUCKETS[paper.bucket]
+        rows.append((kind, ours, peak.layer, theirs, paper.paper_layer, ours == theirs))
+    columns = ["kind", "strongest at", "layer", "the paper's peak at", f"layer of {PAPER_LAYERS}", "the same place"]
+    return pd.DataFrame(rows, columns=columns).set_index("kind")
+
+
+def beside_paper(numbers: pd.DataFrame, n_layers: int) -> pd.DataFrame:
+    """What `summary` returns, with columns that compare across models, ours and the paper's (`paper_...`).
+
+    `recovered` is the share of what corruption took away that restoring brought back, `depth` the layer counted from 0
+    (first) to 1 (last), `paper_lies` where the paper's probability is beside our interval.
+    """
+    numbers = numbers.copy()
+    by = numbers.set_index("measure")
+    loss = by.loc["p_clean", ["mean", "paper"]] - by.loc["p_corrupted", ["mean", "paper"]]
+    for ours, prefix, layers in (("mean", "", n_layers), ("paper", "paper_", PAPER_LAYERS)):
+        recovered = (numbers[ours] - by.loc["p_corrupted", ours]) / loss[ours]
+        numbers[f"{prefix}recovered"] = recovered.where(~numbers["measure"].str.startswith("p_"))
+        numbers[f"{prefix}depth"] = numbers[f"{prefix}layer"] / (layers - 1)
+    sides = [numbers["paper"] < numbers["ci_low"], numbers["paper"] > numbers["ci_high"], numbers["ci_low"].isna()]
+    places = ["below our interval", "above our interval", "beside no interval, for n = 1"]
+    return numbers.assign(paper_lies=np.select(sides, places, "in our interval"))
+
+
+def trace_random_weights(
+    lm: LanguageModel, facts: Sequence[Fact], samples: int = 10, window: int = 10, seed: int = 0, progress: bool = True
+) -> Traces:
+    """Traces, of all kinds, of a small model of random weights with the tokenizer of `lm`.
+
+    Its weights are drawn wide enough that the probability of its answer is worth speaking of.
+
+    Args: samples, window, seed: see `causal_trace`; the weights are drawn with the same seed.
+    """
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 12, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=lm.embedding.weight.shape[0], initializer_range=0.5, **size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random_lm = LanguageModel(LlamaForCausalLM(config), lm.tokenizer, name="random weights")
+    settings = {"samples": samples, "window": window, "seed": seed, "corruption": GaussianNoise().measured(random_lm)}
+    return Traces(
+        causal_trace(random_lm, fact.prompt, fact.subject, kind, severed=severed, **settings)
+        for fact in tqdm(facts, "tracing random weights", unit="fact", disable=not progress)
+        for kind, severed in KINDS.values()
+    )
