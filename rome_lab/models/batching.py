@@ -1,7 +1,7 @@
 """How much fits: batches as large as the free memory allows, and halved where it runs out all the same.
 
 text_bytes(lm, length)               what one text takes in a pass, by estimate
-Batching(lm, doing, bytes_each)      how many go together; `over` works through all of them
+Batching(lm, doing, bytes_each)      how many go together; `over` and `each` work through all of them
 enough_memory(doing)                 says so in a sentence where memory runs out in what cannot be halved
 """
 
@@ -151,6 +151,11 @@ class Batching:
                 continue
             yield result
             begin += len(part)
+
+    def each(self, items: Sequence[Item], work: Callable[[Sequence[Item]], object]) -> None:
+        """Do work(part) of all the items for what it does, not for what it returns; as `over`."""
+        for _ in self.over(items, work):
+            pass
 
     def shrink(self, size: int, reason: str) -> None:
         """Halve what goes together, after `size` items were too much; said once for each model."""

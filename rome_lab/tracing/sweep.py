@@ -63,29 +63,30 @@ class Sweep:
 
     def p_restored(self) -> np.ndarray:
         """(L,) mean over the samples of the answer's probability."""
-        runs, states, samples = self.runs, self.runs.recording.states, self.runs.settings.samples
+        runs, samples = self.runs, self.runs.settings.samples
         together = Batching(runs.lm, "causal_trace", text_bytes(runs.lm, len(runs.prompt.ids)), runs.settings.max_rows)
         first = self.token + self.stays_clean
-        # (C, S, N, D): the S texts of each column, in the order in which the columns join.
-        active = states[0].new_empty(len(self.columns), samples, *states[0][0, first:].shape)
+        # (C * S, N, D): the S texts of each column, in the order in which the columns join; `joined` of them have.
+        texts = runs.recording.states[0].new_empty(
+            len(self.columns) * samples, *runs.recording.states[0][0, first:].shape
+        )
         joined = 0
-        for depth in range(runs.lm.n_layers + 1):
-            active = active.to(states[depth].device)
-            joining = slice(joined, joined + sum(column.depth == depth for column in self.columns))
-            active[joining] = states[depth][1:, first:]
+        for depth, states in enumerate(runs.recording.states):
+            joining = states[1:, first:].repeat(sum(column.depth == depth for column in self.columns), 1, 1)
             if self.kind == "state" and not self.stays_clean:
-                active[joining, :, 0] = states[depth][0, self.token]
-            joined = joining.stop
+                joining[:, 0] = states[0, self.token]
+            texts = texts.to(states.device)
+            texts[joined : joined + len(joining)] = joining
+            joined += len(joining)
             if depth < runs.lm.n_layers:
-                texts = active[:joined].flatten(0, 1)
-                list(together.over(range(len(texts)), partial(self.run_block, depth, texts)))
+                together.each(range(joined), partial(self.go_through, depth, texts))
         few = replace(together, most=min(READ_TOGETHER, together.most or READ_TOGETHER))
-        parts = few.over(active[:, :, -1].flatten(0, 1), lambda last: at_least_float32(runs.lm.logits(last)))
+        parts = few.over(texts[:, -1], lambda last: at_least_float32(runs.lm.logits(last)))
         p = np.concatenate([probability(logits, runs.answer_id) for logits in parts])
         return p.reshape(-1, samples).mean(axis=1)
 
-    def run_block(self, layer: int, texts: torch.Tensor, rows: range) -> None:
-        """Put what block `layer` makes of some of the texts, of (C * S, N, D), in their place."""
+    def go_through(self, layer: int, texts: torch.Tensor, rows: range) -> None:
+        """Put what block `layer` makes of some rows of the texts, (C * S, N, D), in their place."""
         lm, part = self.runs.lm, slice(rows.start, rows.stop)
         continued = 1 + torch.arange(rows.start, rows.stop, device=texts.device) % self.runs.settings.samples
         if self.stays_clean:

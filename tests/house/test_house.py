@@ -163,6 +163,22 @@ def test_names_say_what_a_thing_is_not_what_happened_to_it(room):
 
 
 @pytest.mark.parametrize("module", MODULES)
+def test_nothing_is_gathered_only_to_be_thrown_away(module):
+    """A list that nobody keeps is a generator run for its effects, which a change may leave unrun: `Batching.each`."""
+    thrown = [
+        node.lineno
+        for node in ast.walk(MODULES[module])
+        if isinstance(node, ast.Expr)
+        and (
+            isinstance(node.value, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp)
+            or isinstance(node.value, ast.Call)
+            and getattr(node.value.func, "id", "") in {"list", "tuple", "set", "dict", "sum", "any", "all", "deque"}
+        )
+    ]
+    assert not thrown, f"{module}, lines {thrown}"
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_a_module_has_a_docstring_and_is_short_enough_to_be_read(module):
     docstring = ast.get_docstring(MODULES[module])
     assert docstring and not docstring.startswith("TODO"), f"{module} has no docstring"

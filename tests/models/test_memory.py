@@ -233,6 +233,18 @@ def test_every_item_is_worked_on_once_in_order_and_a_failed_part_leaves_nothing_
     ]
 
 
+def test_each_does_all_the_work_for_what_it_does():
+    done = []
+
+    def work(part):
+        if len(part) > 3:
+            raise torch.OutOfMemoryError("MPS backend out of memory")
+        done.extend(part)
+
+    assert Batching(tiny_model("gpt2"), "test", 1000, most=20).each(range(21), work) is None
+    assert done == list(range(21))
+
+
 def test_as_many_go_together_as_the_free_memory_allows_attention_scores_included(monkeypatch):
     lm = tiny_model("llama")
     monkeypatch.setattr("rome_lab.models.batching.free_bytes", lambda device: 10**6)
