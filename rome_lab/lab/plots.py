@@ -152,11 +152,11 @@ def lines(average: pd.DataFrame, kind: str, ax: Axes | None = None, legend: bool
     return _finish_lines(ax, average, _layer_label(kind), legend)
 
 
-def severed_lines(average: pd.DataFrame, ax: Axes | None = None, legend: bool = True) -> Axes:
+def severed_lines(average: pd.DataFrame, ax: Axes | None = None, legend: bool = True, title: str | None = None) -> Axes:
     """Effect of restoring the state of the last subject token, ordinary and with a module severed (Figure 3).
 
     Args:   average: what `Traces.average` or `gap` returns, or several of these concatenated; all lines in it that
-            Figure 3 knows are drawn, with 95% intervals over facts.
+            Figure 3 knows are drawn, with 95% intervals over facts. title: instead of the place and the n.
     Raises: ValueError: none of them is there.
     """
     rows = average[(average["bucket"] == "subject_last") & average["kind"].isin(list(SEVERED_STYLES))]
@@ -167,7 +167,7 @@ def severed_lines(average: pd.DataFrame, ax: Axes | None = None, legend: bool = 
     ax = ax or new_axes(2.3)
     for kind, (name, style) in SEVERED_STYLES.items():
         _band(ax, rows[rows["kind"] == kind], name, style)
-    ax.set_title(f"Last subject token (n = {rows['n_facts'].max()})")
+    ax.set_title(title or f"Last subject token (n = {rows['n_facts'].max()})")
     return _finish_lines(ax, average, "layer", legend)
 
 
