@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rome_lab.editing.keys import OPENINGS, as_sentence, prefixed_prompt
+from rome_lab.editing.keys import OPENINGS, as_sentence
 from rome_lab.editing.settings import EditSettings
 from rome_lab.facts.fact import Fact
-from rome_lab.facts.prompts import continuation_ids
+from rome_lab.facts.prompts import continuation_ids, read_prompt
 from rome_lab.models.language_model import LanguageModel
 
 
@@ -29,10 +29,10 @@ def plain_loop(
     target_ids = continuation_ids(lm, fact.prompt, target)
     v_length = original.norm().to(lm.dtype)
     batches: dict[tuple[int, int], list[list[int]]] = {}
-    for prompt in (prefixed_prompt(lm, fact, prefix) for prefix in ("", *settings.prefixes)):
+    for prompt in (read_prompt(lm, fact, prefix=prefix) for prefix in ("", *settings.prefixes)):
         place = prompt.subject_range[1] - 1
         batches.setdefault((len(prompt.ids), place), []).append(prompt.ids.tolist() + target_ids[:-1])
-    essence = prefixed_prompt(lm, replace(fact, template="{} is a", templates=()))
+    essence = read_prompt(lm, replace(fact, template="{} is a", templates=()))
     delta = torch.zeros(len(original), dtype=lm.dtype, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=settings.learning_rate)
     losses, found, before = [], [], None
@@ -108,7 +108,7 @@ def plain_prefixes(lm: LanguageModel, settings: EditSettings) -> tuple[str, ...]
 @torch.no_grad()
 def plain_key(lm: LanguageModel, layer: int, fact: Fact, prefix: str) -> Tensor:
     """(H,) float64: the input of W at the subject's last token behind a prefix."""
-    prompt, seen = prefixed_prompt(lm, fact, prefix), []
+    prompt, seen = read_prompt(lm, fact, prefix=prefix), []
     handle = lm.memory(layer).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
         lm.model(prompt.ids[None], use_cache=False)

@@ -10,6 +10,7 @@ is of the syntax trees, so that comments, docstrings, messages of errors and the
 from __future__ import annotations
 
 import ast
+import copy
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -46,7 +47,7 @@ def code_version(module: str) -> str:
     """
     digest = hashlib.sha256()
     for name in modules_behind(module):
-        digest.update(f"{name}\n{ast.dump(bare(tree_of(name)))}\n".encode())
+        digest.update(f"{name}\n{bare(tree_of(name))}\n".encode())
     return digest.hexdigest()
 
 
@@ -68,14 +69,16 @@ def imported_by(module: str) -> Iterator[str]:
             yield from (defined_in(node.module, alias.name) for alias in node.names)
 
 
+@cache
 def defined_in(module: str, name: str) -> str:
     """The module of rome_lab where a name is defined that is imported from `module`."""
     if is_module(f"{module}.{name}"):
         return f"{module}.{name}"
-    for node in tree_of(module).body:
-        if isinstance(node, ast.ImportFrom) and name in [alias.asname or alias.name for alias in node.names]:
-            (original,) = (alias.name for alias in node.names if name == (alias.asname or alias.name))
-            return defined_in(node.module, original)
+    for node in ast.walk(tree_of(module)):  # also where a front door imports it late, when it is first asked for
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
+            for alias in node.names:
+                if name == (alias.asname or alias.name):
+                    return defined_in(node.module, alias.name)
     return module
 
 
@@ -93,9 +96,9 @@ def tree_of(module: str) -> ast.Module:
     return ast.parse(Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8"))
 
 
-def bare(tree: ast.Module) -> ast.Module:
-    """A copy of the tree without docstrings, what is raised, and what is logged: words for people, not results."""
-    return Bare().visit(ast.parse(ast.unparse(tree)))
+def bare(tree: ast.Module) -> str:
+    """The code of a tree without docstrings, what is raised, and what is logged: words for people, not results."""
+    return ast.unparse(Bare().visit(copy.deepcopy(tree)))
 
 
 class Bare(ast.NodeTransformer):

@@ -1,13 +1,30 @@
-"""TODO base/words."""
+"""Words in texts: whether and where a name stands in a text, and texts made safe to draw.
+
+place_of(text, name)    where it stands as whole words, or else at all
+mentions(text, name)    whether it stands there as whole words, in whatever case
+holds(text, name)       whether it stands there, inside a word too
+visible(text)           with blanks and unprintable characters shown
+"""
 
 from __future__ import annotations
 
 import re
 
 
+def whole_words(name: str, flags: int = 0) -> re.Pattern[str]:
+    """What finds `name` where no letter or digit stands right before or behind it."""
+    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)", flags)
+
+
+def place_of(text: str, name: str) -> int:
+    """Where `name` first stands in `text` as whole words, or else where it first stands at all; -1 where it does not."""
+    whole = whole_words(name).search(text)
+    return whole.start() if whole else text.find(name)
+
+
 def mentions(text: str, name: str) -> bool:
     """Whether `name` stands in `text` as whole words, in whatever case."""
-    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text, re.IGNORECASE) is not None
+    return whole_words(name, re.IGNORECASE).search(text) is not None
 
 
 def holds(text: str, name: str) -> bool:

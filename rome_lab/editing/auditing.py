@@ -13,10 +13,9 @@ from torch import Tensor
 
 from rome_lab.base import seed_from
 from rome_lab.editing.edit import Edit
-from rome_lab.editing.keys import prefixed_prompt
 from rome_lab.editing.update import TOLERANCE, constraint_error
-from rome_lab.facts import Fact, continuation_ids, load_facts
-from rome_lab.models import LanguageModel, continuation_p, next_log_p
+from rome_lab.facts import Fact, completions, load_facts
+from rome_lab.models import Change, LanguageModel, Question, score
 
 logger = logging.getLogger(__name__)
 
@@ -121,24 +120,22 @@ def measure_edit(lm: LanguageModel, edit: Edit, neighbours: Sequence[Fact]) -> M
     edited = list(zip(edit.facts, edit.targets, strict=True))
     prefixes = edit.settings.prefixes or ("",)
     own = [asked_p(lm, fact, fact.object) for fact in neighbours]
-    ids = torch.tensor(lm.tokenizer(TEXT)["input_ids"][: lm.context_length], device=lm.device)
-    (log_p,) = next_log_p(lm, [ids.tolist()], "audit")
-    text = log_p[:-1].gather(1, ids[1:, None])
+    ids = tuple(lm.tokenizer(TEXT)["input_ids"][: lm.context_length])
+    (text,) = score(lm, [Change()], [Question(0, ids[:1], ids[1:])], "audit")
     return Measured(
         p_target=np.mean([asked_p(lm, fact, target)[0] for fact, target in edited]),
         p_original=np.mean([asked_p(lm, fact, fact.object)[0] for fact, _ in edited]),
         p_behind=np.mean([asked_p(lm, fact, target, x)[0] for fact, target in edited for x in prefixes]),
         p_neighbours=np.mean([p for p, _ in own]),
         log_p=torch.stack([log_p for _, log_p in own]),
-        perplexity=float((-text.mean()).exp()),
+        perplexity=float(np.exp(-text.log_p.mean())),
     )
 
 
 def asked_p(lm: LanguageModel, fact: Fact, continuation: str, prefix: str = "") -> tuple[float, Tensor]:
     """The probability of all tokens of `continuation` after the fact's prompt, and the (V,) next-token log p there."""
-    ids = prefixed_prompt(lm, fact, prefix).ids.tolist()
-    (p,), (log_p,) = continuation_p(lm, [(ids, continuation_ids(lm, fact.prompt, continuation))], "audit")
-    return p, log_p
+    (answer,) = completions(lm, [(prefix + fact.prompt, continuation)], "audit", following=True)
+    return answer.p, answer.following
 
 
 def neighbours_of(edit: Edit) -> tuple[Fact, ...]:

@@ -24,6 +24,7 @@ from rome_lab.evaluation.rewriting import rewrite_prompts
 from rome_lab.facts import (
     Parsed,
     RecordForm,
+    completions,
     continuation_ids,
     identity_by,
     known_facts,
@@ -34,7 +35,7 @@ from rome_lab.facts import (
     read_zsre,
     text_at,
 )
-from rome_lab.models import Change, LanguageModel, Question, score
+from rome_lab.models import LanguageModel
 
 logger = logging.getLogger(__name__)
 
@@ -177,14 +178,8 @@ def shares_first_token(lm: LanguageModel, case: Case) -> bool:
 def prefers_true(lm: LanguageModel, cases: Sequence[Case]) -> list[bool]:
     """For each case, whether log P of the true object at the rewrite prompt exceeds that of the target; True in zsRE."""
     asked = [case for case in cases if case.form != "zsre"]
-    questions = []
-    for case in asked:
-        prompt = case.fact.prompt
-        context = tuple(lm.tokenizer(prompt)["input_ids"])
-        questions += [
-            Question(0, context, tuple(continuation_ids(lm, prompt, said))) for said in (case.fact.object, case.target)
-        ]
-    totals = [found.total for found in score(lm, [Change()], questions)]
+    pairs = [(case.fact.prompt, text) for case in asked for text in (case.fact.object, case.target)]
+    totals = [answer.total for answer in completions(lm, pairs, "load_cases")]
     preferred = {case.id: true > new for case, true, new in zip(asked, totals[::2], totals[1::2], strict=True)}
     return [preferred.get(case.id, True) for case in cases]
 

@@ -16,7 +16,7 @@ from rome_lab.base import check_whole
 from rome_lab.editing import TEXT
 from rome_lab.evaluation.case import Case
 from rome_lab.evaluation.metrics import generation_entropy, magnitude, reference_score, success, token_accuracy
-from rome_lab.facts import Fact, continuation_ids
+from rome_lab.facts import Fact, question
 from rome_lab.models import Change, LanguageModel, Question, Score, generate_each, score
 
 
@@ -128,11 +128,6 @@ def questions_of_damage(
         "known": [question(lm, owner, preamble + fact.prompt, fact.object) for fact in settings.known],
         "text": [Question(owner, text.context, text.said[: settings.text_tokens])] if settings.text_tokens else [],
     }
-
-
-def question(lm: LanguageModel, owner: int, text: str, continuation: str) -> Question:
-    """How a text should go on, in tokens."""
-    return Question(owner, tuple(lm.tokenizer(text)["input_ids"]), tuple(continuation_ids(lm, text, continuation)))
 
 
 def marks_of(form: str, marks: dict[str, list[Score]]) -> dict[str, float]:

@@ -1,8 +1,13 @@
-"""What a model says after a prompt, and whether that names the object: greedy texts, judged as they grow."""
+"""What a model says after a prompt, and whether that names the object: the one place that asks whether it knows a fact.
+
+completions(lm, pairs, doing)     how probable it finds texts after prompts, and whether it would say them: a Score each
+object_token(lm, fact)            the token that it has to find most probable after the fact's prompt
+known_among(lm, facts, doing)     the facts whose object it would begin to say
+Text, go_on(lm, texts)            greedy texts, judged as they grow until they name the object (B.1)
+"""
 
 from __future__ import annotations
 
-import inspect
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,7 +18,37 @@ import torch
 from transformers import Cache
 
 from rome_lab.facts.fact import Fact
-from rome_lab.models import Batching, LanguageModel, text_bytes
+from rome_lab.facts.prompts import continuation_ids, question
+from rome_lab.models import Batching, Change, LanguageModel, Score, last_logits_only, score, text_bytes
+
+
+def completions(
+    lm: LanguageModel, pairs: Sequence[tuple[str, str]], doing: str, following: bool = False
+) -> list[Score]:
+    """How probable the model as it is finds each text behind its prompt (teacher forcing).
+
+    Args:
+        pairs: prompts, and the text behind each.
+        doing, following: see `rome_lab.models.score`.
+
+    Returns: a Score for each: `p` of the whole text, and `greedy`, whether the model would say each of its tokens.
+
+    Raises: ValueError: they are too long for the model together, or it gives what is not a number.
+    """
+    questions = [question(lm, 0, prompt, text) for prompt, text in pairs]
+    lm.check_length(max((len(x.text) for x in questions), default=0), doing)
+    return score(lm, [Change()], questions, doing, following)
+
+
+def object_token(lm: LanguageModel, fact: Fact) -> int:
+    """First token of the fact's object: the model knows the fact where it finds none more probable after the prompt."""
+    return continuation_ids(lm, fact.prompt, fact.object)[0]
+
+
+def known_among(lm: LanguageModel, facts: Sequence[Fact], doing: str) -> list[Fact]:
+    """The facts whose object's first token is the one that the model finds most probable after the prompt."""
+    answers = completions(lm, [(fact.prompt, fact.object) for fact in facts], doing)
+    return [fact for fact, answer in zip(facts, answers, strict=True) if answer.greedy[0]]
 
 
 class Outcome(StrEnum):
@@ -107,7 +142,7 @@ def go_on(lm: LanguageModel, texts: Sequence[Text], batch_size: int) -> None:
     longest = max((len(text.ids) + text.limit for text in undecided), default=0)
     together = Batching(lm, "known_facts", text_bytes(lm, longest, cached=True))
     # Called again, it goes on from where each text has come to.
-    list(together.over(undecided, lambda part: grow(lm, part, batch_size)))
+    together.each(undecided, lambda part: grow(lm, part, batch_size))
 
 
 @torch.no_grad()
@@ -165,8 +200,7 @@ def merge(batches: Sequence[GrowingTexts], batch_size: int) -> list[GrowingTexts
 
 def next_tokens(lm: LanguageModel, ids: torch.Tensor, cache: Cache | None = None) -> tuple[torch.Tensor, Cache]:
     """The most probable next token (B,) after `ids` (B, T), which follow what is in the cache; and the cache."""
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(lm.model.forward).parameters else {}
-    output = lm.model(ids, past_key_values=cache, use_cache=True, **last_only)
+    output = lm.model(ids, past_key_values=cache, use_cache=True, **last_logits_only(lm.model))
     logits = output.logits[:, -1]
     lm.check_finite(logits, "known_facts")
     return logits.argmax(-1), output.past_key_values

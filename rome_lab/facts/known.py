@@ -15,10 +15,9 @@ import torch
 from tqdm.auto import tqdm
 
 from rome_lab.base import Json, Store, code_version, opened
-from rome_lab.facts.completion import Outcome, Text, go_on, next_tokens
+from rome_lab.facts.completion import Outcome, Text, go_on, next_tokens, object_token
 from rome_lab.facts.fact import Fact
-from rome_lab.facts.prompts import continuation_ids
-from rome_lab.models import LanguageModel, stop_tokens
+from rome_lab.models import LanguageModel
 
 logger = logging.getLogger(__name__)
 
@@ -128,14 +127,8 @@ def known_facts(
     inputs: dict[str, Json] = {}
     if store:
         store.check_writable()
-        asked = hashlib.sha256(json.dumps([asdict(fact) for fact in order]).encode()).hexdigest()
-        settings = {
-            "n": n,
-            "seed": seed,
-            "max_new_tokens": max_new_tokens,
-            "facts": asked,
-            "stops": sorted(stop_tokens(lm)),
-        }
+        digest = hashlib.sha256(json.dumps([asdict(fact) for fact in order]).encode()).hexdigest()
+        settings = {"n": n, "seed": seed, "max_new_tokens": max_new_tokens, "facts": digest}
         inputs = lm.identity().key() | settings | {"what": "known", "code": code_version(__name__)}
         if record := store.load(inputs):
             return from_meta(record.meta)
@@ -210,9 +203,8 @@ def templates_in_order(fact: Fact, seed: int) -> list[str]:
 
 def try_templates(lm: LanguageModel, trials: Sequence[Trial], turns: slice, limit: int, batch_size: int) -> None:
     """Try the templates at `turns` of the trials that have found nothing yet; the first that works counts."""
-    stops = stop_tokens(lm)
     tried = [
-        (trial, Text(lm, replace(trial.fact, template=template), stops, limit))
+        (trial, Text(lm, replace(trial.fact, template=template), lm.stops, limit))
         for trial in trials
         if not trial.known
         for template in trial.templates[turns]
@@ -233,12 +225,12 @@ def known_fact(lm: LanguageModel, text: Text) -> Fact | None:
     """The fact with the text before its object as its prompt; None where its first token does not come next there."""
     before = text.text[len(text.fact.prompt) : text.end]
     fact = replace(text.fact, template=(text.fact.template + before).rstrip())
-    ids, said = lm.tokenizer(fact.prompt)["input_ids"], text.ids + text.new
-    if said[: len(ids)] == ids and len(said) > len(ids):
-        token = said[len(ids)]
+    ids, read = lm.tokenizer(fact.prompt)["input_ids"], text.ids + text.new
+    if read[: len(ids)] == ids and len(read) > len(ids):
+        token = read[len(ids)]
     else:  # read afresh, the prompt is cut into other tokens than the model wrote
         token = int(next_tokens(lm, torch.tensor([ids], device=lm.device))[0])
-    return fact if token == continuation_ids(lm, fact.prompt, fact.object)[0] else None
+    return fact if token == object_token(lm, fact) else None
 
 
 def search_summary(trials: Sequence[Trial], n: int | None) -> KnownFacts:

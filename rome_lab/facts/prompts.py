@@ -1,15 +1,19 @@
-"""Prompts as tokens: where the subject is, and with which tokens a text goes on."""
+"""Prompts as tokens.
+
+read_prompt(lm, prompt, subject, prefix)        a Prompt: its tokens, and which of them are the subject's
+continuation_ids(lm, prompt, continuation)      with which tokens a text goes on
+question(lm, owner, prompt, continuation)       the same as a Question of `rome_lab.models.score`
+"""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
 
-from rome_lab.base import check_text
+from rome_lab.base import check_text, place_of
 from rome_lab.facts.fact import Fact
-from rome_lab.models import LanguageModel
+from rome_lab.models import LanguageModel, Question
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,49 +37,52 @@ class Prompt:
         return tuple(lm.tokenizer.decode([i]) for i in self.ids.tolist())
 
 
-def read_prompt(lm: LanguageModel, prompt: str | Fact, subject: str | None = None) -> Prompt:
+def read_prompt(lm: LanguageModel, prompt: str | Fact, subject: str | None = None, prefix: str = "") -> Prompt:
     """Tokenise a prompt and find its subject's tokens by the tokenizer's character offsets.
 
     A Fact says itself where its subject stands. In plain text it is the first place where the subject stands as whole
     words, or else the first place where its characters stand at all.
 
+    Args: prefix: what stands before the prompt; both are tokenised together.
+
     Raises:
-        ValueError: the prompt or the subject is empty, the subject is not in the prompt, or the prompt is too long.
+        ValueError: the prompt or the subject is empty, the subject is not in the prompt, the text is too long, or the
+            tokenizer drops the subject.
     """
     if isinstance(prompt, Fact):
         if subject not in (None, prompt.subject):
             raise ValueError(f"the Fact's subject is {prompt.subject!r}, not {subject!r}; give one of them.")
-        text, subject, span = prompt.prompt, prompt.subject, prompt.subject_span
+        text, subject, begin = prompt.prompt, prompt.subject, prompt.subject_span[0]
     else:
-        text = prompt
-        span = find_subject(text, subject)
-    encoded = lm.tokenizer(text, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    if len(ids) > lm.context_length:
+        text, begin = prompt, find_subject(prompt, subject)
+    encoded = lm.tokenizer(prefix + text, return_offsets_mapping=True)
+    if (length := len(encoded["input_ids"])) > lm.context_length:
+        which = f" {text!r}" if prefix else ""
+        behind = f" behind the prefix {prefix!r}" if prefix else ""
         raise ValueError(
-            f"the prompt has {len(ids)} tokens, but {lm.name} reads at most {lm.context_length}; shorten it."
+            f"the prompt{which} has {length} tokens{behind}, but {lm.name} reads at most {lm.context_length}; shorten it."
         )
-    inside = [i for i, (begin, end) in enumerate(offsets) if begin < span[1] and end > span[0]]
+    begin, end = len(prefix) + begin, len(prefix) + begin + len(subject)
+    inside = [i for i, (first, last) in enumerate(encoded["offset_mapping"]) if first < end and last > begin]
     if not inside:
         raise ValueError(
             f"the tokenizer of {lm.name} drops the subject {subject!r}; choose a subject that it can write."
         )
-    return Prompt(text, subject, torch.tensor(ids, device=lm.device), (inside[0], inside[-1] + 1))
+    ids = torch.tensor(encoded["input_ids"], device=lm.device)
+    return Prompt(prefix + text, subject, ids, (inside[0], inside[-1] + 1))
 
 
-def find_subject(text: str, subject: str | None) -> tuple[int, int]:
-    """(begin, end) in characters of the first whole-word occurrence of `subject`, or else of its first occurrence."""
+def find_subject(text: str, subject: str | None) -> int:
+    """Where `subject` stands in a prompt, see `read_prompt`; an error says what is wrong with either."""
     check_text("the prompt", text)
     check_text("the subject", "" if subject is None else subject)
     if not text.strip():
         raise ValueError("the prompt is empty; write the beginning of a sentence about the subject.")
     if not subject or not subject.strip():
         raise ValueError("the subject is empty; name the part of the prompt that the sentence is about.")
-    if subject not in text:
+    if (begin := place_of(text, subject)) < 0:
         raise ValueError(f"the subject {subject!r} is not in the prompt {text!r}; write it exactly as it stands there.")
-    whole = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", text)
-    begin = whole.start() if whole else text.index(subject)
-    return begin, begin + len(subject)
+    return begin
 
 
 def continuation_ids(lm: LanguageModel, prompt: str, continuation: str) -> list[int]:
@@ -91,3 +98,9 @@ def continuation_ids(lm: LanguageModel, prompt: str, continuation: str) -> list[
         return after[len(before) :]
     # The continuation changes how the prompt's end is cut into tokens; the model is to go on from the prompt's own.
     return lm.tokenizer(space + continuation, add_special_tokens=False)["input_ids"]
+
+
+def question(lm: LanguageModel, owner: int, prompt: str, continuation: str) -> Question:
+    """How a text should go on, in tokens, for the change of that place."""
+    ids = tuple(lm.tokenizer(prompt)["input_ids"])
+    return Question(owner, ids, tuple(continuation_ids(lm, prompt, continuation)))

@@ -1,6 +1,11 @@
-"""Facts: `Fact`, what is asked of a model; `load_facts` and `load_relations`, where facts come from.
+"""Where facts come from: the embedded set, published sets, files of the user's.
 
-A fact is stated by a template with "{}" for its subject; the words that follow the template name its object.
+load_facts(name_or_path)        facts
+load_relations()                the embedded set by relation, with all templates of each
+embedded_records(name)          one of the project's own CSV files
+open_set(name)                  records of a set or a file, and which of `FORMS` they have
+read_each(records, form)        what the records state, and which are at fault
+template_of(prompt, subject)    a prompt with "{}" for its subject
 """
 
 from __future__ import annotations
@@ -8,13 +13,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from rome_lab.base import place_of
 from rome_lab.facts.fact import Fact
 from rome_lab.facts.published_sets import PUBLISHED, published_file
 from rome_lab.facts.records import Parsed, parse_csv, read_records, text_at
@@ -192,8 +197,7 @@ def template_of(prompt: str, subject: str, begin: int = -1) -> str:
     Raises: ValueError: the subject is not in the prompt, or "{}" stands before it.
     """
     if begin < 0 or not prompt.startswith(subject, begin):
-        whole = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt)
-        begin = whole.start() if whole else prompt.find(subject)
+        begin = place_of(prompt, subject)
     if begin < 0:
         raise ValueError(f"the subject {subject!r} is not in the prompt {prompt!r}")
     if "{}" in prompt[:begin]:

@@ -6,6 +6,7 @@ from rome_lab.models.blocks import (
     at_least_float32,
     causal_mask,
     joined,
+    last_logits_only,
     last_token_only,
     output_changed,
     record_run,
@@ -18,8 +19,8 @@ from rome_lab.models.language_model import LanguageModel
 from rome_lab.models.layouts import find_layout
 from rome_lab.models.loading import check_hub, load_model
 from rome_lab.models.process import choose_products, freed_memory_given_back
-from rome_lab.models.sampling import continue_randomly, generate_each, stop_tokens
-from rome_lab.models.scoring import Question, Score, continuation_p, next_log_p, score
+from rome_lab.models.sampling import continue_randomly, generate_each
+from rome_lab.models.scoring import Question, Score, score
 from rome_lab.models.weights import device_of
 
 

@@ -1,7 +1,8 @@
 """The one identity of a model: which function it computes, and with which arithmetic.
 
-Results are stored under it, workers compare it, and an edit knows its model by it. What says nothing about the function
-takes no part: names, notes, ids of special tokens, dropout, caching, how the tokenizer last padded a text.
+Results are stored under its `key()`, workers compare that, and an edit knows its model by the `fingerprint`. What says
+nothing about the function takes no part: names, notes, ids of special tokens, dropout, caching, how the tokenizer last
+padded a text.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import transformers
@@ -21,19 +22,16 @@ from rome_lab.models.process import precisions
 
 # Fields of a configuration that the function computed in evaluation mode does not depend on, by the ends of their names:
 # what is drawn in training only, what is asked of a forward, and what the weights themselves say (tied embeddings).
-HARMLESS = (
-    *(
-        "dropout",
-        "_pdrop",
-        "layerdrop",
-        "_token_id",
-        "use_cache",
-        "initializer_range",
-        "init_std",
-        "initializer_factor",
-    ),
-    *("tie_word_embeddings", "pretraining_tp", "router_aux_loss_coef", "output_router_logits"),
+TRAINING = ("dropout", "_pdrop", "layerdrop", "initializer_range", "init_std", "initializer_factor", "aux_loss_coef")
+ASKED_OF_A_FORWARD = (
+    "_token_id",
+    "use_cache",
+    "output_attentions",
+    "output_router_logits",
+    "pretraining_tp",
+    "auto_map",
 )
+HARMLESS = (*TRAINING, *ASKED_OF_A_FORWARD, "tie_word_embeddings")
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,7 @@ class Identity:
         dtype: of the weights.
         products: how float32 matrix products are computed, see `choose_products`.
         versions: of torch and transformers.
+        stops: tokens that end a text which the model writes.
     """
 
     function: dict[str, Json]
@@ -55,6 +54,7 @@ class Identity:
     dtype: str
     products: tuple[str, ...]
     versions: tuple[str, ...]
+    stops: tuple[int, ...]
 
     @property
     def fingerprint(self) -> str:
@@ -69,6 +69,7 @@ class Identity:
             "dtype": self.dtype,
             "matmul": list(self.products),
             "versions": list(self.versions),
+            "stops": list(self.stops),
         }
 
 
@@ -77,6 +78,7 @@ def identify(
     weights: Iterable[tuple[str, Tensor]],
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
+    stops: Iterable[int],
 ) -> Identity:
     """The identity of what has these parts; every weight is read."""
     return Identity(
@@ -86,19 +88,25 @@ def identify(
         dtype=str(dtype),
         products=precisions(),
         versions=(torch.__version__, transformers.__version__),
+        stops=tuple(sorted(stops)),
     )
 
 
 def function_of(config: PreTrainedConfig) -> dict[str, Json]:
-    """The fields that take part in the function: those that the family itself declares, but for `HARMLESS` ones."""
-    common = {field.name for field in fields(PreTrainedConfig)}
+    """The fields that take part in the function: those that the family itself declares, but for `HARMLESS` ones.
+
+    A configuration that comes with remote code, or is the caller's own, declares none reliably: all that it sets count.
+    """
     values = config.to_dict()
-    declared = {field.name for field in fields(config)} if is_dataclass(config) else set(values)
-    named = {
-        name for name in declared - common if not name.startswith(("_", "summary_")) and not name.endswith(HARMLESS)
-    }
-    chosen = {name: values[name] for name in sorted(named | {"model_type"}) if name in values}
-    return json.loads(json.dumps(chosen, default=str))
+    is_ours = type(config).__module__.startswith("transformers.")  # remote code is in transformers_modules
+    declared = {field.name for field in fields(config)} if is_ours else set(values)
+    common = {field.name for field in fields(PreTrainedConfig)}
+    chosen: dict[str, Json] = {"model_type": config.model_type}
+    for name in sorted(declared - common):
+        if name in values and not name.startswith(("_", "summary_")) and not name.endswith(HARMLESS):
+            part = getattr(config, name, None)
+            chosen[name] = function_of(part) if isinstance(part, PreTrainedConfig) else values[name]
+    return json.loads(json.dumps(chosen, default=str), parse_constant=str)  # JSON has no infinity
 
 
 def digest_of_weights(weights: Iterable[tuple[str, Tensor]]) -> str:

@@ -91,6 +91,12 @@ class LanguageModel:
         """Most tokens that the model can read."""
         return int(getattr(self.model.config, "max_position_embeddings", None) or 2**31)
 
+    @property
+    def stops(self) -> frozenset[int]:
+        """Tokens that end a text, and other special ones."""
+        ends = getattr(self.model.generation_config, "eos_token_id", None)
+        return frozenset(self.tokenizer.all_special_ids).union(ends if isinstance(ends, list) else [ends]) - {None}
+
     def attn(self, layer: int) -> nn.Module:
         """Module whose output is a, the attention's contribution to the residual stream at `layer`."""
         return attrgetter(self.layout.attn)(self.blocks[layer])
@@ -142,7 +148,8 @@ class LanguageModel:
         Args: edited: False for the model without the edits in force.
         """
         originals = {} if edited else {self.memory(x): W for x, W in self.overlay.originals.items()}
-        return identify(self.model.config, every_weight(self.model, originals), self.tokenizer, self.dtype)
+        weights = every_weight(self.model, originals)
+        return identify(self.model.config, weights, self.tokenizer, self.dtype, self.stops)
 
     def fingerprint(self) -> str:
         """SHA-256 of the function and every weight, computed afresh: an edited model has another fingerprint."""

@@ -90,12 +90,6 @@ def text_after(lm: LanguageModel, prompt: list[int], text: list[int]) -> str:
     return decode(text)[len(decode(prompt)) :]
 
 
-def stop_tokens(lm: LanguageModel) -> frozenset[int]:
-    """Tokens that end a text."""
-    ends = lm.model.generation_config.eos_token_id
-    return frozenset(lm.tokenizer.all_special_ids) | set(ends if isinstance(ends, list) else [ends])
-
-
 @torch.no_grad()
 def continue_randomly(
     lm: LanguageModel, prompts: list[list[int]], draws: Tensor, top_k: int | None = None
@@ -109,7 +103,7 @@ def continue_randomly(
         draws: (B, T) uniform numbers in [0, 1); number t decides token t of a text of at most T tokens.
     """
     lm.check_length(draws.shape[1], "continue_randomly")
-    stops = stop_tokens(lm)
+    stops = lm.stops
     texts = [prompt[:] for prompt in prompts]
     going = [True] * len(texts)
     shared = min(map(len, prompts))

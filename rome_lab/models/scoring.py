@@ -1,6 +1,7 @@
-"""Log probabilities of given continuations under many changes at once, by whole texts (teacher forcing).
+"""Log probabilities of given continuations, by whole texts (teacher forcing): the one place that asks a model for them.
 
-score(lm, changes, questions)        a Score for each Question, under the change that it names
+Question(owner, context, said)       a text, how it should go on, and under which change
+score(lm, changes, questions)        a Score for each Question; as many rows go together as fit, fewer where memory runs out
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from rome_lab.models.batching import Batching, text_bytes
 from rome_lab.models.blocks import at_least_float32, output_changed
@@ -49,51 +49,71 @@ class Score:
     Attributes:
         log_p: (tokens of the continuation,) float64, log probability of each after the context and those before it.
         greedy: of the same shape, whether each is the most probable token there.
+        following: (V,) log probability of every token after the context, at least float32; None where not asked for.
     """
 
     log_p: np.ndarray
     greedy: np.ndarray
+    following: Float[Tensor, " V"] | None = None
 
     @property
     def total(self) -> float:
         """Log probability of the whole continuation."""
         return float(self.log_p.sum())
 
+    @property
+    def p(self) -> float:
+        """Probability of the whole continuation."""
+        return float(np.exp(self.log_p.sum()))
+
 
 @torch.no_grad()
-def score(lm: LanguageModel, changes: Sequence[Change], questions: Sequence[Question]) -> list[Score]:
+def score(
+    lm: LanguageModel,
+    changes: Sequence[Change],
+    questions: Sequence[Question],
+    doing: str = "judge",
+    following: bool = False,
+) -> list[Score]:
     """Log probabilities of every question's continuation under its own change, by whole texts (teacher forcing).
 
     Questions of one change whose texts are the same, or the beginning of another's, share a row.
+
+    Args:
+        changes: `Change()` leaves the model as it is.
+        doing: what it is for, to begin a message with.
+        following: whether each Score holds the whole distribution of the token after its context, too.
 
     Raises: ValueError: a text is too long for the model, a delta does not fit, or the model gives what is not a number.
     """
     rows, row_of = shared_rows(questions)
     if (longest := max((len(text) for _, text in rows), default=0)) > lm.context_length:
         raise ValueError(
-            f"judge: a text of {longest} tokens is more than {lm.name} reads, {lm.context_length}; shorten the prompt or "
+            f"{doing}: a text of {longest} tokens is more than {lm.name} reads, {lm.context_length}; shorten the prompt or "
             "the change's preamble, or set text_tokens lower."
         )
-    asked: dict[int, list[int]] = {}
+    numbers_of: dict[int, list[int]] = {}
     for number, row in enumerate(row_of):
-        asked.setdefault(row, []).append(number)
+        numbers_of.setdefault(row, []).append(number)
 
     def score_part(part: Sequence[int]) -> dict[int, Score]:
-        numbers = [number for row in part for number in asked[row]]
+        numbers = [number for row in part for number in numbers_of[row]]
         states = last_states(lm, changes, [rows[row] for row in part])
         place_of = {row: place for place, row in enumerate(part)}
-        answers = read_scores(lm, states, [(place_of[row_of[number]], questions[number]) for number in numbers])
+        places = [(place_of[row_of[number]], questions[number]) for number in numbers]
+        answers = read_scores(lm, states, places, following)
         return dict(zip(numbers, answers, strict=True))
 
     scores: dict[int, Score] = {}
     for alike in of_one_length(rows):
-        together = Batching(lm, "judge", text_bytes(lm, max(len(rows[row][1]) for row in alike)))
-        for found in together.over(alike, score_part):
-            scores |= found
-    for number, found in scores.items():
-        if np.isnan(found.log_p).any():
+        together = Batching(lm, doing, text_bytes(lm, max(len(rows[row][1]) for row in alike)))
+        for answers in together.over(alike, score_part):
+            scores |= answers
+    for number, answer in scores.items():
+        if np.isnan(answer.log_p).any():
             owner = questions[number].owner
-            lm.check_finite(torch.tensor(found.log_p), f"judge, with change {owner} (at layer {changes[owner].layer})")
+            where = f"{doing}, with change {owner} (at layer {changes[owner].layer})" if doing == "judge" else doing
+            lm.check_finite(torch.tensor(answer.log_p), where)
     return [scores[number] for number in range(len(questions))]
 
 
@@ -131,60 +151,31 @@ def last_states(lm: LanguageModel, changes: Sequence[Change], rows: Sequence[tup
     return states[0].to(lm.device)
 
 
-def read_scores(lm: LanguageModel, states: Tensor, asked: Sequence[tuple[int, Question]]) -> list[Score]:
+def read_scores(
+    lm: LanguageModel, states: Tensor, questions: Sequence[tuple[int, Question]], following: bool
+) -> list[Score]:
     """The scores of questions, each with its row in `states` (B, T, D); logits are made only where they are read."""
     length = states.shape[1]
-    places, said = [], []
-    for row, question in asked:
-        begin = row * length + len(question.context) - 1
-        places += range(begin, begin + len(question.said))
-        said += question.said
+    sizes = [len(question.said) for _, question in questions]
+    begins = [row * length + len(question.context) - 1 for row, question in questions]
+    places = [place for begin, size in zip(begins, sizes, strict=True) for place in range(begin, begin + size)]
     # Two continuations of one text are read off the same logits.
     once, which = torch.tensor(places, device=lm.device).unique(return_inverse=True)
     order = which.argsort(stable=True)
-    hidden, wanted = states.flatten(0, 1)[once], torch.tensor(said, device=lm.device)
-    log_p = torch.empty(len(said), dtype=at_least_float32(states).dtype, device=lm.device)
-    greedy = torch.empty(len(said), dtype=torch.bool, device=lm.device)
+    hidden = states.flatten(0, 1)[once]
+    tokens = torch.tensor([token for _, question in questions for token in question.said], device=lm.device)
+    log_p = torch.empty(len(tokens), dtype=at_least_float32(states).dtype, device=lm.device)
+    greedy = torch.empty(len(tokens), dtype=torch.bool, device=lm.device)
+    first = which[torch.tensor([0, *sizes[:-1]]).cumsum(0).to(which.device)].tolist() if following else []
+    after: dict[int, Tensor] = {}  # by place in `once`, the whole distribution
     for begin in range(0, len(once), READ):
         logits = at_least_float32(lm.logits(hidden[begin : begin + READ]))
         here = order[(which[order] >= begin) & (which[order] < begin + READ)]
         at = which[here] - begin
-        log_p[here] = logits.log_softmax(-1)[at, wanted[here]]
-        greedy[here] = logits.argmax(-1)[at] == wanted[here]
-    sizes = [len(question.said) for _, question in asked]
-    parts = zip(log_p.cpu().double().split(sizes), greedy.cpu().split(sizes), strict=True)
-    return [Score(log_p.numpy(), greedy.numpy()) for log_p, greedy in parts]
-
-
-BATCH = 8  # texts that are run together
-
-
-@torch.no_grad()
-def next_log_p(lm: LanguageModel, texts: Sequence[Sequence[int]], doing: str) -> Iterator[Float[Tensor, "T V"]]:
-    """For each text (token ids) the log probabilities of the next token after each of its tokens.
-
-    Raises:
-        ValueError: a text is too long for the model, or it says what is not a number; `doing` names what it was asked for.
-    """
-    lm.check_length(max(map(len, texts), default=0), doing)
-    for begin in range(0, len(texts), BATCH):
-        batch = texts[begin : begin + BATCH]
-        # Padding right of a text cannot reach it in a causal model.
-        ids = pad_sequence([torch.tensor(text, device=lm.device) for text in batch], batch_first=True)
-        for text, logits in zip(batch, lm.model(ids, use_cache=False).logits, strict=True):
-            lm.check_finite(logits[: len(text)], doing)
-            yield at_least_float32(logits[: len(text)]).log_softmax(-1)
-
-
-def continuation_p(
-    lm: LanguageModel, asked: Sequence[tuple[list[int], list[int]]], doing: str
-) -> tuple[list[float], Float[Tensor, "Q V"]]:
-    """For each text and continuation (token ids) the probability of all tokens of the continuation (teacher forcing); and
-    the log probabilities of the token after each text."""
-    p, following = [], []
-    texts = [text + said[:-1] for text, said in asked]
-    for (_, said), log_p in zip(asked, next_log_p(lm, texts, doing), strict=True):
-        behind = log_p[len(log_p) - len(said) :]
-        p.append(float(behind[range(len(said)), said].sum().exp()))
-        following.append(behind[0])
-    return p, torch.stack(following)
+        distributions = logits.log_softmax(-1)
+        log_p[here] = distributions[at, tokens[here]]
+        greedy[here] = logits.argmax(-1)[at] == tokens[here]
+        after |= {place: distributions[place - begin].clone() for place in first if begin <= place < begin + READ}
+    whole = [after[place] for place in first] if following else [None] * len(sizes)
+    parts = zip(log_p.cpu().double().split(sizes), greedy.cpu().split(sizes), whole, strict=True)
+    return [Score(log_p.numpy(), greedy.numpy(), distribution) for log_p, greedy, distribution in parts]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from rome_lab.facts import Fact, Prompt, continuation_ids, read_prompt
+from rome_lab.facts import Fact, Prompt, object_token, read_prompt
 from rome_lab.models import (
     Batching,
     LanguageModel,
@@ -128,7 +128,7 @@ def check_readout(lm: LanguageModel, recording: Recording) -> None:
 
 def known_answer(lm: LanguageModel, fact: Fact, logits: torch.Tensor) -> int:
     """First token of the fact's object; an UnknownFactError where the model would say something else."""
-    wanted, said = continuation_ids(lm, fact.prompt, fact.object)[0], int(logits.argmax())
+    wanted, said = object_token(lm, fact), int(logits.argmax())
     if wanted != said:
         p = logits.softmax(-1)
         raise UnknownFactError(

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from tiny import FAMILIES, tiny_model
 
-from rome_lab.editing.keys import k_star, opening_key, prefixed_prompt, sample_prefixes, subject_keys
+from rome_lab.editing.keys import k_star, opening_key, sample_prefixes, subject_keys
 from rome_lab.editing.settings import KEYS
 from rome_lab.facts.fact import Fact
 from rome_lab.facts.prompts import read_prompt
@@ -60,7 +60,7 @@ def test_the_subject_is_found_behind_any_prefix(prefix, before, subject, after) 
     lm = tiny_model("llama")
     assume(subject.strip() == subject and "{}" not in before)
     fact = Fact(subject, before + "{}" + after, "x")
-    prompt = prefixed_prompt(lm, fact, prefix)
+    prompt = read_prompt(lm, fact, prefix=prefix)
     begin, end = prompt.subject_range
     offsets = lm.tokenizer(prompt.text, return_offsets_mapping=True)["offset_mapping"]
     first = len(prefix + before)
@@ -73,21 +73,21 @@ def test_the_subject_is_found_behind_any_prefix(prefix, before, subject, after) 
 def test_braces_and_quotes_in_prefix_and_subject_are_plain_text(text) -> None:
     lm = tiny_model("llama")
     fact = Fact('the "{}" of {x}', "On {} is", "x")
-    prompt = prefixed_prompt(lm, fact, text)
+    prompt = read_prompt(lm, fact, prefix=text)
     assert prompt.text == text + 'On the "{}" of {x} is'
     assert 'the "{}" of {x}' in lm.tokenizer.decode(prompt.ids[slice(*prompt.subject_range)])
 
 
 def test_without_a_prefix_the_prompt_is_read_as_in_tracing() -> None:
     lm = tiny_model("llama")
-    ours, theirs = prefixed_prompt(lm, FACT), read_prompt(lm, FACT)
+    ours, theirs = read_prompt(lm, FACT, prefix=""), read_prompt(lm, FACT.prompt, FACT.subject)
     assert torch.equal(ours.ids, theirs.ids) and ours.subject_range == theirs.subject_range
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keys_are_the_inputs_of_W_in_a_full_forward(family) -> None:
     lm = tiny_model(family)
-    prompts = [prefixed_prompt(lm, FACT, prefix) for prefix in ("", *PREFIXES)]
+    prompts = [read_prompt(lm, FACT, prefix=prefix) for prefix in ("", *PREFIXES)]
     keys = subject_keys(lm, 2, prompts)
     for key, prompt in zip(keys, prompts, strict=True):
         expected = input_of_W(lm, 2, prompt.ids, prompt.subject_range[1] - 1)
@@ -99,7 +99,7 @@ def test_each_key_option_is_what_its_name_says() -> None:
     bare, averaged, both = (k_star(lm, FACT, 1, key, PREFIXES) for key in ("bare", "averaged", "both"))
     behind = [k_star(lm, replace(FACT, template=prefix + FACT.template), 1, "bare") for prefix in PREFIXES]
     torch.testing.assert_close(averaged, torch.stack(behind).mean(0))
-    torch.testing.assert_close(bare[:, 0], subject_keys(lm, 1, [prefixed_prompt(lm, FACT)])[0].float())
+    torch.testing.assert_close(bare[:, 0], subject_keys(lm, 1, [read_prompt(lm, FACT)])[0].float())
     assert torch.equal(both, torch.cat([bare, averaged], dim=1)) and both.dtype == torch.float32
     assert float((bare - averaged).norm() / bare.norm()) > 0.01, "the two keys are to differ here"
 
@@ -117,7 +117,7 @@ def test_the_opening_key_is_that_of_a_text_which_begins_with_the_subject() -> No
 def test_a_subject_of_one_token_has_no_opening_key_since_it_would_be_that_of_every_text() -> None:
     lm = tiny_model("gpt2")
     short = Fact("J", "The country of {} is in", "Asia")
-    assert prefixed_prompt(lm, replace(short, template="{} is in")).subject_range == (0, 1)
+    assert read_prompt(lm, replace(short, template="{} is in")).subject_range == (0, 1)
     assert opening_key(lm, short, 1).shape[1] == 0
     assert torch.equal(k_star(lm, short, 1, "all", PREFIXES), k_star(lm, short, 1, "both", PREFIXES))
 

@@ -21,7 +21,6 @@ from rome_lab.facts.fact import Fact
 from rome_lab.facts.known import known_facts, templates_in_order
 from rome_lab.facts.sources import load_facts
 from rome_lab.models.language_model import LanguageModel
-from rome_lab.models.sampling import stop_tokens
 
 # What a text says
 
@@ -330,7 +329,7 @@ def test_texts_go_on_together_as_they_do_alone_in_every_family(family: str, batc
     lm, limit = tiny_model(family), 10
     starts = ["{} is", "The {} is in the city of", "We say that {} was born in"]
     facts = [Fact("Rome " * (i % 5) + "Paris", starts[i % 3], f"no such word {i}") for i in range(15)]
-    texts = [Text(lm, fact, stop_tokens(lm), limit) for fact in facts]
+    texts = [Text(lm, fact, lm.stops, limit) for fact in facts]
     assert len({len(text.ids) for text in texts}) > 8
     go_on(lm, texts, batch_size)
     for text in texts:
@@ -338,7 +337,7 @@ def test_texts_go_on_together_as_they_do_alone_in_every_family(family: str, batc
         alone = lm.model.generate(ids, attention_mask=ids == ids, max_new_tokens=limit, do_sample=False, pad_token_id=1)
         assert text.new == alone[0, ids.shape[1] :].tolist()[: len(text.new)]
         assert text.outcome in (Outcome.OTHER_WORD, Outcome.NOT_NAMED)
-        assert text.outcome is Outcome.OTHER_WORD or len(text.new) == limit or text.new[-1] in stop_tokens(lm)
+        assert text.outcome is Outcome.OTHER_WORD or len(text.new) == limit or text.new[-1] in lm.stops
 
 
 def test_a_plain_loop_over_single_prompts_finds_the_same_for_the_learner(learner: LanguageModel) -> None:

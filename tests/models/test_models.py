@@ -12,6 +12,7 @@ from tiny import CONFIGS, FAMILIES, tiny_model, tokenizer
 
 from rome_lab import LanguageModel, load_model
 from rome_lab.models import embedded
+from rome_lab.models.blocks import record_run
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -21,7 +22,7 @@ def test_mlp_and_attention_outputs_are_what_the_residual_stream_gains(family):
         pytest.skip("its block normalises the sum")
 
     lm = tiny_model(family)
-    recording = record(lm, torch.randint(2, 300, (2, 7)), lambda x: x)
+    recording = record_run(lm, torch.randint(2, 300, (2, 7)), lambda x: x)
     for layer in range(lm.n_layers):
         gained = recording.attn[layer] + recording.mlp[layer]
         torch.testing.assert_close(recording.states[layer] + gained, recording.states[layer + 1], atol=1e-4, rtol=1e-4)
@@ -31,7 +32,7 @@ def test_mlp_and_attention_outputs_are_what_the_residual_stream_gains(family):
 def test_logits_of_the_last_states_are_the_models_own(family):
 
     lm = tiny_model(family)
-    recording = record(lm, torch.randint(2, 300, (2, 7)), lambda x: x)
+    recording = record_run(lm, torch.randint(2, 300, (2, 7)), lambda x: x)
     torch.testing.assert_close(lm.logits(recording.states[-1][:, -1]), recording.logits, atol=1e-5, rtol=1e-5)
 
 

@@ -19,8 +19,9 @@ from test_keys import input_of_W
 from tiny import FAMILIES, tiny_model
 
 from rome_lab.editing.exact import rome
-from rome_lab.editing.keys import k_star, prefixed_prompt
+from rome_lab.editing.keys import k_star
 from rome_lab.facts.fact import Fact
+from rome_lab.facts.prompts import read_prompt
 from rome_lab.studies.anatomy import drawings as anatomy_plots
 from rome_lab.studies.anatomy import measures as anatomy
 from rome_lab.tracing.one_fact import causal_trace
@@ -79,18 +80,18 @@ def test_other_keys_are_the_inputs_of_W_at_the_places_that_are_named(family) -> 
     passages = text(lm)
     keys = anatomy.other_keys(lm, edit, NEIGHBOURS, passages)
     assert tuple(keys) == anatomy.GROUPS
-    wording = prefixed_prompt(lm, replace(TOLD, template=TOLD.templates[1]))
-    other = prefixed_prompt(lm, OTHER)
+    wording = read_prompt(lm, replace(TOLD, template=TOLD.templates[1]))
+    other = read_prompt(lm, OTHER)
     expected = {
         ("same subject, other wording", 0): input_of_W(lm, 1, wording.ids, wording.subject_range[1] - 1),
         ("other subjects", 0): input_of_W(lm, 1, other.ids, other.subject_range[1] - 1),
-        ("other tokens of the prompt", 0): input_of_W(lm, 1, prefixed_prompt(lm, TOLD).ids, 1),
+        ("other tokens of the prompt", 0): input_of_W(lm, 1, read_prompt(lm, TOLD).ids, 1),
         ("running text", 0): input_of_W(lm, 1, torch.tensor(passages[0]), 1),
         ("first token of a text", 0): input_of_W(lm, 1, torch.tensor(passages[0]), 0),
     }  # fmt: skip
     for (group, row), key in expected.items():
         torch.testing.assert_close(keys[group][row].float(), key, rtol=1e-4, atol=1e-5 * float(key.abs().max()))
-    tokens = len(prefixed_prompt(lm, TOLD).ids)
+    tokens = len(read_prompt(lm, TOLD).ids)
     behind = (tokens - 1) * len(FEW.prefixes)  # all but the subject's last
     assert len(keys["other tokens of the prompt"]) == behind + tokens - 2, "nor, in the bare prompt, the text's first"
     assert len(keys["running text"]) == 4 * 29 and len(keys["same subject, other wording"]) == 2
@@ -121,12 +122,12 @@ PROMPTS = {
 @pytest.mark.parametrize("case", PROMPTS)
 def test_a_key_can_be_read_at_any_token_and_the_prompt_stays(case) -> None:
     lm, fact = tiny_model("llama"), PROMPTS[case]
-    prompt = prefixed_prompt(lm, fact)
+    prompt = read_prompt(lm, fact)
     moved = [anatomy.key_at(lm, fact, i) for i in range(len(prompt.ids))]
     for i, said in enumerate(moved):
         if said is not None:
-            assert said.prompt == fact.prompt and prefixed_prompt(lm, said).subject_range[1] - 1 == i
-            behind = prefixed_prompt(lm, said, "She was born. ")
+            assert said.prompt == fact.prompt and read_prompt(lm, said).subject_range[1] - 1 == i
+            behind = read_prompt(lm, said, prefix="She was born. ")
             assert len(behind.ids) - behind.subject_range[1] == len(prompt.ids) - 1 - i
     own = moved[prompt.subject_range[1] - 1]
     assert own.subject == fact.subject and own.template == fact.template
@@ -138,7 +139,7 @@ def test_a_key_can_be_read_at_any_token_and_the_prompt_stays(case) -> None:
 def test_a_cell_of_the_sweep_is_an_edit_and_what_it_does(family) -> None:
     lm = tiny_model(family)
     before, C = lm.fingerprint(), {1: covariance_of(lm, 1)}
-    last = prefixed_prompt(lm, TOLD).subject_range[1] - 1
+    last = read_prompt(lm, TOLD).subject_range[1] - 1
     table = anatomy.edit_everywhere(lm, TOLD, "Rome", C, NEIGHBOURS, ALONE, [last], progress=False)
     assert lm.fingerprint() == before and len(table) == 1
     cell = table.iloc[0]
@@ -160,7 +161,7 @@ def test_the_sweep_edits_every_token_and_layer_with_the_key_of_that_token() -> N
     C = {layer: covariance_of(lm, layer) for layer in (2, 0)}
     settings = replace(ALONE, key="bare", steps=1)
     table = anatomy.edit_everywhere(lm, TOLD, "Rome", C, NEIGHBOURS, settings, progress=False)
-    prompt = prefixed_prompt(lm, TOLD)
+    prompt = read_prompt(lm, TOLD)
     places = [i for i, token in enumerate(prompt.tokens(lm)) if token.strip()]
     assert table["position"].tolist() == [i for i in places for _ in C]
     assert table["layer"].tolist() == [0, 2] * len(places)

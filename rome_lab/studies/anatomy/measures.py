@@ -27,15 +27,14 @@ from tqdm.auto import tqdm
 from rome_lab.editing import (
     Edit,
     EditSettings,
-    prefixed_prompt,
     rome,
     run_to_keys,
     sample_prefixes,
     solve_update,
     subject_keys,
 )
-from rome_lab.facts import Fact, continuation_ids
-from rome_lab.models import LanguageModel, continuation_p
+from rome_lab.facts import Fact, completions, read_prompt
+from rome_lab.models import LanguageModel
 from rome_lab.tracing import Trace, buckets
 
 logger = logging.getLogger(__name__)
@@ -110,16 +109,16 @@ def other_keys(
         passages: token ids of texts that C has not seen.
     """
     fact, prefixes = edit.fact, edit.settings.prefixes or ()
-    wordings = [prefixed_prompt(lm, replace(fact, template=x)) for x in fact.templates if x != fact.template]
-    wordings = wordings or [prefixed_prompt(lm, replace(fact, template="{} is a"))]
-    prompts = [prefixed_prompt(lm, fact, prefix) for prefix in ("", *prefixes)]
+    wordings = [read_prompt(lm, replace(fact, template=x)) for x in fact.templates if x != fact.template]
+    wordings = wordings or [read_prompt(lm, replace(fact, template="{} is a"))]
+    prompts = [read_prompt(lm, fact, prefix=prefix) for prefix in ("", *prefixes)]
     beside = [places_beside(lm, fact, prefix) for prefix in ("", *prefixes)]
     running = [keys_of(lm, edit.layer, torch.tensor(passage, device=lm.device)) for passage in passages]
     firsts = {passage[0]: keys[0] for passage, keys in zip(passages, running, strict=True)}  # one for each token
     groups = (
         subject_keys(lm, edit.layer, wordings),
         torch.cat([keys_of(lm, edit.layer, p.ids)[places] for p, places in zip(prompts, beside, strict=True)]),
-        subject_keys(lm, edit.layer, [prefixed_prompt(lm, other) for other in facts]),
+        subject_keys(lm, edit.layer, [read_prompt(lm, other) for other in facts]),
         torch.cat([keys[1:] for keys in running]),
         torch.stack(list(firsts.values())),
     )
@@ -129,7 +128,7 @@ def other_keys(
 def places_beside(lm: LanguageModel, fact: Fact, prefix: str) -> list[int]:
     """Places of the tokens of the fact's own prompt behind `prefix`, but for the subject's last and a text's first."""
     offsets = lm.tokenizer(prefix + fact.prompt, return_offsets_mapping=True)["offset_mapping"]
-    last = prefixed_prompt(lm, fact, prefix).subject_range[1] - 1
+    last = read_prompt(lm, fact, prefix=prefix).subject_range[1] - 1
     return [i for i, (_, end) in enumerate(offsets) if end > len(prefix) and i not in (0, last)]
 
 
@@ -186,7 +185,7 @@ def edit_everywhere(
     """
     prefixes = settings.prefixes or sample_prefixes(lm, settings.prefix_lengths, settings.seed)
     settings = replace(settings, kl=0.0, prefixes=prefixes)
-    prompt = prefixed_prompt(lm, fact)
+    prompt = read_prompt(lm, fact)
     names, places = prompt.tokens(lm), buckets(len(prompt.ids), prompt.subject_range)
     moved = {i: key_at(lm, fact, i) for i in (range(len(prompt.ids)) if positions is None else positions)}
     cells = [(i, layer, said) for i, said in moved.items() if said for layer in sorted(C)]
@@ -220,7 +219,7 @@ def key_at(lm: LanguageModel, fact: Fact, position: int) -> Fact | None:
     if not subject or "{}" in before[:begin]:
         return None
     said = Fact(subject, before[:begin] + "{}" + fact.prompt[begin + len(subject) :], fact.object)
-    if prefixed_prompt(lm, said).subject_range[1] - 1 != position:
+    if read_prompt(lm, said).subject_range[1] - 1 != position:
         logger.warning("sweep: no subject can end with the token at place %d; it is passed over", position)
         return None
     return said
@@ -236,8 +235,7 @@ def outcome_of_edit(
             f"sweep: {fact} has {len(others)} other templates and {len(neighbours)} neighbours; give at least one of each."
         )
     asked = [(fact.prompt, target), *((x, target) for x in others), *((x.prompt, x.object) for x in neighbours)]
-    pairs = [(lm.tokenizer(prompt)["input_ids"], continuation_ids(lm, prompt, said)) for prompt, said in asked]
-    p, _ = continuation_p(lm, pairs, "sweep")
+    p = [answer.p for answer in completions(lm, asked, "sweep")]
     return p[0], float(np.mean(p[1 : 1 + len(others)])), float(np.mean(p[1 + len(others) :]))
 
 
