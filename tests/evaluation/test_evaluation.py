@@ -20,6 +20,7 @@ from scipy.stats import hmean
 from tiny import tiny_model
 
 from rome_lab.editing.methods import METHODS, Proposal, Rome
+from rome_lab.evaluation import bench as bench_module
 from rome_lab.evaluation import evaluating as evaluation
 from rome_lab.evaluation.bystanders import UNRELATED as MOST
 from rome_lab.evaluation.bystanders import groups, spared, unrelated_to
@@ -106,9 +107,9 @@ def test_the_model_is_left_as_it_was(tiny):
 def test_what_the_store_holds_is_not_made_again_and_another_method_is_judged_alone(tiny, tmp_path, monkeypatch):
     first = run(tiny, store=tmp_path)
     changes = []
-    real = evaluation.judge_all
+    real = bench_module.judge_all
     monkeypatch.setattr(
-        evaluation, "judge_all", lambda lm, asked: changes.extend(change for _, change, _ in asked) or real(lm, asked)
+        bench_module, "judge_all", lambda lm, asked: changes.extend(change for _, change, _ in asked) or real(lm, asked)
     )
     again = run(tiny, method=["none", "ft", "in-context"], store=tmp_path)
     assert [change.preamble != "" for change in changes] == [True] * len(CASES)
@@ -238,8 +239,8 @@ def test_groups_are_full_in_order_and_hold_no_subject_twice():
 
 def test_two_names_of_one_method_are_judged_once(tiny, monkeypatch):
     judged = []
-    real = evaluation.judge_all
-    monkeypatch.setattr(evaluation, "judge_all", lambda lm, asked: judged.append(len(asked)) or real(lm, asked))
+    real = bench_module.judge_all
+    monkeypatch.setattr(bench_module, "judge_all", lambda lm, asked: judged.append(len(asked)) or real(lm, asked))
     table = run(tiny, CASES[:1], ["rome", "rome-both"])
     assert judged == [1]
     assert list(table["method"]) == ["rome", "rome-both"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pandas as pd
@@ -14,8 +13,6 @@ from rome_lab import covariance, rome
 from rome_lab.editing.fine_tuning import Tuning
 from rome_lab.editing.methods import METHODS, SEARCH, FineTuning, Rome
 from rome_lab.editing.optima import Optima
-from rome_lab.evaluation.case import Cases
-from rome_lab.evaluation.cases import set_apart
 from rome_lab.evaluation.evaluating import evaluate
 from rome_lab.studies import search as module
 from rome_lab.studies.search import MeasuredRome, best, compare_methods, differences, search_settings
@@ -111,66 +108,6 @@ def test_interrupted_it_goes_on_where_it_was(tiny, tmp_path, monkeypatch):
     first = search_settings(tiny, CASES, choices, store=tmp_path, **OPTIONS)
     monkeypatch.setattr(FineTuning, "change", lambda *args: pytest.fail("tuned again"))
     pd.testing.assert_frame_equal(search_settings(tiny, CASES, choices, store=tmp_path, **OPTIONS), first)
-
-
-# Cases that are set apart
-
-
-def counterfact(number: int) -> dict:
-    target = {"target_new": {"str": "Tokyo", "id": "Q1"}, "target_true": {"str": "Rome", "id": "Q2"}}
-    rewrite = {"prompt": "The city of {} is", "relation_id": "P1", "subject": f"Town {number // 2}"} | target
-    texts = {
-        "paraphrase_prompts": ["It stands in"],
-        "neighborhood_prompts": ["Oslo is"],
-        "generation_prompts": ["It is"],
-    }
-    return {"case_id": number, "requested_rewrite": rewrite, **texts}
-
-
-@pytest.fixture
-def file(tmp_path):
-    path = tmp_path / "set.json"
-    path.write_text(json.dumps([counterfact(number) for number in range(24)]))  # two cases a subject
-    return path
-
-
-def test_cases_to_search_on_share_no_subject_with_those_reported_and_are_the_same_whatever_is_reported(tiny, file):
-    parts = [set_apart(tiny, file, 5, n, known_only=False) for n in (2, 6)]
-    assert parts[0][0].cases == parts[1][0].cases
-    assert len(parts[0][0]) == 5
-    for searched, reported in parts:
-        assert not {one.fact.subject for one in searched} & {one.fact.subject for one in reported}
-    assert parts[1][1][:2] == parts[0][1].cases
-    assert [len(reported) for _, reported in parts] == [2, 6]
-
-
-def test_cases_to_search_on_are_the_same_by_any_seed_which_orders_the_others(tiny, file):
-    parts = [set_apart(tiny, file, 5, 4, seed, known_only=False) for seed in (0, 1, 2)]
-    assert len({searched.cases for searched, _ in parts}) == 1
-    assert len({reported.cases for _, reported in parts}) == 3
-    for searched, reported in parts:
-        assert len(reported) == 4
-        assert not {one.fact.subject for one in searched} & {one.fact.subject for one in reported}
-
-
-@pytest.mark.parametrize(
-    ("source", "n_search", "warned"), [("embedded", 19, True), ("embedded", 20, False), ("x", 5, False)]
-)
-def test_a_search_on_fewer_cases_than_the_defaults_were_found_on_is_warned_of(
-    tiny, monkeypatch, caplog, source, n_search, warned
-):
-    monkeypatch.setattr(
-        module, "known_cases", lambda *args, **options: Cases(tuple(case(i, f"Town {i}") for i in range(30)))
-    )
-    set_apart(tiny, source, n_search, 1)
-    assert ("defaults were searched on the first 20" in caplog.text) == warned
-
-
-def test_too_few_cases_are_told_or_refused(tiny, file, caplog):
-    _, reported = set_apart(tiny, file, 2, 40, known_only=False)
-    assert f"40 cases were to be reported, but there are only {len(reported)}" in caplog.text
-    with pytest.raises(ValueError, match="all 24 cases would go to the search"):
-        set_apart(tiny, file, 24, 1, known_only=False)
 
 
 @pytest.fixture
