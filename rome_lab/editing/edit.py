@@ -1,8 +1,8 @@
 """Edits as things: `Edit`, applied to a model and undone again, bit for bit; saved, and loaded by `load_edit`.
 
-A LanguageModel keeps the edits in force in `lm.edits` and, for each matrix that they change, its original weight in
-`lm.overlay.originals`. The weight in force is always the original one plus the sum of the updates, rounded once. So edits can be
-undone in any order, and what is left after the last one is the original itself.
+`lm.edits` lists the edits in force. The weight in force is always the original one plus the sum of the updates, rounded
+once, see `rome_lab.models.overlay`. So edits can be undone in any order, and what is left after the last one is the original
+itself.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rome_lab.editing.edit_files import VECTORS, read_edit, write_edit
 from rome_lab.editing.settings import EditSettings
+from rome_lab.editing.update import Update
 from rome_lab.facts import Fact
 from rome_lab.models import LanguageModel
 
@@ -87,11 +87,8 @@ class Edit:
 
     @property
     def delta(self) -> Float[Tensor, "D H"]:
-        """W_hat - W, float64: a sum of outer products, added up one by one so that every machine gets the same bits."""
-        columns = zip(
-            self.Lambda.double().view(len(self.Lambda), -1).T, self.u.double().view(len(self.u), -1).T, strict=True
-        )
-        return sum(torch.outer(Lambda, u) for Lambda, u in columns)
+        """W_hat - W, float64; see `Update`."""
+        return Update(self.Lambda.view(len(self.Lambda), -1), self.u.view(len(self.u), -1)).delta
 
     @property
     def digest(self) -> str:

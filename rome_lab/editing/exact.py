@@ -1,81 +1,41 @@
-"""Keys that cannot have a value each, because they are linearly dependent.
+"""ROME and its extension to several facts: the smallest change of one matrix that maps keys to their values (Appendix A).
 
-distinct(lm, layer, factor, K)                 the keys of one fact, each once
-check_independent(lm, layer, factor, ...)      refuses several facts whose keys are dependent
+rome(lm, fact, target)       an Edit of one fact
+rome_many(lm, requests)      an Edit of several
+exact_vectors(lm, ...)       what both, and the methods that are compared, solve: from keys and v* to Lambda and u
+remarks_on(lm, optimum, ...) what whoever uses an edit should know of it
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rome_lab.editing.edit import Edit
-from rome_lab.editing.keys import k_star, sample_prefixes
-from rome_lab.editing.second_moment import covariances
+from rome_lab.editing.optima import Optima, Optimum
+from rome_lab.editing.requests import Request, check_news, check_requests, layer_to_edit
+from rome_lab.editing.second_moment import Covariance, TokensSeen
 from rome_lab.editing.settings import EditSettings, default_settings
 from rome_lab.editing.update import (
-    DependentKeys,
     Factor,
     Update,
     apply_update,
     constraint_error,
+    dependent,
+    distinct,
     factorise,
     solve_update,
 )
-from rome_lab.editing.values import Callback, Objective, Value, optimise_value
-from rome_lab.facts import Fact, continuation_ids, read_prompt
+from rome_lab.editing.values import Callback
+from rome_lab.facts import Fact, read_prompt
 from rome_lab.models import LanguageModel
-from rome_lab.tracing import causal_trace
 
 logger = logging.getLogger(__name__)
-
-
-def dependent(lm: LanguageModel, layer: int, factor: Factor, K: Tensor) -> list[int]:
-    """Columns of K (H, n) that are linearly dependent; none where each can have a value of its own."""
-    W = lm.weight(layer)
-    try:
-        solve_update(W, factor, K, torch.zeros(len(W), K.shape[1]))
-    except DependentKeys as error:
-        return error.columns
-    return []
-
-
-def distinct(lm: LanguageModel, layer: int, factor: Factor, K: Tensor) -> Tensor:
-    """The keys of one fact (H, n), each once: where the layer sees no prefix they are the same, and the last one stays."""
-    if not dependent(lm, layer, factor, K):
-        return K
-    kept = K[:, -1:]
-    for column in reversed(range(K.shape[1] - 1)):
-        wider = torch.cat([K[:, column : column + 1], kept], dim=1)
-        kept = kept if dependent(lm, layer, factor, wider) else wider
-    logger.info(
-        "rome: at layer %d some keys of the fact are the same; %d of %d are left", layer, kept.shape[1], K.shape[1]
-    )
-    return kept
-
-
-def check_independent(
-    lm: LanguageModel, layer: int, factor: Factor, requests: Sequence[tuple[Fact, str]], keys: Sequence[Tensor]
-) -> None:
-    """Raise where the facts' keys are dependent, naming the facts."""
-    owners = [fact.prompt for (fact, _), K in zip(requests, keys, strict=True) for _ in range(K.shape[1])]
-    prompts = dict.fromkeys(owners[column] for column in dependent(lm, layer, factor, torch.cat(keys, dim=1)))
-    if prompts:
-        raise ValueError(
-            f"rome: the keys of {' and '.join(map(repr, prompts))} are linearly dependent, as those of one subject are, "
-            "so no W gives each of them a value of its own; edit one of them only, or one after the other."
-        )
-
-
-class NothingToEdit(ValueError):
-    """The model says the target already."""
 
 
 def rome(
@@ -84,10 +44,12 @@ def rome(
     target: str,
     layer: int | None = None,
     *,
-    C: Float[Tensor, "H H"] | None = None,
+    C: Float[Tensor, "H H"] | Covariance | Factor | None = None,
+    tokens: int | None = None,
     hparams: EditSettings | None = None,
     progress: bool = True,
     callback: Callback | None = None,
+    C_callback: TokensSeen | None = None,
 ) -> Edit:
     """The smallest change of one matrix that makes `lm` say `target` of the fact (Appendix A, Eqn 17).
 
@@ -98,10 +60,13 @@ def rome(
         target: what the model is to say instead of the object; blanks around it do not count.
         layer: whose W to change; by default that of `DEFAULTS`, or, for other models, where a causal trace of the fact
             has its peak (logged).
-        C: (H, H) uncentred second moment of the keys; by default `covariance(lm, layer)` of the model without edits.
+        C: (H, H) uncentred second moment of the keys, bare or as a Covariance or a Factor, which know how many tokens
+            they were built from; by default it is measured, on the model without edits.
+        tokens: how many to measure C on; by default as many as `covariance` takes.
         hparams: how to edit; by default those of `DEFAULTS`.
         callback: called with each step of the optimisation as a mapping of numbers (the columns of `Edit.history`);
             where it returns True, the optimisation stops there and the best so far is used.
+        C_callback: called while C is measured, with how many tokens were seen and how many are to be.
 
     Returns: an Edit. `lm` is unchanged, whatever happens. Edits in force on `lm` are taken as part of it.
 
@@ -109,18 +74,21 @@ def rome(
         ValueError: the model says the target already; the target is empty; the layer is out of range; C cannot be
             inverted, and the message says how many tokens it was built from; NaN or infinity anywhere.
     """
-    return rome_many(lm, [(fact, target)], layer, C=C, hparams=hparams, progress=progress, callback=callback)
+    given = {"C": C, "tokens": tokens, "hparams": hparams, "callback": callback, "C_callback": C_callback}
+    return rome_many(lm, [(fact, target)], layer, progress=progress, **given)
 
 
 def rome_many(
     lm: LanguageModel,
-    requests: Sequence[tuple[Fact, str]],
+    requests: Sequence[Request],
     layer: int | None = None,
     *,
-    C: Float[Tensor, "H H"] | None = None,
+    C: Float[Tensor, "H H"] | Covariance | Factor | None = None,
+    tokens: int | None = None,
     hparams: EditSettings | None = None,
     progress: bool = True,
     callback: Callback | None = None,
+    C_callback: TokensSeen | None = None,
 ) -> Edit:
     """One Edit for several facts: the same least squares with several constraints, in closed form.
 
@@ -133,132 +101,117 @@ def rome_many(
     """
     check_requests(lm, requests, layer)
     requests = [(fact, target.strip()) for fact, target in requests]
-    default = default_settings(lm)
-    settings = hparams or default.settings
-    layer = default.layer if layer is None else int(layer)
-    layer = traced_layer(lm, [fact for fact, _ in requests]) if layer is None else layer
-    factor = factor_of(lm, layer, C, progress)
-    if settings.prefixes is None:
-        settings = replace(settings, prefixes=sample_prefixes(lm, settings.prefix_lengths, settings.seed))
+    for request in requests:
+        check_news(lm, request)
+    layer = layer_to_edit(lm, [fact for fact, _ in requests], layer)
+    optima = Optima(lm, progress=progress)
+    factor = optima.factor(layer, None, tokens, C_callback) if C is None else given_factor(lm, layer, C)
+    settings = optima.with_prefixes(hparams or default_settings(lm).settings)
     for fact, _ in requests:
-        warn_of_first_token(lm, fact, settings.key)
-    keys = [k_star(lm, fact, layer, settings.key, settings.prefixes) for fact, _ in requests]
-    keys = [distinct(lm, layer, factor, K) for K in keys]
-    check_independent(lm, layer, factor, requests, keys)
-    stars, values = [], []
-    for (fact, target), K in zip(requests, keys, strict=True):
-        original = lm.weight(layer).cpu().double() @ K[:, -1].double()  # W k*, of the averaged key where there is one
-        value = optimise_value(Objective(lm, layer, (fact, target), original, settings), progress, callback)
-        warn_unless_converged(value, target, settings)
-        values.append(value)
-        stars.append((original + value.delta.cpu().double())[:, None].expand(-1, K.shape[1]))
-    vectors, error = solve(lm, layer, factor, torch.cat(keys, dim=1), torch.cat(stars, dim=1))
+        if remark := first_token_remark(lm, fact, settings.key):
+            logger.warning("rome: %s", remark)
+    # Before v* is sought, which takes longest.
+    K = independent_keys(layer, factor, requests, [optima.k_star(fact, layer, settings) for fact, _ in requests])
+    values = [optima.optimise(request, layer, settings, progress, callback) for request in requests]
+    for optimum in values:
+        if remark := convergence_remark(optimum, settings):
+            logger.warning("rome: %s", remark)
+    vectors, error = exact_vectors(lm, layer, factor, K, values)
+    identity = lm.identity(edited=False)
     return Edit(
         facts=tuple(fact for fact, _ in requests),
         targets=tuple(target for _, target in requests),
         layer=layer,
         module=lm.memory_name(layer),
-        **vectors,
+        **{name: x.squeeze(1) if x.shape[1] == 1 else x for name, x in vectors.items()},
         settings=settings,
         history=pd.concat([x.history.assign(fact=i) for i, x in enumerate(values)], ignore_index=True),
-        converged=all(value.converged for value in values),
+        converged=all(optimum.converged for optimum in values),
         constraint_error=error,
         model=lm.name,
-        fingerprint=lm.identity(edited=False).fingerprint,
+        fingerprint=identity.fingerprint,
     )
 
 
-def check_requests(lm: LanguageModel, requests: Sequence[tuple[Fact, str]], layer: int | None) -> None:
-    """Raise where there is nothing to edit, or no such layer."""
-    if not requests:
-        raise ValueError("rome: there is nothing to edit; give at least one fact with its target.")
-    if layer is not None and layer not in range(lm.n_layers):
-        raise ValueError(f"rome: layer is {layer!r}; {lm.name} has the layers 0 to {lm.n_layers - 1}.")
-    for fact, target in requests:
-        if not isinstance(fact, Fact):
-            raise TypeError(
-                f"rome: the fact is {fact!r}; expected a Fact, such as "
-                'Fact(subject="Eiffel Tower", template="The {} is located in the city of", object="Paris").'
-            )
-        if not isinstance(target, str) or not target.strip():
-            raise ValueError(f"rome: the target is {target!r}; write what {lm.name} is to say after {fact.prompt!r}.")
-        check_news(lm, fact, target.strip())
-
-
-@torch.no_grad()
-def check_news(lm: LanguageModel, fact: Fact, target: str) -> None:
-    """Raise NothingToEdit where every token of the target is what the model would say anyway."""
-    ids, target_ids = read_prompt(lm, fact).ids, torch.tensor(continuation_ids(lm, fact.prompt, target))
-    text = torch.cat([ids, target_ids[:-1].to(ids)])
-    if len(text) > lm.context_length:
-        most = f"{lm.name} reads at most {lm.context_length}"
-        raise ValueError(f"rome: {fact.prompt!r} with its target has {len(text)} tokens, but {most}; shorten them.")
-    logits = lm.model(text[None], use_cache=False).logits[0, len(ids) - 1 :]
-    lm.check_finite(logits, "rome")
-    if torch.equal(logits.argmax(-1).cpu(), target_ids):
-        p = logits.double().softmax(-1).cpu()[range(len(target_ids)), target_ids].prod()
-        raise NothingToEdit(
-            f"rome: {lm.name} already goes on from {fact.prompt!r} with {target!r} (p {p:.2f}), so there is nothing to "
-            "edit; choose another target, or see with audit(lm, edit) what the edits in force do."
-        )
-
-
-def traced_layer(lm: LanguageModel, facts: Sequence[Fact]) -> int:
-    """The layer at which restoring MLP outputs at the last subject token has most effect, on average over the facts."""
-    traces = [causal_trace(lm, fact.prompt, fact.subject, kind="mlp") for fact in facts]
-    effects = np.mean([trace.indirect_effect[trace.subject_range[1] - 1] for trace in traces], axis=0)
-    layer = int(effects.argmax())
-    logger.warning(
-        "rome: no layer is known for %s; a causal trace of MLP outputs at the last subject token has its peak at layer "
-        "%d (indirect effect %.3f), which is used. Choose another with layer=.", lm.name, layer, effects[layer],
-    )  # fmt: skip
-    return layer
-
-
-def factor_of(lm: LanguageModel, layer: int, C: Tensor | None, progress: bool) -> Factor:
-    """The Cholesky factor of C, measured where it is not given: without edits, so that it need not be measured anew."""
-    if C is None:
-        with lm.overlay.only([]):
-            measured = covariances(lm, [layer], progress=progress)[layer]
-        return factorise(measured.C, measured.tokens)
-    C, width = torch.as_tensor(C), lm.weight(layer).shape[1]
-    if tuple(C.shape) != (width, width):
+def given_factor(lm: LanguageModel, layer: int, C: Tensor | Covariance | Factor) -> Factor:
+    """The factor of a C that the caller has."""
+    C, tokens = (C.C, C.tokens) if isinstance(C, Covariance) else (C, None)
+    known = isinstance(C, Factor)
+    matrix, width = torch.as_tensor(C.lower if known else C), lm.weight(layer).shape[1]
+    if tuple(matrix.shape) != (width, width):
         raise ValueError(
-            f"rome: C has shape {tuple(C.shape)}, but the keys of layer {layer} of {lm.name} have {width} components; "
+            f"rome: C has shape {tuple(matrix.shape)}, but the keys of layer {layer} of {lm.name} have {width} components; "
             f"give covariance(lm, {layer})."
         )
-    return factorise(C)
+    return C if known else factorise(matrix, tokens)
 
 
-def solve(lm: LanguageModel, layer: int, factor: Factor, K: Tensor, V: Tensor) -> tuple[dict[str, Tensor], float]:
-    """The vectors of an Edit, float32, and the largest relative error of its constraints in the weights as stored."""
-    W = lm.weight(layer)
+def independent_keys(
+    layer: int, factor: Factor, requests: Sequence[Request], keys: Sequence[Float[Tensor, "H n"]]
+) -> list[Float[Tensor, "H m"]]:
+    """The keys of each request, each once.
+
+    Raises:
+        ValueError: those of several requests are dependent, naming the facts.
+    """
+    kept = [distinct(factor, K) for K in keys]
+    for K, left in zip(keys, kept, strict=True):
+        if left.shape != K.shape:
+            n, m = K.shape[1], left.shape[1]
+            logger.info("rome: at layer %d some keys of the fact are the same; %d of %d are left", layer, m, n)
+    owners = [fact.prompt for (fact, _), K in zip(requests, kept, strict=True) for _ in range(K.shape[1])]
+    prompts = dict.fromkeys(owners[column] for column in dependent(factor, torch.cat(kept, dim=1)))
+    if prompts:
+        raise ValueError(
+            f"rome: the keys of {' and '.join(map(repr, prompts))} are linearly dependent, as those of one subject are, "
+            "so no W gives each of them a value of its own; edit one of them only, or one after the other."
+        )
+    return kept
+
+
+def exact_vectors(
+    lm: LanguageModel, layer: int, factor: Factor, keys: Sequence[Tensor], optima: Sequence[Optimum]
+) -> tuple[dict[str, Tensor], float]:
+    """The vectors of an Edit that maps the keys of each request to its v*, and the largest error of that in W as stored.
+
+    Returns: k_star (H, n), v_star (D, n), Lambda (D, n) and u (H, n), float32; and max |W_hat k* - v*| / |v*|.
+    """
+    W, K = lm.weight(layer), torch.cat(list(keys), dim=1)
+    V = torch.cat([x.v_star[:, None].expand(-1, k.shape[1]) for x, k in zip(optima, keys, strict=True)], dim=1)
     exact = solve_update(W, factor, K, V)
     kept = Update(exact.Lambda.float(), exact.u.float())
-    W_hat = apply_update(W, Update(kept.Lambda.double(), kept.u.double()), K, V)
+    error = float(constraint_error(apply_update(W, kept, K, V), K, V).max())
     vectors = {"k_star": K, "v_star": V.float(), "Lambda": kept.Lambda, "u": kept.u}
-    alone, error = K.shape[1] == 1, float(constraint_error(W_hat, K, V).max())
-    return {name: x.squeeze(1) if alone else x.contiguous() for name, x in vectors.items()}, error
+    return {name: x.cpu().contiguous() for name, x in vectors.items()}, error
 
 
-def warn_of_first_token(lm: LanguageModel, fact: Fact, key: str) -> None:
-    """Say what to expect where the subject is the text's first token, whose key is nearly the same in every text.
+def remarks_on(lm: LanguageModel, optimum: Optimum, settings: EditSettings) -> list[str]:
+    """What whoever uses an edit of this request should know; most often nothing."""
+    remarks = [convergence_remark(optimum, settings), first_token_remark(lm, optimum.request[0], settings.key)]
+    return [remark for remark in remarks if remark]
+
+
+def first_token_remark(lm: LanguageModel, fact: Fact, key: str) -> str:
+    """What to expect where the subject is the text's first token, whose key is nearly the same in every text; else "".
 
     Where the tokenizer begins every text with a token of its own, no subject is the first.
     """
-    if key != "averaged" and read_prompt(lm, fact).subject_range == (0, 1):
-        logger.warning(
-            "rome: the subject %r is the first token of the text, and a first token has nearly the same key in every text, "
-            "so with the key %r other texts change too; choose the key 'averaged', or a prompt in which something stands "
-            "before the subject.", fact.subject, key,
-        )  # fmt: skip
+    if key == "averaged" or read_prompt(lm, fact).subject_range != (0, 1):
+        return ""
+    return (
+        f"the subject {fact.subject!r} is the first token of the text, and a first token has nearly the same key in every "
+        f"text, so with the key {key!r} other texts change too; choose the key 'averaged', or a prompt in which something "
+        "stands before the subject."
+    )
 
 
-def warn_unless_converged(value: Value, target: str, settings: EditSettings) -> None:
-    if not value.converged:
-        best = value.history.loc[value.history["loss"].idxmin()]
-        logger.warning(
-            "rome: v* did not converge: after %d steps the target %r has a mean probability of %.2f, and %.2f is "
-            "enough. The edit uses the best so far and is marked; more steps or another layer may do better.",
-            value.history["step"].iloc[-1], target, best["p_target"], settings.enough,
-        )  # fmt: skip
+def convergence_remark(optimum: Optimum, settings: EditSettings) -> str:
+    """What came of a v* that did not converge; "" for one that did."""
+    if optimum.converged:
+        return ""
+    (fact, target), steps = optimum.request, int(optimum.history["step"].iloc[-1])
+    return (
+        f"v* did not converge: after {steps} steps the target {target!r} has a mean probability of "
+        f"{optimum.best['p_target']:.2f} behind {fact.prompt!r}, and {settings.enough:.2f} is enough. The edit uses the "
+        "best so far and is marked; more steps or another layer may do better."
+    )

@@ -18,7 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rome_lab.base import check_whole
-from rome_lab.facts import Fact, continuation_ids, read_prompt
+from rome_lab.editing.requests import Request
+from rome_lab.editing.settings import known_as
+from rome_lab.facts import continuation_ids, read_prompt
 from rome_lab.models import (
     Change,
     LanguageModel,
@@ -71,14 +73,10 @@ TUNINGS = {  # those of the embedded model are the best of notebooks/search.ipyn
 
 
 def default_tuning(lm: LanguageModel, name: str) -> Tuning:
-    """The entry "ft" or "ft-linf" of `DEFAULTS` for the model, by the last part of its name.
-
-    For other models it is the published one, at the same relative depth.
-    """
-    known = TUNINGS.get(lm.name.rsplit("/", 1)[-1].lower())
-    if known:
-        return known[name]
-    return replace(PUBLISHED_TUNINGS[name], layer=PUBLISHED_TUNINGS[name].layer * lm.n_layers // PUBLISHED_LAYERS)
+    """The entry "ft" or "ft-linf" of `TUNINGS` for the model; for others the published one, at the same relative depth."""
+    published = PUBLISHED_TUNINGS[name]
+    elsewhere = {name: replace(published, layer=published.layer * lm.n_layers // PUBLISHED_LAYERS)}
+    return TUNINGS.get(known_as(lm), elsewhere)[name]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +92,7 @@ class Tuned:
     losses: tuple[float, ...]
 
 
-def fine_tune(lm: LanguageModel, requests: Sequence[tuple[Fact, str]], tuning: Tuning) -> Tuned:
+def fine_tune(lm: LanguageModel, requests: Sequence[Request], tuning: Tuning) -> Tuned:
     """Fine-tune one W by Adam until the model says the targets.
 
         loss = -1/R sum_r log P[target_r | prompt_r]
@@ -165,18 +163,13 @@ class TargetBatch:
         return log_p.gather(1, self.target_ids[:, None])[:, 0]
 
 
-def record_batches(lm: LanguageModel, requests: Sequence[tuple[Fact, str]], layer: int) -> list[TargetBatch]:
-    """The requests' texts, `TOGETHER` at a time, those of like length together."""
+def record_batches(lm: LanguageModel, requests: Sequence[Request], layer: int) -> list[TargetBatch]:
+    """The requests' texts, `TEXTS_TOGETHER` at a time, those of like length together."""
     texts = []
     for fact, target in requests:
-        prompt, said = read_prompt(lm, fact).ids.tolist(), continuation_ids(lm, fact.prompt, target)
-        length = len(prompt) + len(said) - 1
-        if length > lm.context_length:
-            raise ValueError(
-                f"fine_tune: the prompt {fact.prompt!r} with its target has {length} tokens, but {lm.name} reads at most "
-                f"{lm.context_length}; shorten it."
-            )
-        texts.append((prompt, said))
+        prompt, target_ids = read_prompt(lm, fact).ids.tolist(), continuation_ids(lm, fact.prompt, target)
+        lm.check_length(len(prompt) + len(target_ids) - 1, f"fine_tune: the prompt {fact.prompt!r} with its target")
+        texts.append((prompt, target_ids))
     texts.sort(key=lambda text: len(text[0]) + len(text[1]))
     return [record_batch(lm, texts[i : i + TEXTS_TOGETHER], layer) for i in range(0, len(texts), TEXTS_TOGETHER)]
 
@@ -185,9 +178,9 @@ def record_batch(lm: LanguageModel, texts: Sequence[tuple[list[int], list[int]]]
     """Record pairs of a prompt's and its target's token ids, the longest text last."""
     ids = torch.zeros(len(texts), len(texts[-1][0]) + len(texts[-1][1]) - 1, dtype=torch.long)
     places = []  # (row, place, target id)
-    for row, (prompt, said) in enumerate(texts):
-        ids[row, : len(prompt) + len(said) - 1] = torch.tensor(prompt + said[:-1])
-        places += [(row, len(prompt) - 1 + i, token) for i, token in enumerate(said)]
+    for row, (prompt, target_ids) in enumerate(texts):
+        ids[row, : len(prompt) + len(target_ids) - 1] = torch.tensor(prompt + target_ids[:-1])
+        places += [(row, len(prompt) - 1 + i, token) for i, token in enumerate(target_ids)]
     whole = record_run(lm, ids.to(lm.device), lambda embedded: None)
     lm.check_finite(whole.logits, "fine_tune")
     needed = replace(whole, states=[whole.states[layer]], attn=[], mlp=[], keys=[], values=[])

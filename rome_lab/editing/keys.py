@@ -1,7 +1,6 @@
 """Keys: prefixes sampled from the model, a fact's prompt behind them, and k* at the subject's last token (Appendix A).
 
 sample_prefixes(lm, lengths, seed)    sentences to put before a prompt
-prefixed_prompt(lm, fact, prefix)     the prompt behind one of them, with its subject's tokens
 k_star(lm, fact, layer, ...)          the key or keys that an edit of the fact maps to v*
 opening_key(lm, fact, layer)          the one of a text that the subject opens
 """
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from rome_lab.base import uniform
 from rome_lab.editing.settings import KEYS, PARTS
-from rome_lab.facts import Fact, Prompt
+from rome_lab.facts import Fact, Prompt, read_prompt
 from rome_lab.models import LanguageModel, continue_randomly
 
 
@@ -82,29 +81,6 @@ def as_sentence(text: str) -> str:
     return " ".join(text.replace("\ufffd", "").split()).rstrip(" .,;:!?-") + ". "
 
 
-def prefixed_prompt(lm: LanguageModel, fact: Fact, prefix: str = "") -> Prompt:
-    """The fact's prompt behind `prefix`, tokenised together, its subject found by the tokenizer's character offsets.
-
-    Raises:
-        ValueError: the text is too long for the model, or its tokenizer drops the subject.
-    """
-    text = prefix + fact.prompt
-    begin, end = (len(prefix) + place for place in fact.subject_span)
-    encoded = lm.tokenizer(text, return_offsets_mapping=True)
-    ids = encoded["input_ids"]
-    if len(ids) > lm.context_length:
-        raise ValueError(
-            f"the prompt {fact.prompt!r} has {len(ids)} tokens behind the prefix {prefix!r}, but {lm.name} reads at most "
-            f"{lm.context_length}; shorten it."
-        )
-    inside = [i for i, (first, last) in enumerate(encoded["offset_mapping"]) if first < end and last > begin]
-    if not inside:
-        raise ValueError(
-            f"the tokenizer of {lm.name} drops the subject {fact.subject!r}; choose a subject that it can write."
-        )
-    return Prompt(text, fact.subject, torch.tensor(ids, device=lm.device), (inside[0], inside[-1] + 1))
-
-
 def k_star(
     lm: LanguageModel, fact: Fact, layer: int, key: str = "both", prefixes: Sequence[str] = ()
 ) -> Float[Tensor, "H n"]:
@@ -126,18 +102,19 @@ def k_star(
     """
     if key not in KEYS:
         raise ValueError(f"k_star: key is {key!r}; expected one of {', '.join(map(repr, KEYS))}.")
-    if key != "bare" and not prefixes:
+    return torch.cat([one_key(lm, fact, layer, part, prefixes) for part in PARTS[key]], dim=1)
+
+
+def one_key(lm: LanguageModel, fact: Fact, layer: int, part: str, prefixes: Sequence[str] = ()) -> Float[Tensor, "H n"]:
+    """(H, 1) float32: the "bare", "opening" or "averaged" key of `k_star`; (H, 0) where there is no opening one."""
+    if part == "opening":
+        return opening_key(lm, fact, layer)
+    if part == "averaged" and not prefixes:
         raise ValueError(
-            f"k_star: the key {key!r} averages over prefixes, but none are given; give some or use 'bare'."
+            f"k_star: the key {part!r} averages over prefixes, but none are given; give some or use 'bare'."
         )
-    found: dict[str, Tensor] = {}
-    for part in PARTS[key]:
-        if part == "opening":
-            found[part] = opening_key(lm, fact, layer)
-        else:
-            texts = [prefixed_prompt(lm, fact, x) for x in (prefixes if part == "averaged" else [""])]
-            found[part] = subject_keys(lm, layer, texts).mean(0)[:, None].float()
-    return torch.cat([found[part] for part in PARTS[key]], dim=1)
+    texts = [read_prompt(lm, fact, prefix=prefix) for prefix in (prefixes if part == "averaged" else [""])]
+    return subject_keys(lm, layer, texts).mean(0)[:, None].float()
 
 
 def opening_key(lm: LanguageModel, fact: Fact, layer: int) -> Float[Tensor, "H n"]:
@@ -146,7 +123,7 @@ def opening_key(lm: LanguageModel, fact: Fact, layer: int) -> Float[Tensor, "H n
     A model whose texts have no first token of their own sees such a subject without anything before it, and its keys are
     others than in the midst of a text. The first token itself is left alone: it has nearly the same key in every text.
     """
-    opened = prefixed_prompt(lm, replace(fact, template=fact.template[fact.template.index("{}") :]))
+    opened = read_prompt(lm, replace(fact, template=fact.template[fact.template.index("{}") :]))
     found = subject_keys(lm, layer, [opened]).T.float()
     return found[:, :0] if opened.subject_range == (0, 1) else found
 

@@ -16,13 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rome_lab.base import Json, code_version
-from rome_lab.editing.exact import NothingToEdit, check_independent, distinct
+from rome_lab.editing.exact import exact_vectors, independent_keys, remarks_on
 from rome_lab.editing.fine_tuning import Tuning, default_tuning, fine_tune
-from rome_lab.editing.keys import opening_key
-from rome_lab.editing.optima import Optima, Optimum, Request
-from rome_lab.editing.settings import PARTS, EditSettings, default_settings
+from rome_lab.editing.optima import Optima, Optimum
+from rome_lab.editing.requests import NothingToEdit, Request
+from rome_lab.editing.settings import EditSettings, default_settings
 from rome_lab.editing.texts import SampledText, Source, source_of
-from rome_lab.editing.update import Factor, solve_update
+from rome_lab.editing.update import Factor, Update
 from rome_lab.models import Change, LanguageModel
 
 
@@ -55,7 +55,7 @@ class Method(Protocol):
         """The same method with nothing left to choose for this model."""
 
     def describe(self) -> dict[str, Json]:
-        """All that determines a settled method's Change besides `lm.identity().key()` and the requests; name and together do not."""
+        """All that determines a settled method's Change, but for the model and the requests; name and together do not."""
 
     def change(self, lm: LanguageModel, requests: Sequence[Request], optima: Optima) -> Proposal:
         """The one Change that meets all requests; `lm` is unchanged."""
@@ -67,10 +67,10 @@ class Rome:
 
         dW = Lambda (C^-1 K*)T,  Lambda = (V* - W K*) (K*T C^-1 K*)^-1
 
-    v* is the same whatever the key: W k* + delta of the averaged k*, with delta found once. So methods of this family
-    differ in nothing but what they map to v* and how they measure the smallness of a change. A v* that did not converge
-    is used and remarked on. Requests whose target the model says already are left out and remarked on; where none is
-    left, there is no change (`Proposal.delta` is None).
+    It is what `rome` and `rome_many` make, without their Edit. v* is found once for all methods that start from the same
+    value: W k* of the averaged k*, or of the bare one where that is the only key. Those differ in nothing but what they map
+    to v* and how they measure the smallness of a change. What `rome` warns of is remarked on. Requests whose target the
+    model says already are left out and remarked on; where none is left, there is no change (`Proposal.delta` is None).
 
     Attributes:
         key: one of `rome_lab.editing.settings.KEYS`, of which "averaged" is the paper's; by default that of the settings.
@@ -105,40 +105,38 @@ class Rome:
         chosen = {"key": self.key, "layer": self.layer, "settings": settings, "C": self.source.describe()}
         return {"method": "rome", "code": code_version(__name__), "solution": self.solution, **chosen}
 
+    def sought(self, request: Request) -> tuple[Request, int, EditSettings]:
+        """What a settled method asks `Optima.find` for; the same in all methods that share v*."""
+        return request, self.layer, replace(self.settings, key=replace(self.settings, key=self.key).start)
+
     def change(self, lm: LanguageModel, requests: Sequence[Request], optima: Optima) -> Proposal:
         method = self.settled(lm)
+        settings = replace(method.settings, key=method.key)
         reached, remarks = [], []
         for request in requests:
             try:
-                reached.append(optima.find(request, method.layer, method.settings))
+                reached.append(optima.find(*method.sought(request)))
             except NothingToEdit as reason:
                 remarks.append(str(reason))
-                continue
-            if not reached[-1].converged:
-                p, prompt = reached[-1].p_target, request[0].prompt
-                remarks.append(f"v* did not converge: {prompt!r} -> {request[1]!r} has a mean probability of {p:.2f}")
-        remark = "; ".join(remarks)
+            else:
+                remarks += remarks_on(lm, reached[-1], settings)
         if not reached:
-            return Proposal(remark=remark)
-        return Proposal(method.layer, method.solve(lm, method.factor(lm, optima), reached).float(), remark=remark)
+            return Proposal(remark="; ".join(remarks))
+        keys = [optima.k_star(optimum.request[0], method.layer, settings) for optimum in reached]
+        delta = method.solve(lm, method.factor(lm, optima), keys, reached)
+        return Proposal(method.layer, delta.float(), remark="; ".join(remarks))
 
     def factor(self, lm: LanguageModel, optima: Optima) -> Factor:
         """Of the matrix that measures the smallness of a change."""
         return optima.factor(self.layer, self.source)
 
-    def solve(self, lm: LanguageModel, factor: Factor, optima: Sequence[Optimum]) -> Float[Tensor, "D H"]:
-        """dW, float64."""
-        keys = [distinct(lm, self.layer, factor, self.keys_of(lm, x)) for x in optima]
-        check_independent(lm, self.layer, factor, [x.request for x in optima], keys)
-        stars = [x.v_star[:, None].expand(-1, K.shape[1]) for x, K in zip(optima, keys, strict=True)]
-        return solve_update(lm.weight(self.layer), factor, torch.cat(keys, dim=1), torch.cat(stars, dim=1)).delta.cpu()
-
-    def keys_of(self, lm: LanguageModel, optimum: Optimum) -> Float[Tensor, "H n"]:
-        """What `k_star` would find for the method's choice of the key."""
-        found = {"bare": optimum.keys[:, :1], "averaged": optimum.keys[:, 1:]}
-        if "opening" in PARTS[self.key]:
-            found["opening"] = opening_key(lm, optimum.request[0], self.layer).cpu()
-        return torch.cat([found[part] for part in PARTS[self.key]], dim=1)
+    def solve(
+        self, lm: LanguageModel, factor: Factor, keys: Sequence[Float[Tensor, "H n"]], reached: Sequence[Optimum]
+    ) -> Float[Tensor, "D H"]:
+        """dW, float64, of the keys and v* of each request."""
+        keys = independent_keys(self.layer, factor, [optimum.request for optimum in reached], keys)
+        vectors, _ = exact_vectors(lm, self.layer, factor, keys, reached)
+        return Update(vectors["Lambda"], vectors["u"]).delta
 
 
 @dataclass(frozen=True)
@@ -165,6 +163,10 @@ class MismatchedRome(Rome):
 
     solution: ClassVar[str] = "mismatched"
 
+    def settled(self, lm: LanguageModel) -> MismatchedRome:
+        """With both keys, whatever was chosen: the update has a place for each of them."""
+        return replace(super().settled(lm), key="both")
+
     def change(self, lm: LanguageModel, requests: Sequence[Request], optima: Optima) -> Proposal:
         if len(requests) != 1:
             raise ValueError(
@@ -173,12 +175,13 @@ class MismatchedRome(Rome):
             )
         return super().change(lm, requests, optima)
 
-    def solve(self, lm: LanguageModel, factor: Factor, optima: Sequence[Optimum]) -> Float[Tensor, "D H"]:
-        (optimum,) = optima
-        bare, averaged = optimum.keys.double().T
+    def solve(
+        self, lm: LanguageModel, factor: Factor, keys: Sequence[Float[Tensor, "H n"]], reached: Sequence[Optimum]
+    ) -> Float[Tensor, "D H"]:
+        bare, averaged = keys[0].double().cpu().T
         u = factor.solve(averaged[:, None].to(factor.lower.device))[:, 0].cpu()
         u = u / u.norm()
-        Lambda = (optimum.v_star - lm.weight(self.layer).cpu().double() @ bare) / (u @ bare)
+        Lambda = (reached[0].v_star - lm.weight(self.layer).cpu().double() @ bare) / (u @ bare)
         return torch.outer(Lambda, u)
 
 
@@ -248,7 +251,7 @@ class NoEdit:
 
 
 def measured_on(method: Method, text: str | Path) -> Method:
-    """The same method with C, where it has to do with it, measured on what `rome_lab.editing.texts.source_of` makes of `text`."""
+    """The same method with C, where it has one, measured on what `rome_lab.editing.texts.source_of` makes of `text`."""
     return replace(method, source=source_of(text)) if isinstance(method, Rome) else method
 
 

@@ -1,8 +1,11 @@
-"""What the methods of the ROME family share: v* and the keys of each request, found once; C and the prefixes.
+"""v* of each request, found once: by `rome` for its edit, by the methods of the ROME family for all they compare.
 
-Optima(lm, store)                     finds them, and keeps them in memory and in the store
-Optima.find(request, layer, ...)      an Optimum: v*, the bare and the averaged key
-Optima.factor(layer, source)          of C
+Optima(lm, store)                   finds v*, the keys, the prefixes and C, and keeps them in memory; v* in the store too
+Optima.find(request, layer, ...)    an Optimum: from memory, from the store, or now
+Optima.recall(request, layer, ...)  the same, or None where it would have to be found now
+Optima.optimise(request, ...)       now
+Optima.k_star(fact, layer, ...)     the keys that an edit maps to v*
+Optima.factor(layer, source)        of C
 """
 
 from __future__ import annotations
@@ -11,59 +14,63 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TypeAlias
 
-import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rome_lab.base import Json, Store, canonical_json, code_version, opened
-from rome_lab.editing.exact import check_news
-from rome_lab.editing.keys import k_star, sample_prefixes
-from rome_lab.editing.second_moment import covariances
-from rome_lab.editing.settings import EditSettings
+from rome_lab.base import Json, Record, Store, canonical_json, code_version, opened
+from rome_lab.editing.keys import one_key, sample_prefixes
+from rome_lab.editing.requests import Request, check_news
+from rome_lab.editing.second_moment import TokensSeen, covariances
+from rome_lab.editing.settings import PARTS, EditSettings
 from rome_lab.editing.texts import Source
 from rome_lab.editing.update import Factor, factorise
-from rome_lab.editing.values import Objective, optimise_value
+from rome_lab.editing.values import Callback, Objective, optimise_value
 from rome_lab.facts import Fact
 from rome_lab.models import LanguageModel
-
-Request: TypeAlias = tuple[Fact, str]  # a fact, and what is to be said instead of its object
 
 
 @dataclass(frozen=True, eq=False)
 class Optimum:
-    """v* of one request, and the keys that may be mapped to it.
+    """v* of one request.
 
     Attributes:
-        keys: (H, 2) float32, the bare and the averaged k*.
-        v_star: (D,) float64, W k* + delta of the averaged k*.
-        p_target: mean probability of the target, over the prefixes, that v* reaches.
-        converged: whether that is enough.
+        v_star: (D,) float64, W k* + delta, where k* is the averaged key, or the bare one where that alone is mapped to v*.
+        history, converged: of the optimisation, see `rome_lab.editing.values.Value`.
     """
 
     request: Request
-    keys: Float[Tensor, "H 2"]
     v_star: Float[Tensor, " D"]
-    p_target: float
+    history: pd.DataFrame
     converged: bool
+
+    @property
+    def best(self) -> pd.Series:
+        """The step that v* is of."""
+        return self.history.loc[self.history["loss"].idxmin()]
+
+    def record(self) -> Record:
+        """The same as arrays and JSON."""
+        arrays = {"v_star": self.v_star.numpy(), "history": self.history.to_numpy(dtype=float)}
+        return Record(arrays, {"columns": list(self.history), "converged": self.converged})
 
 
 class Optima:
-    """What the methods of the ROME family have in common, each found once: v*, the keys, the prefixes, and C.
+    """What an edit starts from, each found once: v*, the keys, the prefixes, and C.
 
     It is for `lm` as it is now. Where the weights have changed, `anew` makes one for them.
 
     Args:
-        store: where v* and keys are kept beyond this object; nowhere by default. C is in the user's cache in any case.
+        store: where v* is kept beyond this object; nowhere by default. C is in the user's cache in any case.
         progress: show a bar where C has to be measured.
     """
 
     def __init__(self, lm: LanguageModel, store: Store | str | Path | None = None, progress: bool = True) -> None:
-        self.lm, self.progress = lm, progress
-        self.store = opened(store)
+        self.lm, self.store, self.progress = lm, opened(store), progress
         self.found: dict[str, Optimum] = {}
+        self.keys: dict[tuple[object, ...], Tensor] = {}
         self.prefixes: dict[tuple[tuple[int, ...], int], tuple[str, ...]] = {}
         self.factors: dict[tuple[int, str], Factor] = {}
 
@@ -76,21 +83,23 @@ class Optima:
     def at(self, lm: LanguageModel | None, store: Store | None) -> Optima:
         """The same, and all that was found, for this model in another process and a store there; for None it can travel."""
         other = Optima(lm, store, self.progress)
-        other.found, other.prefixes, other.factors = dict(self.found), self.prefixes, self.factors
-        other.common = self.common
+        other.found, other.keys = dict(self.found), dict(self.keys)
+        other.prefixes, other.factors, other.common = self.prefixes, self.factors, self.common
         return other
 
     @cached_property
     def common(self) -> dict[str, Json]:
         return dict(self.lm.identity().key()) if self.store else {}
 
-    def factor(self, layer: int, source: Source, tokens: int | None = None) -> Factor:
-        """The Cholesky factor of C of so many tokens of `source`, by default enough; measured without edits in force."""
-        key = (layer, canonical_json([source.describe(), tokens]))
+    def factor(
+        self, layer: int, source: Source | None = None, tokens: int | None = None, callback: TokensSeen | None = None
+    ) -> Factor:
+        """The Cholesky factor of C, see `covariances`; measured without edits in force, so that it need not be anew."""
+        key = (layer, canonical_json([source and source.describe(), tokens]))
         if key not in self.factors:
             with self.lm.overlay.only([]):
-                measured = covariances(self.lm, [layer], source, tokens, progress=self.progress)[layer]
-            self.factors[key] = factorise(measured.C, measured.tokens)
+                C = covariances(self.lm, [layer], source, tokens, progress=self.progress, callback=callback)[layer]
+            self.factors[key] = factorise(C.C, C.tokens)
         return self.factors[key]
 
     def with_prefixes(self, settings: EditSettings) -> EditSettings:
@@ -102,8 +111,16 @@ class Optima:
             self.prefixes[key] = sample_prefixes(self.lm, *key)
         return replace(settings, prefixes=self.prefixes[key])
 
+    def k_star(self, fact: Fact, layer: int, settings: EditSettings) -> Float[Tensor, "H n"]:
+        """The keys that the settings name, as `rome_lab.editing.keys.k_star` finds them."""
+        prefixes = self.with_prefixes(settings).prefixes
+        for part in PARTS[settings.key]:
+            if (fact, layer, part, prefixes) not in self.keys:
+                self.keys[fact, layer, part, prefixes] = one_key(self.lm, fact, layer, part, prefixes)
+        return torch.cat([self.keys[fact, layer, part, prefixes] for part in PARTS[settings.key]], dim=1)
+
     def find(self, request: Request, layer: int, settings: EditSettings) -> Optimum:
-        """v* and the keys of a request: from memory, from the store, or now.
+        """v* of a request: from memory, from the store, or now.
 
         Raises:
             NothingToEdit: the model says the target already.
@@ -111,42 +128,43 @@ class Optima:
         """
         optimum = self.recall(request, layer, settings)
         if optimum is None:
-            check_news(self.lm, *request)
-            settings = self.with_prefixes(settings)
+            check_news(self.lm, request)
             optimum = self.optimise(request, layer, settings)
-            inputs = optimum_inputs(self.common, request, layer, settings)
+            inputs, record = self.inputs(request, layer, settings), optimum.record()
             if self.store:
-                self.store.save(inputs, *optimum_record(optimum))
+                self.store.save(inputs, record.arrays, record.meta)
             self.found[canonical_json(inputs)] = optimum
         return optimum
 
     def recall(self, request: Request, layer: int, settings: EditSettings) -> Optimum | None:
-        """v* and the keys of a request, where memory or the store has them."""
-        inputs = optimum_inputs(self.common, request, layer, self.with_prefixes(settings))
+        """v* of a request, where memory or the store has it."""
+        inputs = self.inputs(request, layer, settings)
         key = canonical_json(inputs)
         if key not in self.found and self.store and (record := self.store.load(inputs)):
-            arrays = {name: torch.from_numpy(array) for name, array in record.arrays.items()}
-            self.found[key] = Optimum(request, **arrays, **record.meta)
+            history = pd.DataFrame(record.arrays["history"], columns=record.meta["columns"]).astype({"step": int})
+            v_star = torch.from_numpy(record.arrays["v_star"])
+            self.found[key] = Optimum(request, v_star, history, record.meta["converged"])
         return self.found.get(key)
 
-    def optimise(self, request: Request, layer: int, settings: EditSettings) -> Optimum:
-        """v* and the keys, as `rome` finds them with key="both"."""
-        keys = k_star(self.lm, request[0], layer, "both", settings.prefixes)
-        original = self.lm.weight(layer).cpu().double() @ keys[:, 1].double()
-        value = optimise_value(Objective(self.lm, layer, request, original, settings), progress=False)
-        p_target = float(value.history["p_target"][value.history["loss"].idxmin()])
-        return Optimum(request, keys, original + value.delta.cpu().double(), p_target, value.converged)
+    def optimise(
+        self,
+        request: Request,
+        layer: int,
+        settings: EditSettings,
+        progress: bool = False,
+        callback: Callback | None = None,
+    ) -> Optimum:
+        """v* of a request, found now; arguments as for `optimise_value`."""
+        settings = self.with_prefixes(settings)
+        k = self.k_star(request[0], layer, settings)[:, -1]  # the averaged one where there is one
+        original = self.lm.weight(layer).cpu().double() @ k.double()
+        value = optimise_value(Objective(self.lm, layer, request, original, settings), progress, callback)
+        return Optimum(request, original + value.delta.cpu().double(), value.history, value.converged)
 
-
-def optimum_inputs(common: Mapping[str, Json], request: Request, layer: int, settings: EditSettings) -> dict[str, Json]:
-    """Everything that determines an Optimum."""
-    fact, target = request
-    chosen = {name: value for name, value in asdict(settings).items() if name not in ("key", "prefix_lengths", "seed")}
-    about = {"template": fact.template, "subject": fact.subject, "target": target, "layer": layer, "settings": chosen}
-    return {**common, "what": "optimum", "code": code_version(__name__), **about}
-
-
-def optimum_record(optimum: Optimum) -> tuple[dict[str, np.ndarray], dict[str, Json]]:
-    """An Optimum as arrays and JSON."""
-    arrays = {"keys": optimum.keys.numpy(), "v_star": optimum.v_star.numpy()}
-    return arrays, {"p_target": optimum.p_target, "converged": optimum.converged}
+    def inputs(self, request: Request, layer: int, settings: EditSettings) -> Mapping[str, Json]:
+        """Everything that determines an Optimum; of the keys that are mapped to v* only the one that it starts from."""
+        fact, target = request
+        settings = replace(self.with_prefixes(settings), key=settings.start)
+        chosen = {name: value for name, value in asdict(settings).items() if name not in ("prefix_lengths", "seed")}
+        about = {"template": fact.template, "subject": fact.subject, "target": target, "layer": layer}
+        return {**self.common, "what": "optimum", "code": code_version(__name__), **about, "settings": chosen}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 BATCH_TOKENS = 4096  # places in one forward
 SAVE_EVERY_S = 60  # what a killed process loses at most, or ten times what saving takes where that is longer
+TokensSeen: TypeAlias = Callable[[int, int], object]
+"""Called with how many tokens were seen so far, and how many were asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,12 +74,13 @@ def covariance(
     tokens: int | None = None,
     store: Store | str | Path | None = USER_CACHE,
     progress: bool = True,
+    callback: TokensSeen | None = None,
 ) -> Float[Tensor, "H H"]:
     """The uncentred second moment of the keys at one layer, C = E[k kT] (Appendix A); see `covariances`.
 
     Returns: (H, H) float32, on the CPU.
     """
-    return covariances(lm, [layer], source, tokens, store, progress)[layer].C
+    return covariances(lm, [layer], source, tokens, store, progress, callback)[layer].C
 
 
 def covariances(
@@ -86,6 +90,7 @@ def covariances(
     tokens: int | None = None,
     store: Store | str | Path | None = USER_CACHE,
     progress: bool = True,
+    callback: TokensSeen | None = None,
 ) -> dict[int, Covariance]:
     """C = E[k kT] of several layers in one pass over the text, which stops at the highest of them (Appendix A).
 
@@ -103,6 +108,8 @@ def covariances(
         tokens: how many to see, `ENOUGH` times H by default: 49,152 for the embedded model. The last passage may bring
             some more; a source that ends earlier brings fewer, with a warning.
         store: folder or Store where results are kept, the user's cache by default; None: nowhere.
+        callback: called with how many tokens were seen so far and how many were asked for, after every batch and at the
+            end, which may be the only time.
 
     Raises:
         ValueError: a layer out of range, bad numbers; the source holds no text; the keys hold NaN or infinity.
@@ -122,13 +129,21 @@ def covariances(
     missing = {layer: key for layer, key in keys.items() if records[layer] is None}
     if missing:
         store.check_writable()
-        extend_sums(lm, missing, source, tokens, store, progress)
+        extend_sums(lm, missing, source, tokens, store, progress, callback)
         records |= {layer: store.load({**key, "tokens": tokens}) for layer, key in missing.items()}
+    if callback:
+        callback(min(record.meta["tokens"] for record in records.values()), tokens)
     return {layer: covariance_in(record, source, layer) for layer, record in records.items()}
 
 
 def extend_sums(
-    lm: LanguageModel, keys: dict[int, dict[str, Json]], source: Source, tokens: int, store: Store, progress: bool
+    lm: LanguageModel,
+    keys: dict[int, dict[str, Json]],
+    source: Source,
+    tokens: int,
+    store: Store,
+    progress: bool,
+    callback: TokensSeen | None,
 ) -> None:
     """Sum over the passages until there are `tokens` tokens, from where the store has come to, and save the results."""
     sums = {layer: furthest_sum(lm, layer, store, key, tokens) for layer, key in keys.items()}
@@ -138,7 +153,10 @@ def extend_sums(
         for batch in passage_batches(source.passages(lm, store, first), tokens - seen):
             add_passages(lm, sums, batch, first)
             first += len(batch)
-            bar.update(sum(map(len, batch)))
+            seen += (count := sum(map(len, batch)))
+            bar.update(count)
+            if callback:
+                callback(seen, tokens)
             if (began := time.monotonic()) >= save_at:
                 save_furthest(store, keys, sums)
                 save_at = time.monotonic() + max(SAVE_EVERY_S, 10 * (time.monotonic() - began))

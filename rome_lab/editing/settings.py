@@ -1,4 +1,9 @@
-"""TODO editing/settings."""
+"""How to edit, and where: `EditSettings`, and the defaults of models that are known by name.
+
+PARTS, KEYS             the choices of the key
+default_settings(lm)    layer and settings of the model
+known_as(lm)            the name by which tables of defaults list it
+"""
 
 from __future__ import annotations
 
@@ -21,7 +26,8 @@ class EditSettings:
     """How to edit; the published values by default, but for the key.
 
     Attributes:
-        key: which keys are mapped to v*: "all", "both", "averaged" (the paper's) or "bare"; see `rome_lab.editing.keys.k_star`.
+        key: which keys are mapped to v*: "all", "both", "averaged" (the paper's) or "bare"; see
+            `rome_lab.editing.keys.k_star`.
         prefix_lengths: tokens of each of the prefixes that are sampled from the model.
         prefixes: the prefixes themselves, where they are not to be sampled.
         seed: of the prefixes.
@@ -62,6 +68,11 @@ class EditSettings:
         object.__setattr__(self, "prefix_lengths", tuple(self.prefix_lengths))
         object.__setattr__(self, "prefixes", None if self.prefixes is None else tuple(self.prefixes))
 
+    @property
+    def start(self) -> str:
+        """The key whose value v* starts from: "averaged", or "bare" where that is the only one."""
+        return PARTS[self.key][-1]
+
 
 TWENTY = (5,) * 10 + (10,) * 10  # lengths of the authors' prefixes
 
@@ -90,5 +101,10 @@ DEFAULTS = {
 
 
 def default_settings(lm: LanguageModel) -> Default:
-    """The entry of `DEFAULTS` for the model, by the last part of its name; other models get no layer."""
-    return DEFAULTS.get(lm.name.rsplit("/", 1)[-1].lower(), Default())
+    """The entry of `DEFAULTS` for the model; other models get no layer."""
+    return DEFAULTS.get(known_as(lm), Default())
+
+
+def known_as(lm: LanguageModel) -> str:
+    """The name by which tables of defaults list a model: the last part of its own, in small letters."""
+    return lm.name.rsplit("/", 1)[-1].lower()

@@ -65,8 +65,8 @@ class Update:
     """The smallest change of W that meets the constraints; of rank n.
 
     Attributes:
-        Lambda: (D, n), float64.
-        u: (H, n) = C^-1 K, float64.
+        Lambda: (D, n).
+        u: (H, n) = C^-1 K.
     """
 
     Lambda: Float[Tensor, "D n"]
@@ -74,8 +74,8 @@ class Update:
 
     @property
     def delta(self) -> Float[Tensor, "D H"]:
-        """W_hat - W, float64."""
-        return self.Lambda @ self.u.T
+        """W_hat - W, float64: a sum of outer products, added up one by one so that every machine gets the same bits."""
+        return sum(map(torch.outer, self.Lambda.double().T, self.u.double().T))
 
 
 def factorise(C: Float[Tensor, "H H"], tokens: int | None = None) -> Factor:
@@ -176,6 +176,24 @@ def dependent_columns(triangle: Tensor) -> list[int]:
     last = below[0]
     shares = torch.linalg.solve_triangular(triangle[:last, :last], triangle[:last, last:][:, :1], upper=True)
     return [*(shares.abs().flatten() > DEPENDENT).nonzero().flatten().tolist(), last]
+
+
+def dependent(factor: Factor, K: Float[Tensor, "H n"]) -> list[int]:
+    """Columns of K that are linearly dependent; none where each can have a value of its own."""
+    whitened = factor.whiten(precise(K).to(factor.lower.device))
+    length = whitened.norm(dim=0)
+    return dependent_columns(torch.linalg.qr(whitened / length.where(length > 0, 1)).R)
+
+
+def distinct(factor: Factor, K: Float[Tensor, "H n"]) -> Float[Tensor, "H m"]:
+    """The keys of one fact, each once: where the layer sees no prefix they are the same, and the last one stays."""
+    if not dependent(factor, K):
+        return K
+    kept = K[:, -1:]
+    for column in reversed(range(K.shape[1] - 1)):
+        wider = torch.cat([K[:, column : column + 1], kept], dim=1)
+        kept = kept if dependent(factor, wider) else wider
+    return kept
 
 
 def apply_update(

@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rome_lab.editing.keys import prefixed_prompt
+from rome_lab.editing.requests import Request
 from rome_lab.editing.settings import EditSettings
-from rome_lab.facts import Fact, continuation_ids
+from rome_lab.facts import continuation_ids, read_prompt
 from rome_lab.models import (
     LanguageModel,
     Recording,
@@ -66,14 +66,14 @@ class Suffixes:
     def run(self, lm: LanguageModel, layer: int, delta: Tensor) -> Tensor:
         """(B, N, D): the last block's outputs at the suffixes, with `delta` added to what W says at their first tokens."""
         hidden = self.recording.states[layer][:, self.begin :]
-        with output_changed(lm.memory(layer), lambda said: self.change(said, delta)):
+        with output_changed(lm.memory(layer), lambda values: self.change(values, delta)):
             hidden = run_block(lm, layer, hidden, self.recording)
         return run_blocks(lm, range(layer + 1, lm.n_layers), hidden, self.recording)
 
-    def change(self, said: Tensor, delta: Tensor) -> Tensor:
+    def change(self, values: Tensor, delta: Tensor) -> Tensor:
         """What W says, with `delta` added at the first token of every suffix."""
-        changed = said.clone()
-        changed.view(len(self.recording.logits), -1, len(delta))[:, 0] += delta.to(said)  # OPT hands over (B * T, D)
+        changed = values.clone()
+        changed.view(len(self.recording.logits), -1, len(delta))[:, 0] += delta.to(values)  # OPT hands over (B * T, D)
         return changed
 
 
@@ -81,11 +81,7 @@ def record_suffixes(lm: LanguageModel, texts: Sequence[Sequence[int]], begins: S
     """Record texts of any lengths, each with the place of its subject's last token, in one run of the model."""
     begin = max(begins)
     length = begin + max(len(text) - place for text, place in zip(texts, begins, strict=True))
-    if length > lm.context_length:
-        raise ValueError(
-            f"rome: a prompt with its prefix and its target has {length} tokens, but {lm.name} reads at most "
-            f"{lm.context_length}; shorten it."
-        )
+    lm.check_length(length, "rome: a prompt with its prefix and its target")
     # Padding right of a text cannot reach it in a causal model.
     ids = torch.tensor([[*text, *[0] * (length - len(text))] for text in texts], device=lm.device)
     recording = record_run(lm, ids, lambda embedded: None)
@@ -142,7 +138,7 @@ class Objective:
     """
 
     def __init__(
-        self, lm: LanguageModel, layer: int, request: tuple[Fact, str], original: Tensor, settings: EditSettings
+        self, lm: LanguageModel, layer: int, request: Request, original: Tensor, settings: EditSettings
     ) -> None:
         fact, target = request
         self.lm, self.layer, self.settings = lm, layer, settings
@@ -150,11 +146,11 @@ class Objective:
         precision = torch.promote_types(torch.float32, lm.dtype)
         self.start = torch.zeros(len(original), dtype=precision, device=lm.device)
         self.target_ids = torch.tensor(continuation_ids(lm, fact.prompt, target), device=lm.device)
-        prompts = [prefixed_prompt(lm, fact, prefix) for prefix in ("", *(settings.prefixes or ()))]
-        prompts.append(prefixed_prompt(lm, replace(fact, template="{} is a", templates=())))
-        said = [self.target_ids[:-1].tolist()] * (len(prompts) - 1) + [[]]
+        prompts = [read_prompt(lm, fact, prefix=prefix) for prefix in ("", *(settings.prefixes or ()))]
+        prompts.append(read_prompt(lm, replace(fact, template="{} is a", templates=())))
+        continuations = [self.target_ids[:-1].tolist()] * (len(prompts) - 1) + [[]]
         begins = [prompt.subject_range[1] - 1 for prompt in prompts]
-        texts = [[*prompt.ids.tolist(), *more] for prompt, more in zip(prompts, said, strict=True)]
+        texts = [[*prompt.ids.tolist(), *more] for prompt, more in zip(prompts, continuations, strict=True)]
         # The row of the batch and the place in the suffix of every token whose next one is asked for.
         first = [len(prompt.ids) - 1 for prompt in prompts]
         self.rows = [row for row, text in enumerate(texts) for _ in range(first[row], len(text))]
@@ -168,7 +164,7 @@ class Objective:
         return at_least_float32(self.lm.logits(hidden[self.rows, self.places])).log_softmax(-1)
 
     def __call__(self, delta: Tensor) -> dict[str, Tensor]:
-        """The loss, its terms, and what is told of each step."""
+        """The loss, its terms, and what the history says of each step."""
         log_p = self.read_log_p(self.texts.run(self.lm, self.layer, delta))
         texts, essence = log_p[:-1].unflatten(0, (-1, len(self.target_ids))), log_p[-1]
         places = self.target_ids.expand(len(texts), -1)[..., None]
@@ -178,8 +174,8 @@ class Objective:
             "kl": self.settings.kl * (essence.exp() * (essence - self.before)).sum(),
             "weight_decay": self.settings.weight_decay * delta.square().sum() / self.length**2,
         }
-        told = {"p_target": log_target.exp().mean(), "norm": delta.norm() / self.length}
-        return {"loss": sum(terms.values()), **terms, **told}
+        measured = {"p_target": log_target.exp().mean(), "norm": delta.norm() / self.length}
+        return {"loss": sum(terms.values()), **terms, **measured}
 
 
 def optimise_value(objective: Objective, progress: bool = True, callback: Callback | None = None) -> Value:

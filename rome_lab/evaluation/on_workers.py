@@ -48,7 +48,7 @@ def sought(questions: Sequence[CaseQuestions]) -> list[Sought]:
     """What the methods of the ROME family are going to ask for, each once."""
     given = [pair for _, methods, requests in questions for pair in zip(methods, requests, strict=True)]
     rome = [(method, request) for method, some in given if isinstance(method, Rome) for request in some]
-    return list(dict.fromkeys((request, method.layer, method.settings) for method, request in rome))
+    return list(dict.fromkeys(method.sought(request) for method, request in rome))
 
 
 def find_there(bench: Bench, lm: LanguageModel, asked: Sought, store: Store) -> None:

@@ -15,7 +15,7 @@ import torch
 from tiny import FAMILIES, tiny_model
 
 from rome_lab.editing.edit import Edit, load_edit
-from rome_lab.editing.exact import rome, rome_many, warn_of_first_token
+from rome_lab.editing.exact import first_token_remark, rome, rome_many
 from rome_lab.editing.keys import k_star, run_to_keys
 from rome_lab.editing.settings import DEFAULTS, KEYS, EditSettings, default_settings
 from rome_lab.editing.update import constraint_error
@@ -349,7 +349,7 @@ def test_bad_input_is_refused_with_a_sentence_and_changes_nothing(arguments, sen
 
 
 def test_a_target_too_long_for_the_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="with its target has .* tokens, but tiny-gpt2 reads at most 64"):
+    with pytest.raises(ValueError, match="with its target: .* tokens are more than the 64 of tiny-gpt2"):
         make(tiny_model("gpt2"), target="x" * 80)
 
 
@@ -446,14 +446,17 @@ def test_the_plot_shows_every_step() -> None:
 
 
 @pytest.mark.parametrize("key", ["both", "bare", "averaged"])
-def test_a_subject_that_is_the_texts_first_token_is_warned_of_where_its_own_key_counts(key, caplog) -> None:
+def test_a_subject_that_is_the_texts_first_token_is_warned_of_where_its_own_key_counts(key) -> None:
     lm = tiny_model("llama")
-    warn_of_first_token(lm, Fact("J", "{} is in", "Asia"), key)
-    assert ("first token" in caplog.text) == (key != "averaged")
-    caplog.clear()
-    warn_of_first_token(lm, Fact("J", "The country of {} is in", "Asia"), key)
-    warn_of_first_token(lm, Fact("Japan and Korea", "{} are in", "Asia"), key)
-    assert caplog.text == ""
+    remark = first_token_remark(lm, Fact("J", "{} is in", "Asia"), key)
+    assert ("first token" in remark) == (key != "averaged")
+    assert first_token_remark(lm, Fact("J", "The country of {} is in", "Asia"), key) == ""
+    assert first_token_remark(lm, Fact("Japan and Korea", "{} are in", "Asia"), key) == ""
+
+
+def test_the_warning_of_the_first_token_is_logged(caplog) -> None:
+    make(tiny_model("llama"), Fact("J", "{} is in", "Asia"))
+    assert "rome: the subject 'J' is the first token of the text" in caplog.text
 
 
 # The embedded model

@@ -177,7 +177,7 @@ def test_settings_out_of_range_are_refused(wrong, sentence) -> None:
         ([], Tuning(1), "there is nothing to edit"),
         (ONE, Tuning(4), "layer is 4; tiny-llama has the layers 0 to 3"),
         ([(FACT, " ")], Tuning(1), "the continuation is empty"),
-        ([(FACT, "Rome " * 20)], Tuning(1), r"with its target has \d+ tokens, but tiny-llama reads at most 64"),
+        ([(FACT, "Rome " * 20)], Tuning(1), r"with its target: \d+ tokens are more than the 64 of tiny-llama"),
     ],
 )
 def test_bad_input_is_refused_with_a_sentence(requests, tuning, sentence) -> None:

@@ -8,18 +8,20 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny import FAMILIES, tiny_model
 
 import rome_lab.editing.optima as optima_module
-from rome_lab.editing.exact import NothingToEdit, rome, rome_many
+from rome_lab.editing.exact import rome, rome_many
 from rome_lab.editing.fine_tuning import Tuning, fine_tune
 from rome_lab.editing.keys import k_star
 from rome_lab.editing.methods import METHODS, SEARCH, FineTuning, InContext, NoEdit, Rome, measured_on
 from rome_lab.editing.optima import Optima
+from rome_lab.editing.requests import NothingToEdit
 from rome_lab.editing.second_moment import covariance
-from rome_lab.editing.settings import EditSettings
+from rome_lab.editing.settings import KEYS, EditSettings
 from rome_lab.editing.texts import FolderText, WikipediaText
 from rome_lab.editing.update import constraint_error
 from rome_lab.facts.fact import Fact
@@ -74,10 +76,11 @@ def C_of(lm):
     return covariance(lm, 1, Tokens(), progress=False)
 
 
-def optimum(lm, request=REQUEST):
+def optimum(lm, key="both"):
     """bare and averaged key, v*, W, in float64."""
-    found = Optima(lm).find(request, 1, FEW)
-    return *found.keys.double().T, found.v_star, lm.weight(1).double()
+    optima = Optima(lm)
+    v_star = optima.find(REQUEST, 1, replace(FEW, key=key)).v_star
+    return *optima.k_star(FACT, 1, FEW).double().T, v_star, lm.weight(1).double()
 
 
 def logits(lm):
@@ -89,11 +92,12 @@ def logits(lm):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rome_maps_the_keys_of_its_name_to_one_and_the_same_value(family) -> None:
+def test_rome_maps_the_keys_of_its_name_to_their_value(family) -> None:
     lm = tiny_model(family)
-    bare, averaged, v_star, W = optimum(lm)
+    bare, averaged, shared, W = optimum(lm)
     for name in ROMES:
         proposal = propose(lm, name)
+        v_star = optimum(lm, "bare")[2] if name == "rome-bare" else shared  # W k_bare + delta, as `rome` has it
         assert proposal.layer == 1 and proposal.delta.dtype == torch.float32 and proposal.remark == ""
         W_hat = W + proposal.delta.double()
         errors = constraint_error(W_hat, torch.stack([bare, averaged], dim=1), v_star[:, None].expand(-1, 2)).tolist()
@@ -110,12 +114,47 @@ def test_rome_maps_the_keys_of_its_name_to_one_and_the_same_value(family) -> Non
         }[name], (name, errors)
 
 
-@pytest.mark.parametrize("key", ["all", "both", "averaged"])  # with the bare one alone the library starts from W k_bare
-def test_rome_is_the_edit_of_the_library(key) -> None:
-    lm = tiny_model("gpt2")
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama", "gemma2", "opt"])
+def test_rome_is_the_edit_of_the_library(family, key) -> None:
+    lm = tiny_model(family)
+    optima = Optima(lm, progress=False)
+    # One that was found for another key first must not be served where it is not the same.
+    tiny_method("rome-averaged" if key == "bare" else "rome-bare").change(lm, [REQUEST], optima)
+    change = tiny_method("rome", key=key).change(lm, [REQUEST], optima)
     edit = rome(lm, *REQUEST, 1, C=C_of(lm), hparams=replace(FEW, key=key), progress=False)
-    torch.testing.assert_close(propose(lm, "rome", key=key).delta.double(), edit.delta, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(optimum(lm)[2].float(), edit.v_star.view(32, -1)[:, 0])
+    assert torch.equal(change.delta, edit.delta.float())
+    v_star = optima.find(REQUEST, 1, replace(FEW, key=key)).v_star
+    assert torch.equal(v_star.float(), edit.v_star.view(len(v_star), -1)[:, -1])
+    with edit.applied(lm):
+        expected = lm.weight(1).clone()
+    torch.testing.assert_close((lm.weight(1).double() + change.delta.double()).float(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_bare_key_has_a_value_of_its_own_and_the_others_share_theirs(tmp_path) -> None:
+    lm = tiny_model("llama")
+    optima = Optima(lm, tmp_path, progress=False)
+    for key in KEYS:
+        optima.find(REQUEST, 1, replace(FEW, key=key))
+    assert len(optima.found) == 2 == len(list(tmp_path.glob("optimum/*")))
+    bare, averaged = (optima.find(REQUEST, 1, replace(FEW, key=key)) for key in ("bare", "averaged"))
+    assert not torch.allclose(bare.v_star, averaged.v_star, rtol=1e-3)
+    again = Optima(lm, tmp_path, progress=False).find(REQUEST, 1, replace(FEW, key="bare"))
+    assert torch.equal(again.v_star, bare.v_star)
+    pd.testing.assert_frame_equal(again.history, bare.history)
+
+
+@pytest.mark.parametrize("key", ["averaged", "bare"])
+def test_what_rome_warns_of_is_a_remark_in_the_table(key, caplog) -> None:
+    lm, fact = tiny_model("llama"), Fact("J", "{} is in", "Asia")
+    settings = replace(FEW, key=key, enough=1.0)
+    remark = tiny_method("rome", settings=settings).change(lm, [(fact, "Rome")], Optima(lm, progress=False)).remark
+    rome(lm, fact, "Rome", 1, C=C_of(lm), hparams=settings, progress=False)
+    warnings = [
+        record.getMessage().removeprefix("rome: ") for record in caplog.records if record.levelname == "WARNING"
+    ]
+    assert len(warnings) == (1 if key == "averaged" else 2)
+    assert all(warning in remark for warning in warnings)
 
 
 def test_joint_is_the_library_s_edit_of_many() -> None:
@@ -219,7 +258,8 @@ def test_the_family_shares_one_optimisation_a_request(monkeypatch) -> None:
     )
     optima = Optima(lm, progress=False)
     for name in [*ROMES, "joint"]:
-        tiny_method(name).change(lm, [REQUEST], optima)
+        if name != "rome-bare":  # it starts from another value
+            tiny_method(name).change(lm, [REQUEST], optima)
     assert len(calls) == 1
     tiny_method("joint").change(lm, SEVERAL, optima)
     assert len(calls) == 3
@@ -270,7 +310,8 @@ def test_a_value_that_did_not_converge_is_used_and_remarked_on() -> None:
     lm = tiny_model("llama")
     proposal = propose(lm, "rome", SEVERAL[:2], settings=replace(FEW, enough=1.0))
     assert proposal.delta is not None
-    assert "v* did not converge: 'The Eiffel Tower is in' -> 'Rome' has a mean probability of 0." in proposal.remark
+    assert "v* did not converge: after 3 steps the target 'Rome' has a mean probability of 0." in proposal.remark
+    assert "behind 'The Eiffel Tower is in', and 1.00 is enough" in proposal.remark
     assert proposal.remark.count("did not converge") == 2
 
 

@@ -1,0 +1,79 @@
+"""What an edit is asked to do, and whether there is anything to do.
+
+Request                            a fact, and what is to be said instead of its object
+check_requests(lm, requests, ...)  raises where they are none that can be met; asks the model nothing
+check_news(lm, request)            raises NothingToEdit where the model says the target already
+layer_to_edit(lm, facts, layer)    the layer that is meant: given, known for the model, or found by a causal trace
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from rome_lab.editing.settings import default_settings
+from rome_lab.facts import Fact, completions, continuation_ids, read_prompt
+from rome_lab.models import LanguageModel
+from rome_lab.tracing import causal_trace
+
+logger = logging.getLogger(__name__)
+
+Request: TypeAlias = tuple[Fact, str]  # a fact, and what is to be said instead of its object
+
+
+class NothingToEdit(ValueError):
+    """The model says the target already."""
+
+
+def check_requests(lm: LanguageModel, requests: Sequence[Request], layer: int | None) -> None:
+    """Raise where there is nothing to edit, or no such layer; the model is not run."""
+    if not requests:
+        raise ValueError("rome: there is nothing to edit; give at least one fact with its target.")
+    if layer is not None and layer not in range(lm.n_layers):
+        raise ValueError(f"rome: layer is {layer!r}; {lm.name} has the layers 0 to {lm.n_layers - 1}.")
+    for fact, target in requests:
+        if not isinstance(fact, Fact):
+            raise TypeError(
+                f"rome: the fact is {fact!r}; expected a Fact, such as "
+                'Fact(subject="Eiffel Tower", template="The {} is located in the city of", object="Paris").'
+            )
+        if not isinstance(target, str) or not target.strip():
+            raise ValueError(f"rome: the target is {target!r}; write what {lm.name} is to say after {fact.prompt!r}.")
+
+
+def check_news(lm: LanguageModel, request: Request) -> None:
+    """Raise NothingToEdit where every token of the target is what the model would say anyway.
+
+    Raises:
+        ValueError: also where prompt and target are more than the model can read, or what it says is no finite number.
+    """
+    fact, target = request
+    length = len(read_prompt(lm, fact).ids) + len(continuation_ids(lm, fact.prompt, target)) - 1
+    lm.check_length(length, f"rome: {fact.prompt!r} with its target")
+    (answer,) = completions(lm, [(fact.prompt, target)], "rome")
+    if answer.greedy.all():
+        raise NothingToEdit(
+            f"rome: {lm.name} already goes on from {fact.prompt!r} with {target!r} (p {answer.p:.2f}), so there is nothing "
+            "to edit; choose another target, or see with audit(lm, edit) what the edits in force do."
+        )
+
+
+def layer_to_edit(lm: LanguageModel, facts: Sequence[Fact], layer: int | None) -> int:
+    """The layer that was given, or that of `DEFAULTS`, or, for other models, where a causal trace has its peak (logged).
+
+    That is the layer at which restoring MLP outputs at the last subject token has most effect, averaged over the facts.
+    """
+    layer = default_settings(lm).layer if layer is None else int(layer)
+    if layer is not None:
+        return layer
+    traces = [causal_trace(lm, fact.prompt, fact.subject, kind="mlp") for fact in facts]
+    effects = np.mean([trace.indirect_effect[trace.subject_range[1] - 1] for trace in traces], axis=0)
+    layer = int(effects.argmax())
+    logger.warning(
+        "rome: no layer is known for %s; a causal trace of MLP outputs at the last subject token has its peak at layer "
+        "%d (indirect effect %.3f), which is used. Choose another with layer=.", lm.name, layer, effects[layer],
+    )  # fmt: skip
+    return layer
