@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib.collections import QuadMesh
@@ -22,6 +23,7 @@ from rome_lab.editing.exact import rome
 from rome_lab.editing.keys import k_star
 from rome_lab.facts.fact import Fact
 from rome_lab.facts.prompts import read_prompt
+from rome_lab.studies import anatomy as room
 from rome_lab.studies.anatomy import drawings as anatomy_plots
 from rome_lab.studies.anatomy import measures as anatomy
 from rome_lab.tracing.one_fact import causal_trace
@@ -223,3 +225,61 @@ def test_the_heatmap_of_a_sweep_has_its_cells_tokens_and_layers() -> None:
     names = [label.get_text() for label in ax.get_yticklabels()]
     begin, end = table.attrs["subject_range"]
     assert [name.endswith("*") for name in names] == [begin <= i < end for i in range(4)]
+
+
+def test_the_notebooks_figures_hold_the_panels_and_the_line_of_the_key() -> None:
+    lm = tiny_model("llama")
+    edit, C = make(lm, hparams=ALONE), covariance_of(lm, 1)
+    left, right = room.vector_figure(lm, edit, anatomy.directions(edit, C)).axes
+    assert len(left.lines) == 3 and len(right.collections) == 2
+    changes = anatomy.disturbance(lm, edit, {"running text": torch.stack([edit.k_star.double(), C[0].double()])})
+    (ax,) = room.disturbance_figure(changes, 0.25).axes
+    assert [text.get_text() for text in ax.get_legend().get_texts()][-1] == "k* itself"
+    boxes = room.quantiles(changes).set_index("update")["median"]
+    assert f"{boxes['identity'] / boxes['C']:.1f} times" in room.medians(room.quantiles(changes)).to_html()
+    traces = [causal_trace(lm, FACT.prompt, FACT.subject, kind, samples=2) for kind in ("state", "mlp")]
+    table = anatomy.edit_everywhere(lm, TOLD, "Rome", {1: C}, NEIGHBOURS, replace(ALONE, steps=1), [3], progress=False)
+    figure = room.sweep_figure(traces, table, "a note")
+    assert figure.get_suptitle() == "a note"
+    panels = [ax.get_title() for ax in figure.axes if ax.get_title()]
+    assert [title[:3] for title in panels] == ["(a)", "(b)", "(c)", "(d)", "(e)", "(f)"]
+    assert panels[2].endswith(room.COLUMNS["p_target"])
+
+
+def test_sentences_say_the_numbers_of_the_tables() -> None:
+    lm = tiny_model("llama")
+    edit, C = make(lm, hparams=ALONE), covariance_of(lm, 1)
+    table, shares = anatomy.sizes(lm, edit, C), anatomy.directions(edit, C)
+    k, W = edit.k_star.double(), lm.weight(1).double()
+    assert room.change_at_key(table) == pytest.approx(float((edit.delta @ k).norm() / (W @ k).norm()), rel=1e-4)
+    lines = room.sizes_in_words(table, edit).splitlines()
+    assert (
+        lines[0] == f"|v* - W k*| / |W k*| = {room.change_at_key(table):.2f}; the clamp allows {edit.settings.clamp:g}"
+    )
+    assert lines[2] == f"|dW| / |W| = {float(edit.delta.norm() / W.norm()):.1%}"
+    half = int((shares["text"] < 0.5).sum())
+    assert room.directions_in_words(shares, table, edit).startswith(
+        f"Half of all keys in text lies along {half + 1} of {len(shares)} directions; of k* {shares['k*'][half]:.1%} does"
+    )
+
+
+def test_the_best_cells_of_traces_and_edits_are_named() -> None:
+    lm = tiny_model("gpt2")
+    trace = causal_trace(lm, FACT.prompt, FACT.subject, kind="mlp", samples=2)
+    token, layer = np.unravel_index(trace.indirect_effect.argmax(), trace.indirect_effect.shape)
+    line = room.trace_in_words(trace)
+    assert f"brought back most at {trace.tokens[token]!r}, layer {layer};" in line
+    assert line.endswith(f"{trace.indirect_effect[trace.subject_range[1] - 1].max():+.1%}")
+    cells = {"position": [1, 1, 2], "token": ["a", "a", "b"], "bucket": "last", "layer": [0, 3, 0]}
+    results = {"p_target": [0.2, 0.6, 0.9], "p_paraphrase": 0.1, "kept": 1.0, "together": [0.1, 0.8, 0.3]}
+    table = pd.DataFrame(cells | results)
+    table.attrs |= {"p_target": 0.01, "p_paraphrase": 0.02}
+    assert room.best_edit_in_words(table).splitlines() == [
+        "the best edit is at 'a' (last), layer 3: 1.00 is kept,",
+        "p_target 1.0% -> 60.0%,",
+        "p_paraphrase 2.0% -> 10.0%,",
+        "2 of 3 edits give the target more than 50% after the prompt",
+    ]
+    by_token = room.best_by_token(table, [trace])
+    assert by_token["edits, all three: max"].tolist() == [0.8, 0.3]
+    assert by_token["largest mlp effect"].tolist() == trace.indirect_effect.max(axis=1)[[1, 2]].tolist()

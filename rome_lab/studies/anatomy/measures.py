@@ -4,8 +4,9 @@ sizes(lm, edit, C)                         lengths of k*, v*, u, Lambda and of t
 directions(edit, C)                        how much of k* and of u is along the usual directions of keys
 other_keys(lm, edit, facts, passages)      keys that the edit should or should not touch, by group
 disturbance(lm, edit, keys)                |dW k| / |W k| of each of them, with C and with the identity in its place
-sweep(lm, fact, target, C, ...)            success, paraphrase and neighbours of edits at every token and layer
-agreement(table, traces)                   whether edits work where causal tracing says that the fact is
+edit_everywhere(lm, fact, target, C, ...)  success, paraphrase and neighbours of edits at every token and layer
+agreement_with_traces(table, traces)       whether edits work where causal tracing says that the fact is
+best_by_token(table, traces)               the same token by token
 
 `rome_lab.studies.anatomy.drawings` draws them. One fact and one key: an edit here is the paper's, of rank one.
 """
@@ -40,7 +41,7 @@ from rome_lab.tracing import Trace, buckets
 logger = logging.getLogger(__name__)
 
 LARGEST = 10  # components whose share of a vector's squared length is told
-JUDGED = ("p_target", "p_paraphrase", "p_neighbours")  # what `judge` returns
+JUDGED = ("p_target", "p_paraphrase", "p_neighbours")  # what `outcome_of_edit` returns
 GROUPS = (
     "same subject, other wording",
     "other tokens of the prompt",
@@ -56,17 +57,18 @@ def sizes(lm: LanguageModel, edit: Edit, C: Float[Tensor, "H H"]) -> pd.DataFram
     Returns: `size` (its shape), `length` (Euclidean or Frobenius), `usual` (root mean square of such a length over the
         text behind C, where that is defined), `top` (share of the squared length in the `LARGEST` largest components).
     """
-    W, k, v = lm.weight(edit.layer).double().cpu(), one_key(edit), edit.v_star.double()
+    W, k, v = lm.weight(edit.layer).double().cpu(), key_of(edit), edit.v_star.double()
     C = C.double()
     usual = {"k*": C.trace().sqrt(), "W k*": (W @ C @ W.T).trace().sqrt()}
     rows = {"k*": k, "u = C^-1 k*": edit.u, "W k*": W @ k, "v*": v, "v* - W k*": v - W @ k, "Lambda": edit.Lambda}
     rows |= {"W": W, "dW = Lambda uT": edit.delta}
-    table = pd.DataFrame.from_dict({name: measures(x.double()) for name, x in rows.items()}, orient="index")
+    table = pd.DataFrame.from_dict({name: measures_of(x.double()) for name, x in rows.items()}, orient="index")
     table.insert(2, "usual", pd.Series({name: float(x) for name, x in usual.items()}))
     return table.rename_axis("what")
 
 
-def measures(x: Tensor) -> dict[str, object]:
+def measures_of(x: Tensor) -> dict[str, object]:
+    """Size, length and `top` of a vector or matrix; see `sizes`."""
     squares = x.flatten().square()
     return {
         "size": " x ".join(map(str, x.shape)),
@@ -84,12 +86,12 @@ def directions(edit: Edit, C: Float[Tensor, "H H"]) -> pd.DataFrame:
     Returns: a row for each n from 1 to H: n, text, k*, u.
     """
     values, vectors = torch.linalg.eigh(C.double())
-    energies = {"text": values, "k*": (vectors.T @ one_key(edit)).square(), "u": (vectors.T @ edit.u.double()).square()}
+    energies = {"text": values, "k*": (vectors.T @ key_of(edit)).square(), "u": (vectors.T @ edit.u.double()).square()}
     shares = {name: (x.flip(0).cumsum(0) / x.sum()).numpy() for name, x in energies.items()}
     return pd.DataFrame({"n": np.arange(1, len(C) + 1)} | shares)
 
 
-def one_key(edit: Edit) -> Float[Tensor, " H"]:
+def key_of(edit: Edit) -> Float[Tensor, " H"]:
     """k* of a rank-one edit, float64."""
     if edit.k_star.ndim != 1:
         raise ValueError(
@@ -134,9 +136,9 @@ def places_beside(lm: LanguageModel, fact: Fact, prefix: str) -> list[int]:
 
 def keys_of(lm: LanguageModel, layer: int, ids: Tensor) -> Float[Tensor, "T H"]:
     """The keys at all tokens of one text (T,), float64 on the CPU."""
-    found: list[Tensor] = []
-    run_to_keys(lm, ids[None], [layer], lambda layer, keys: found.append(keys.reshape(len(ids), -1).cpu().double()))
-    return found[0]
+    keys: list[Tensor] = []
+    run_to_keys(lm, ids[None], [layer], lambda _, rows: keys.append(rows.reshape(len(ids), -1).cpu().double()))
+    return keys[0]
 
 
 def disturbance(lm: LanguageModel, edit: Edit, keys: Mapping[str, Float[Tensor, "N H"]]) -> pd.DataFrame:
@@ -146,7 +148,7 @@ def disturbance(lm: LanguageModel, edit: Edit, keys: Mapping[str, Float[Tensor, 
 
     Returns: a row a key and update: group, update ("C" or "identity"), ratio = |dW k| / |W k|.
     """
-    W, k, v = lm.weight(edit.layer).double().cpu(), one_key(edit)[:, None], edit.v_star.double()[:, None]
+    W, k, v = lm.weight(edit.layer).double().cpu(), key_of(edit)[:, None], edit.v_star.double()[:, None]
     plain = solve_update(W, torch.eye(len(k), dtype=torch.float64), k, v).delta
     tables = [
         pd.DataFrame(
@@ -188,10 +190,10 @@ def edit_everywhere(
     prompt = read_prompt(lm, fact)
     names, places = prompt.tokens(lm), buckets(len(prompt.ids), prompt.subject_range)
     moved = {i: key_at(lm, fact, i) for i in (range(len(prompt.ids)) if positions is None else positions)}
-    cells = [(i, layer, said) for i, said in moved.items() if said for layer in sorted(C)]
+    cells = [(i, layer, there) for i, there in moved.items() if there for layer in sorted(C)]
     before, rows = outcome_of_edit(lm, fact, target, neighbours), []
-    for i, layer, said in tqdm(cells, desc="edits", disable=not progress):
-        edit = rome(lm, said, target, layer, C=C[layer], hparams=settings, progress=False)
+    for i, layer, there in tqdm(cells, desc="edits", disable=not progress):
+        edit = rome(lm, there, target, layer, C=C[layer], hparams=settings, progress=False)
         size = float(edit.delta.norm() / lm.weight(layer).double().norm())
         with edit.applied(lm):
             after = dict(zip(JUDGED, outcome_of_edit(lm, fact, target, neighbours), strict=True))
@@ -211,18 +213,16 @@ def key_at(lm: LanguageModel, fact: Fact, position: int) -> Fact | None:
     special tokens, blanks, and within a character.
     """
     first, end = lm.tokenizer(fact.prompt, return_offsets_mapping=True)["offset_mapping"][position]
-    before, subject = (
-        fact.prompt[:end],
-        fact.prompt[fact.subject_span[0] : end].strip() or fact.prompt[first:end].strip(),
-    )
+    before = fact.prompt[:end]
+    subject = before[fact.subject_span[0] :].strip() or before[first:].strip()
     begin = len(before.rstrip()) - len(subject)
     if not subject or "{}" in before[:begin]:
         return None
-    said = Fact(subject, before[:begin] + "{}" + fact.prompt[begin + len(subject) :], fact.object)
-    if read_prompt(lm, said).subject_range[1] - 1 != position:
+    moved = Fact(subject, before[:begin] + "{}" + fact.prompt[begin + len(subject) :], fact.object)
+    if read_prompt(lm, moved).subject_range[1] - 1 != position:
         logger.warning("sweep: no subject can end with the token at place %d; it is passed over", position)
         return None
-    return said
+    return moved
 
 
 def outcome_of_edit(
@@ -234,8 +234,8 @@ def outcome_of_edit(
         raise ValueError(
             f"sweep: {fact} has {len(others)} other templates and {len(neighbours)} neighbours; give at least one of each."
         )
-    asked = [(fact.prompt, target), *((x, target) for x in others), *((x.prompt, x.object) for x in neighbours)]
-    p = [answer.p for answer in completions(lm, asked, "sweep")]
+    texts = [(fact.prompt, target), *((x, target) for x in others), *((x.prompt, x.object) for x in neighbours)]
+    p = [answer.p for answer in completions(lm, texts, "sweep")]
     return p[0], float(np.mean(p[1 : 1 + len(others)])), float(np.mean(p[1 + len(others) :]))
 
 
@@ -253,3 +253,11 @@ def agreement_with_traces(table: pd.DataFrame, traces: Sequence[Trace]) -> pd.Da
             rho = stats.spearmanr(effect, part["together"]).statistic if len(part) > 2 else float("nan")
             rows.append({"kind": trace.label, "cells": name, "n": len(part), "spearman": rho})
     return pd.DataFrame(rows)
+
+
+def best_by_token(table: pd.DataFrame, traces: Sequence[Trace]) -> pd.DataFrame:
+    """A row a token: mean and maximum of `together` over the layers, and the largest indirect effect of each trace there."""
+    by_token = table.groupby(["position", "token"])["together"].agg(["mean", "max"]).add_prefix("edits, all three: ")
+    places = by_token.index.get_level_values("position")
+    effects = {f"largest {trace.kind} effect": trace.indirect_effect.max(axis=1)[places] for trace in traces}
+    return by_token.assign(**effects)
