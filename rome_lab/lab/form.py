@@ -9,8 +9,8 @@ import ipywidgets as w
 
 from rome_lab.editing import ENOUGH, KEYS, default_settings, key_size
 from rome_lab.facts import load_relations
-from rome_lab.lab.looks import best_known, fact_of
 from rome_lab.lab.trials import EditRequest, ten_facts
+from rome_lab.lab.typed_facts import best_known, fact_of
 from rome_lab.models import LanguageModel
 
 TEN_LABEL = "ten facts to try"

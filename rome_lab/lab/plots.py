@@ -155,7 +155,7 @@ def lines(average: pd.DataFrame, kind: str, ax: Axes | None = None, legend: bool
 def severed_lines(average: pd.DataFrame, ax: Axes | None = None, legend: bool = True, title: str | None = None) -> Axes:
     """Effect of restoring the state of the last subject token, ordinary and with a module severed (Figure 3).
 
-    Args:   average: what `Traces.average` or `gap` returns, or several of these concatenated; all lines in it that
+    Args:   average: what `Traces.average` or `Traces.gap` returns, or several of these concatenated; all lines in it that
             Figure 3 knows are drawn, with 95% intervals over facts. title: instead of the place and the n.
     Raises: ValueError: none of them is there.
     """

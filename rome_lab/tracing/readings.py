@@ -2,7 +2,7 @@
 
 strongest(average, kind, among)          where the mean effect is highest: a Peak
 strongest_places(average, numbers)       whether each kind has its peak where the paper found it
-beside_paper(numbers, n_layers)          `summary` in shares, so that models of other depths and probabilities compare
+beside_paper(numbers, n_layers)          `Traces.summary` in shares, so that models of other depths and probabilities compare
 trace_random_weights(lm, facts, ...)     the same tracing of a model that has learnt nothing
 """
 
@@ -63,7 +63,7 @@ def strongest_places(average: pd.DataFrame, numbers: pd.DataFrame) -> pd.DataFra
 
     The state of the last token is left out: in the last layer it gives back the whole answer in any model.
 
-    Args: numbers: what `summary` returns of the same traces.
+    Args: numbers: what `Traces.summary` returns of the same traces.
     """
     rows = []
     for paper in numbers[numbers["measure"].str.endswith(" peak")].itertuples():
@@ -76,7 +76,7 @@ def strongest_places(average: pd.DataFrame, numbers: pd.DataFrame) -> pd.DataFra
 
 
 def beside_paper(numbers: pd.DataFrame, n_layers: int) -> pd.DataFrame:
-    """What `summary` returns, with columns that compare across models, ours and the paper's (`paper_...`).
+    """What `Traces.summary` returns, with columns that compare across models, ours and the paper's (`paper_...`).
 
     `recovered` is the share of what corruption took away that restoring brought back, `depth` the layer counted from 0
     (first) to 1 (last), `paper_lies` where the paper's probability is beside our interval.

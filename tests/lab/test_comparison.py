@@ -10,6 +10,7 @@ import torch
 from test_editing import FACT, FEW, OTHER
 from tiny import FAMILIES, tiny_model
 
+from rome_lab.facts.completion import completions, known_among
 from rome_lab.facts.fact import Fact
 from rome_lab.facts.prompts import continuation_ids
 from rome_lab.facts.sources import load_facts
@@ -17,15 +18,12 @@ from rome_lab.lab.looks import (
     CONTINUATION_LENGTH,
     CONTINUATIONS,
     Probe,
-    best_known,
-    fact_of,
     look_at,
-    only_known,
-    probabilities,
     probe_of,
 )
 from rome_lab.lab.page import compared_page
 from rome_lab.lab.trials import EditRequest, for_people, make_edit, ten_facts, try_edit, try_facts
+from rome_lab.lab.typed_facts import best_known, fact_of
 from rome_lab.models.language_model import LanguageModel
 
 REQUEST = EditRequest(FACT, "Rome", 1, FEW, tokens=256)
@@ -48,15 +46,15 @@ def tiny(monkeypatch, tmp_path):
 def test_probabilities_asked_together_are_those_asked_alone(family) -> None:
     lm = tiny_model(family)
     asked = [(FACT, "Rome"), (OTHER, "Warsaw, of all places"), (FACT, "a")]
-    p, following = probabilities(lm, asked)
-    for (fact, text), one, log_p in zip(asked, p, following, strict=True):
+    answers = completions(lm, [(fact.prompt, text) for fact, text in asked], "comparison", following=True)
+    for (fact, text), answer in zip(asked, answers, strict=True):
         ids, alone = lm.tokenizer(fact.prompt)["input_ids"], 1.0
         with torch.no_grad():
-            torch.testing.assert_close(log_p, lm.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1))
+            torch.testing.assert_close(answer.following, lm.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1))
             for token in continuation_ids(lm, fact.prompt, text):
                 alone *= float(lm.model(torch.tensor([ids])).logits[0, -1].double().softmax(-1)[token])
                 ids = [*ids, token]
-        assert one == pytest.approx(alone, rel=1e-3)
+        assert answer.p == pytest.approx(alone, rel=1e-3)
 
 
 def test_two_looks_at_one_model_are_the_same_bit_for_bit() -> None:
@@ -84,7 +82,7 @@ def test_neighbours_are_known_facts_of_the_relation_in_the_same_words_and_paraph
     probe = probe_of(lm, request.fact, request.target)
     assert {x.template for x in probe.paraphrases} == set(request.fact.templates) - {request.fact.template}
     assert {x.subject for x in probe.paraphrases} == {"Colosseum"}
-    assert 1 <= len(probe.neighbours) <= 6 and only_known(lm, probe.neighbours) == list(probe.neighbours)
+    assert 1 <= len(probe.neighbours) <= 6 and known_among(lm, probe.neighbours, "comparison") == list(probe.neighbours)
     for fact in probe.neighbours:
         assert fact.template == request.fact.template and fact.relation == "landmark_city"
         assert fact.subject != "Colosseum" and fact.object != "Berlin"
@@ -112,7 +110,7 @@ def test_what_is_no_fact_is_refused(subject, prompt, sentence) -> None:
 def test_a_fact_is_put_in_words_in_which_the_model_knows_it_where_there_are_any(lm) -> None:
     facts = [x for x in load_facts("embedded") if x.relation == "capital_of_country"]
     for fact in facts[:6]:
-        anyhow = only_known(lm, [replace(fact, template=template) for template in fact.templates])
+        anyhow = known_among(lm, [replace(fact, template=template) for template in fact.templates], "comparison")
         assert best_known(lm, fact) == (anyhow[0] if anyhow else fact)
     assert any(best_known(lm, fact) != fact for fact in facts[:6])
 
@@ -164,7 +162,7 @@ def test_the_ten_facts_are_of_five_relations_in_words_that_the_model_knows(lm) -
     requests = ten_facts()
     facts = [request.fact for request in requests]
     assert len(facts) == 10 and len({fact.relation for fact in facts}) == 5
-    assert only_known(lm, facts) == facts
+    assert known_among(lm, facts, "comparison") == facts
     assert all(request.target != request.fact.object for request in requests)
 
 

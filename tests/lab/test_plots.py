@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 
 from rome_lab.lab import plots
-from rome_lab.tracing.averaging import BUCKETS, Traces, gap
+from rome_lab.tracing.averaging import BUCKETS, Traces
 from rome_lab.tracing.trace import KINDS, Trace
 
 TOKENS = ("The", " E", "iffel", " Tower", " is", " in", " the")
@@ -215,7 +215,7 @@ def test_severed_lines_draw_the_last_subject_token_ordinary_and_severed(traces, 
     for kind, name in (("state", "ordinary"), ("severed-mlp", "MLP severed"), ("severed-attn", "attention severed")):
         rows = average[(average["kind"] == kind) & (average["bucket"] == "subject_last")]
         np.testing.assert_array_equal(drawn[name], rows["mean"])
-    lost = gap(traces, "state", "severed-mlp")
+    lost = Traces(traces).gap("state", "severed-mlp")
     drawn = {line.get_label(): line.get_ydata() for line in plots.severed_lines(lost).get_lines()}
     np.testing.assert_array_equal(drawn["ordinary minus MLP severed"], lost[lost["bucket"] == "subject_last"]["mean"])
 

@@ -10,7 +10,7 @@ from test_averaging import make_trace
 from tiny import tiny_model
 
 from rome_lab.facts.fact import Fact
-from rome_lab.tracing.averaging import BUCKETS, Traces, summary
+from rome_lab.tracing.averaging import BUCKETS, Traces
 from rome_lab.tracing.readings import beside_paper, strongest, strongest_places, trace_random_weights
 from rome_lab.tracing.trace import KINDS
 
@@ -40,7 +40,7 @@ def test_places_are_compared_with_the_papers_and_the_state_of_the_last_token_is_
         for token, layer, size in places:
             effect[token, layer] = size
         traces += [make_trace(fact, label, effect) for fact in range(3)]
-    places = strongest_places(Traces(traces).average(), summary(traces))
+    places = strongest_places(Traces(traces).average(), Traces(traces).summary())
     assert places["strongest at"].tolist() == [BUCKETS[x] for x in ("subject_last", "first_subsequent", "last")]
     assert places["layer"].tolist() == [1, 0, 1] and places["layer of 48"].tolist() == [15, 17, 32]
     assert places["the same place"].tolist() == [True, False, True]
@@ -50,7 +50,7 @@ def test_shares_of_the_loss_and_of_the_depth_are_those_of_the_numbers():
     effect = np.zeros((7, 2))
     effect[3, 1] = 0.25
     traces = [make_trace(fact, "state", effect, p_clean=0.6, p_corrupted=0.1) for fact in range(3)]
-    numbers = summary(traces)
+    numbers = Traces(traces).summary()
     table = beside_paper(numbers, n_layers=2).set_index("measure")
     assert table.loc["state peak", "recovered"] == pytest.approx(0.5) and table.loc["state peak", "depth"] == 1.0
     assert table.loc["state peak", "paper_recovered"] == pytest.approx((0.15 - 0.0847) / (0.27 - 0.0847))
@@ -58,7 +58,7 @@ def test_shares_of_the_loss_and_of_the_depth_are_those_of_the_numbers():
     assert table.loc[["p_clean", "p_corrupted"], "recovered"].isna().all()
     assert table["paper_lies"].tolist() == ["below our interval"] * 4
     assert "recovered" not in numbers
-    alone = beside_paper(summary(traces[:1]), n_layers=2)
+    alone = beside_paper(Traces(traces[:1]).summary(), n_layers=2)
     assert set(alone["paper_lies"]) == {"beside no interval, for n = 1"}
 
 
