@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rome_lab.base import OneLine
 from rome_lab.editing.requests import Request
 from rome_lab.editing.settings import EditSettings
 from rome_lab.facts import continuation_ids, read_prompt
@@ -34,8 +35,8 @@ from rome_lab.models import (
 Callback = Callable[[Mapping[str, float]], bool | None]
 
 
-@dataclass(frozen=True, eq=False)
-class Value:
+@dataclass(frozen=True, eq=False, repr=False)
+class Value(OneLine):
     """What the optimisation found.
 
     Attributes:
@@ -50,8 +51,8 @@ class Value:
     converged: bool
 
 
-@dataclass(frozen=True, eq=False)
-class Suffixes:
+@dataclass(frozen=True, eq=False, repr=False)
+class Suffixes(OneLine):
     """Texts recorded once, of which the tokens from the subject's last one on are run again, all in one batch.
 
     Attributes:
@@ -114,8 +115,8 @@ def shifted(lm: LanguageModel, recording: Recording, shifts: Tensor) -> Recordin
         states=[x[rows, source] for x in recording.states],
         attn=[],
         mlp=[],
-        keys=[x[rows, :, source].transpose(1, 2) for x in recording.keys],
-        values=[x[rows, :, source].transpose(1, 2) for x in recording.values],
+        attention_keys=[x[rows, :, source].transpose(1, 2) for x in recording.attention_keys],
+        attention_values=[x[rows, :, source].transpose(1, 2) for x in recording.attention_values],
         arguments=[{name: moved(name, x) for name, x in given.items()} for given in recording.arguments],
     )
 

@@ -1,6 +1,6 @@
 """TODO front door models."""
 
-from rome_lab.models.batching import Batching, enough_memory, text_bytes
+from rome_lab.models.batching import Batching, enough_room, text_bytes
 from rome_lab.models.blocks import (
     Recording,
     at_least_float32,
@@ -15,10 +15,11 @@ from rome_lab.models.blocks import (
     suited_attention,
 )
 from rome_lab.models.changes import Change, side_by_side
+from rome_lab.models.identity import difference
 from rome_lab.models.language_model import LanguageModel
 from rome_lab.models.layouts import find_layout
 from rome_lab.models.loading import check_hub, load_model
-from rome_lab.models.process import choose_products, freed_memory_given_back
+from rome_lab.models.process import choose_products, freed_memory_given_back, freed_memory_kept
 from rome_lab.models.sampling import continue_randomly, generate_each
 from rome_lab.models.scoring import Question, Score, score
 from rome_lab.models.weights import device_of

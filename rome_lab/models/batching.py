@@ -2,7 +2,7 @@
 
 text_bytes(lm, length)               what one text takes in a pass, by estimate
 Batching(lm, doing, bytes_each)      how many go together; `over` and `each` work through all of them
-enough_memory(doing)                 says so in a sentence where memory runs out in what cannot be halved
+enough_room(doing)                   says so in a sentence where memory runs out in what cannot be halved
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def reason_of(error: Exception) -> str:
 
 
 @contextmanager
-def enough_memory(doing: str) -> Iterator[None]:
+def enough_room(doing: str) -> Iterator[None]:
     """Within it, memory that runs out outside of a `Batching`, in what is kept whole, becomes a sentence.
 
     Raises:

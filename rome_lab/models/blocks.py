@@ -47,7 +47,7 @@ class Recording:
     Attributes:
         states: L + 1 tensors (B, T, D); number l is what block l was given, number L what the last block returned.
         attn, mlp: L tensors (B, T, D), the attention's and the MLP's contribution at each layer.
-        keys, values: L tensors (B, heads, T, D_head), as the attention uses them.
+        attention_keys, attention_values: L tensors (B, heads, T, D_head), as the attention uses them.
         arguments: L dictionaries, the keyword arguments that the model gave each block, with a batch of one.
         logits: (B, V) at the last token, float32 at least.
     """
@@ -55,8 +55,8 @@ class Recording:
     states: list[torch.Tensor]
     attn: list[torch.Tensor]
     mlp: list[torch.Tensor]
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
+    attention_keys: list[torch.Tensor]
+    attention_values: list[torch.Tensor]
     arguments: list[dict[str, Any]]
     logits: torch.Tensor
 
@@ -87,8 +87,8 @@ def record_run(
         states=states,
         attn=attn,
         mlp=mlp,
-        keys=[layer.keys for layer in cache.layers],
-        values=[layer.values for layer in cache.layers],
+        attention_keys=[layer.keys for layer in cache.layers],
+        attention_values=[layer.values for layer in cache.layers],
         arguments=arguments,
         logits=at_least_float32(logits[:, -1]),
     )
@@ -115,7 +115,7 @@ def run_block(
         before = recorded[layer][:, :, :begin]  # (R, heads, T - N, D_head)
         return before if rows is None else before[rows.to(before.device)]
 
-    cache = PrefixCache(prefix(recording.keys), prefix(recording.values))
+    cache = PrefixCache(prefix(recording.attention_keys), prefix(recording.attention_values))
     arguments = {
         name: suffix_argument(lm, name, value, begin, length, cache)
         for name, value in recording.arguments[layer].items()
@@ -142,7 +142,7 @@ def joined(parts: Sequence[Recording]) -> Recording:
     """The recordings of parts of a batch as that of the whole batch."""
     if len(parts) == 1:
         return parts[0]
-    lists = ("states", "attn", "mlp", "keys", "values")
+    lists = ("states", "attn", "mlp", "attention_keys", "attention_values")
     columns = {name: zip(*(getattr(part, name) for part in parts), strict=True) for name in lists}
     return Recording(
         **{name: [torch.cat(tensors) for tensors in column] for name, column in columns.items()},

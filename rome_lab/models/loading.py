@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rome_lab.models.embedded import EMBEDDED_NAME, embedded_folder
 from rome_lab.models.language_model import LanguageModel
-from rome_lab.models.process import check_choice, choose_products, keep_freed_memory
+from rome_lab.models.process import check_choice, choose_products
 
 
 def best_device() -> torch.device:
@@ -87,8 +87,6 @@ def load_model(
     lm = LanguageModel(model, tokenizer, Path(name).name if is_folder else name, origin)
     if products is not None:
         choose_products(products, lm.device)
-    if lm.device.type == "cpu":
-        keep_freed_memory()
     return lm
 
 

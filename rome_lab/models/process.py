@@ -1,53 +1,81 @@
-"""What the C library does with memory that is freed, under glibc; elsewhere nothing here does anything.
+"""What a model's work changes in the whole process: where freed memory goes, and how matrices are multiplied.
 
-keep_freed_memory()             for the next tensors, from now on in this process
-give_back_freed_memory()        to the system, once
-with freed_memory_given_back()  at once, as long as the context lasts
+with freed_memory_kept()        what is freed is kept for the next tensors; under glibc, elsewhere nothing happens
+with freed_memory_given_back()  or goes back to the system at once
+give_back_freed_memory()        what is kept now goes back
+choose_products(choice)         how float32 matrix products are computed from now on
+with products(choice)           or within a context
+precisions, set_precisions      what is in force, and putting it back
+product_error(device)           the error of a product
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 
 logger = logging.getLogger(__name__)
 
 KEPT_BYTES = 256 * 2**20  # bytes: more than the vectors of a trace of the embedded model take
-LEAST_BYTES = 128 * 2**10  # bytes: glibc's own thresholds, before it raises them
+LEAST_BYTES = 128 * 2**10  # bytes: glibc's own thresholds at first
+RAISED_BYTES = 32 * 2**20  # bytes: the most that glibc raises them to by itself, as pieces of that size are freed
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in glibc's malloc.h
+threshold_in_force: ContextVar[int | None] = ContextVar("threshold_in_force", default=None)
 
 
-def keep_freed_memory(kept: int = KEPT_BYTES) -> None:
-    """Keep up to so many bytes for the next tensors.
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Within the context, up to `KEPT_BYTES` of freed memory are kept for the next tensors.
 
     By default glibc hands large pieces back to the system, which clears every page of the next one: some 400,000 pages in a
     state trace of 9 tokens, a tenth of its time, and a sixth with fast products.
     """
-    if library := glibc():
-        library.mallopt(TRIM_THRESHOLD, kept)
-        library.mallopt(MMAP_THRESHOLD, kept)
+    with threshold(KEPT_BYTES):
+        yield
+
+
+@contextmanager
+def freed_memory_given_back() -> Iterator[None]:
+    """Within the context the process holds no more memory than its tensors need, also where it would be kept."""
+    give_back_freed_memory()
+    with threshold(LEAST_BYTES):
+        yield
+
+
+@contextmanager
+def threshold(size: int) -> Iterator[None]:
+    """Within the context, glibc keeps up to so many bytes of freed memory; of several contexts the outermost decides.
+
+    After it what was kept goes back, and the thresholds are where glibc itself takes them once large pieces have been
+    freed: it tells nobody what they were before. Where the user has set them in the environment, they are left alone.
+    """
+    is_set = "MMAP_THRESHOLD" in " ".join((*os.environ, os.environ.get("GLIBC_TUNABLES", ""))).upper()
+    if threshold_in_force.get() is not None or is_set or not (library := glibc()):
+        yield
+        return
+    token = threshold_in_force.set(size)
+    try:
+        library.mallopt(TRIM_THRESHOLD, size)
+        library.mallopt(MMAP_THRESHOLD, size)
+        yield
+    finally:
+        threshold_in_force.reset(token)
+        library.mallopt(TRIM_THRESHOLD, 2 * RAISED_BYTES)
+        library.mallopt(MMAP_THRESHOLD, RAISED_BYTES)
+        library.malloc_trim(0)
 
 
 def give_back_freed_memory() -> None:
     """Give all that is kept back, for others to take."""
     if library := glibc():
         library.malloc_trim(0)
-
-
-@contextmanager
-def freed_memory_given_back() -> Iterator[None]:
-    """Within the context the process holds no more memory than its tensors need; after it, freed memory is kept."""
-    give_back_freed_memory()
-    keep_freed_memory(LEAST_BYTES)
-    try:
-        yield
-    finally:
-        keep_freed_memory()
 
 
 def glibc() -> ctypes.CDLL | None:
@@ -67,7 +95,7 @@ def choose_products(choice: str, device: torch.device | str | None = None) -> No
         device: on which the error is measured, which is logged; CUDA by default where there is one, else the CPU.
 
     Raises:
-        ValueError: it is no key of `CHOICES`.
+        ValueError: it is no key of `PRODUCTS`.
     """
     check_choice(choice)
     set_precisions(PRODUCTS[choice])
@@ -78,7 +106,7 @@ def choose_products(choice: str, device: torch.device | str | None = None) -> No
 
 
 def check_choice(choice: str) -> None:
-    """Raise a ValueError where it is no key of `CHOICES`."""
+    """Raise a ValueError where it is no key of `PRODUCTS`."""
     if choice not in PRODUCTS:
         raise ValueError(f"choose_products: there is no choice {choice!r}; give one of {', '.join(PRODUCTS)}.")
 
@@ -110,5 +138,5 @@ def product_error(device: torch.device | str, size: int = 256) -> float:
     generator = torch.Generator().manual_seed(0)
     A, B = torch.randn(2, size, size, generator=generator)
     exact = A.double() @ B.double()
-    found = (A.to(device) @ B.to(device)).cpu().double()
-    return float((found - exact).norm() / exact.norm())
+    product = (A.to(device) @ B.to(device)).cpu().double()
+    return float((product - exact).norm() / exact.norm())

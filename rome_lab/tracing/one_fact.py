@@ -1,4 +1,7 @@
-"""TODO tracing/one_fact."""
+"""The trace of one fact: `causal_trace`, and `restore`, which makes it from the clean and corrupted runs.
+
+The runs are those of `rome_lab.tracing.runs`; each token is swept by `rome_lab.tracing.sweep`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import numpy as np
 import torch
 
 from rome_lab.facts import Fact
-from rome_lab.models import LanguageModel, enough_memory, suited_attention
+from rome_lab.models import LanguageModel, enough_room, freed_memory_kept, suited_attention
 from rome_lab.tracing.corruption import Corruption
 from rome_lab.tracing.runs import Runs, TraceSettings, run_clean_and_corrupted
 from rome_lab.tracing.sweep import Sweep, columns_of
@@ -38,7 +41,7 @@ def causal_trace(
         subject: the part of the prompt to corrupt; a Fact brings its own.
         kind: what to restore: "state" (one block output), "mlp" or "attn" (`window` layers of module outputs).
         corruption: `GaussianNoise()`, 3 sigma_t, by default.
-        samples, window, seed: see `Settings`.
+        samples, window, seed: see `TraceSettings`.
         severed: "mlp" or "attn" holds that module's outputs at the restored token, above the restored layer, at
             their values in the same corrupted run (Figure 3). In models whose MLP stands beside the attention both
             read the restored state directly, so that severing one leaves the other's reading intact.
@@ -64,7 +67,7 @@ def causal_trace(
 
 
 @torch.no_grad()
-@enough_memory("causal_trace")
+@enough_room("causal_trace")
 def restore(runs: Runs, kind: str, severed: str | None = None, tokens: Collection[int] | None = None) -> Trace:
     """The restored runs of all layers at `tokens`, all tokens by default; the rows of other tokens are NaN."""
     lm, prompt, settings = runs.lm, runs.prompt, runs.settings
@@ -72,7 +75,7 @@ def restore(runs: Runs, kind: str, severed: str | None = None, tokens: Collectio
     p_corrupted = float(runs.p[1:].mean())
     columns = columns_of(kind, lm.n_layers, settings.window)
     p_restored = np.full((len(prompt.ids), lm.n_layers), np.nan)
-    with suited_attention(lm):
+    with suited_attention(lm), freed_memory_kept():
         for token in range(len(prompt.ids)) if tokens is None else tokens:
             # Restoring a token left of the subject restores what never changed.
             swept = Sweep(runs, token, kind, severed, columns)

@@ -1,6 +1,8 @@
-"""Causal tracing (B.1, B.2): clean, corrupted and corrupted-with-restoration runs of one prompt.
+"""The clean and the corrupted runs of one prompt (B.1), recorded together.
 
-The clean and the corrupted runs are recorded here; `rome_lab.tracing.sweep` makes the restored ones of a token from them.
+TraceSettings                      how to trace; the paper's values by default
+run_clean_and_corrupted            records both as `Runs`, from which `rome_lab.tracing.sweep` makes the restored runs
+UnknownFactError                   the model does not complete the fact's prompt with its object
 """
 
 from __future__ import annotations
@@ -10,13 +12,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from rome_lab.base import check_whole
 from rome_lab.facts import Fact, Prompt, object_token, read_prompt
 from rome_lab.models import (
     Batching,
     LanguageModel,
     Recording,
     at_least_float32,
-    enough_memory,
+    enough_room,
+    freed_memory_kept,
     joined,
     record_run,
     suited_attention,
@@ -49,10 +53,8 @@ class TraceSettings:
     max_rows: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("samples", "window", "max_rows"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"causal_trace: {name} is {value!r}; expected a whole number of at least 1.")
+        limits = {} if self.max_rows is None else {"max_rows": (self.max_rows, 1)}
+        check_whole("causal_trace", samples=(self.samples, 1), window=(self.window, 1), **limits)
         if self.corruption is None:
             object.__setattr__(self, "corruption", GaussianNoise())
         if isinstance(self.corruption, FixedNoise):
@@ -83,7 +85,7 @@ class UnknownFactError(ValueError):
     """The model does not complete the fact's prompt with its object."""
 
 
-@enough_memory("causal_trace")
+@enough_room("causal_trace")
 def run_clean_and_corrupted(
     lm: LanguageModel, prompt: str | Fact, subject: str | None, settings: TraceSettings
 ) -> Runs:
@@ -104,7 +106,7 @@ def run_clean_and_corrupted(
         return record_run(lm, read.ids.expand(len(rows), -1), corrupt)
 
     together = Batching(lm, "causal_trace", text_bytes(lm, len(read.ids)), settings.max_rows)
-    with suited_attention(lm):
+    with suited_attention(lm), freed_memory_kept():
         recording = joined(list(together.over(range(len(noise)), record_part)))
     lm.check_finite(recording.logits, "causal_trace")
     check_readout(lm, recording)
@@ -128,13 +130,13 @@ def check_readout(lm: LanguageModel, recording: Recording) -> None:
 
 def known_answer(lm: LanguageModel, fact: Fact, logits: torch.Tensor) -> int:
     """First token of the fact's object; an UnknownFactError where the model would say something else."""
-    wanted, said = object_token(lm, fact), int(logits.argmax())
-    if wanted != said:
+    object_id, answer_id = object_token(lm, fact), int(logits.argmax())
+    if object_id != answer_id:
         p = logits.softmax(-1)
         raise UnknownFactError(
             f"causal_trace: {lm.name} does not know this fact: it continues {fact.prompt!r} with "
-            f"{lm.tokenizer.decode([said])!r} (p {p[said]:.3f}), not {lm.tokenizer.decode([wanted])!r} "
-            f"(p {p[wanted]:.3f}). Choose one of known_facts(lm, facts), or trace what it does say: "
+            f"{lm.tokenizer.decode([answer_id])!r} (p {p[answer_id]:.3f}), not {lm.tokenizer.decode([object_id])!r} "
+            f"(p {p[object_id]:.3f}). Choose one of known_facts(lm, facts), or trace what it does say: "
             "causal_trace(lm, fact.prompt, fact.subject)."
         )
-    return wanted
+    return object_id

@@ -1,4 +1,4 @@
-"""Freed memory: kept for the next tensors, and given back where that is asked for."""
+"""Freed memory: kept for the next tensors while a trace is made, given back where that is asked for, else left to glibc."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import resource
 import psutil
 import pytest
 import torch
+from tiny import tiny_model
 
-from rome_lab.models.process import freed_memory_given_back, give_back_freed_memory, glibc, keep_freed_memory
+from rome_lab import causal_trace, load_model
+from rome_lab.models import process as module
+from rome_lab.models.process import freed_memory_given_back, freed_memory_kept, give_back_freed_memory, glibc
 
 ENTRIES = 15 * 2**20  # of a float32 tensor of 60 MB: more than glibc keeps by default
 PAGES = 4 * ENTRIES // resource.getpagesize()
@@ -27,19 +30,63 @@ def new_pages() -> int:
 
 
 def test_the_next_tensor_takes_the_memory_of_the_last_one() -> None:
-    keep_freed_memory()
-    assert new_pages() < PAGES / 10
+    with freed_memory_kept():
+        assert new_pages() < PAGES / 10
+
+
+def test_afterwards_freed_memory_goes_where_it_went_before_also_when_the_body_raises() -> None:
+    with pytest.raises(RuntimeError, match="body"), freed_memory_kept():
+        raise RuntimeError("body")
+    assert new_pages() > PAGES / 2
 
 
 def test_what_is_given_back_is_no_longer_the_process_s() -> None:
-    keep_freed_memory()
-    new_pages()
-    before = psutil.Process().memory_info().rss
-    give_back_freed_memory()
-    assert before - psutil.Process().memory_info().rss > 2 * ENTRIES
+    with freed_memory_kept():
+        new_pages()
+        before = psutil.Process().memory_info().rss
+        give_back_freed_memory()
+        assert before - psutil.Process().memory_info().rss > 2 * ENTRIES
 
 
-def test_memory_can_be_given_back_at_once() -> None:
+def test_memory_can_be_given_back_at_once_also_by_a_trace() -> None:
     with freed_memory_given_back():
         assert new_pages() > PAGES / 2
-    assert new_pages() < PAGES / 10
+        with freed_memory_kept():
+            assert new_pages() > PAGES / 2, "the outermost decides"
+    with freed_memory_kept(), freed_memory_kept():
+        pass
+    with freed_memory_kept():
+        assert new_pages() < PAGES / 10
+
+
+def test_loading_a_model_asks_nothing_of_the_allocator_and_a_trace_only_while_it_lasts(tmp_path, monkeypatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    class Library:
+        def mallopt(self, which: int, size: int) -> None:
+            asked.append((which, size))
+
+        def malloc_trim(self, pad: int) -> None:
+            assert pad == 0
+
+    monkeypatch.setattr(module, "glibc", Library)
+    lm = tiny_model("llama")
+    lm.save_pretrained(tmp_path / "model")
+    load_model(str(tmp_path / "model"), device="cpu")
+    assert asked == []
+    causal_trace(lm, "The Eiffel Tower is in", "Eiffel Tower", samples=1)
+    assert asked[0][1] == module.KEPT_BYTES
+    assert dict(asked) == {
+        module.TRIM_THRESHOLD: 2 * module.RAISED_BYTES,
+        module.MMAP_THRESHOLD: module.RAISED_BYTES,
+    }
+
+
+@pytest.mark.parametrize(
+    "setting", [("MALLOC_MMAP_THRESHOLD_", "1000000"), ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=1000000")]
+)
+def test_thresholds_that_the_user_has_set_are_left_alone(setting, monkeypatch) -> None:
+    monkeypatch.setenv(*setting)
+    monkeypatch.setattr(module, "glibc", lambda: pytest.fail("the thresholds are to be left alone"))
+    with freed_memory_kept():
+        pass
