@@ -1,11 +1,11 @@
 """TODO front door editing."""
 
-from rome_lab.editing.auditing import TEXT, audit
+from rome_lab.editing.auditing import TEXT, audit, neighbours_of
 from rome_lab.editing.edit import Edit, load_edit
 from rome_lab.editing.edit_files import describe_edit
 from rome_lab.editing.exact import rome, rome_many
 from rome_lab.editing.keys import key_size, run_to_keys, sample_prefixes, subject_keys
-from rome_lab.editing.methods import METHODS, SEARCH, Method, Proposal, Rome
+from rome_lab.editing.methods import METHODS, SEARCH, Method, Proposal, Rome, measured_on
 from rome_lab.editing.optima import Optima
 from rome_lab.editing.requests import Request, check_requests, layer_to_edit
 from rome_lab.editing.second_moment import covariance, covariances

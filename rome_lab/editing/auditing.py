@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from rome_lab.base import seed_from
+from rome_lab.base import OneLine, seed_from
 from rome_lab.editing.edit import Edit
 from rome_lab.editing.update import TOLERANCE, constraint_error
 from rome_lab.facts import Fact, completions, load_facts
@@ -35,8 +35,8 @@ TEXT = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class Measured:
+@dataclass(frozen=True, eq=False, repr=False)
+class Measured(OneLine):
     """What was measured on a model, with or without the edit.
 
     Attributes:
@@ -69,8 +69,8 @@ def audit(lm: LanguageModel, edit: Edit, neighbours: Sequence[Fact] | None = Non
     """
     if not (isinstance(lm, LanguageModel) and isinstance(edit, Edit)):
         raise TypeError(f"audit: given are a {type(lm).__name__} and a {type(edit).__name__}; write audit(lm, edit).")
-    if not edit.is_applied(lm) and edit.fingerprint != lm.identity(edited=False).fingerprint:
-        raise ValueError(f"audit: the {edit} is for another model than {lm.name}; load the one that it was made on.")
+    if not edit.is_applied(lm):
+        edit.check_model(lm, "audit")
     neighbours = neighbours_of(edit) if neighbours is None else tuple(neighbours)
     if not neighbours:
         raise ValueError("audit: there are no neighbours; give facts about other subjects, or None for embedded ones.")

@@ -10,32 +10,32 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import logging
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rome_lab.base import Json
 from rome_lab.editing.edit_files import VECTORS, read_edit, write_edit
 from rome_lab.editing.settings import EditSettings
-from rome_lab.editing.update import Update
+from rome_lab.editing.update import TOLERANCE, Update, constraint_error, precise
 from rome_lab.facts import Fact
-from rome_lab.models import LanguageModel
+from rome_lab.models import LanguageModel, difference
 
-PLAIN_FIELDS = (
-    "targets",
-    "layer",
-    "module",
-    "converged",
-    "constraint_error",
-    "model",
-    "fingerprint",
-)  # JSON as they are
+logger = logging.getLogger(__name__)
+
+# JSON as they are
+PLAIN_FIELDS = ("targets", "layer", "module", "converged", "constraint_error", "model", "fingerprint", "function")
+MOST_ROWS = 10  # facts in the table of an edit
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Edit:
     """An exact change of one matrix, W_hat = W + Lambda uT, such that W_hat k* = v* (Appendix A, Eqns 13 and 17).
 
@@ -53,7 +53,8 @@ class Edit:
             `rome_lab.editing.values.Value`, and fact, its place in `facts`.
         converged: whether v* makes every target probable enough; where it is False, v* is the best that was found.
         constraint_error: largest |W_hat k* - v*| / |v*| of the weights as stored when the edit was made.
-        model, fingerprint: the model that the edit is for; see `fingerprint_without_edits`.
+        model, fingerprint, function: the model that the edit is for, see `rome_lab.models.identity`; the function is None in
+            edits from files of `rome_lab edit 1`, whose fingerprint cannot be compared.
     """
 
     facts: tuple[Fact, ...]
@@ -70,10 +71,23 @@ class Edit:
     constraint_error: float
     model: str
     fingerprint: str
+    function: Mapping[str, Json] | None
 
     def __str__(self) -> str:
-        said = "; ".join(f"{x.prompt!r} -> {target!r}" for x, target in zip(self.facts, self.targets, strict=True))
-        return f"edit of layer {self.layer} of {self.model}: {said}" + ("" if self.converged else " (not converged)")
+        changes = "; ".join(f"{x.prompt!r} -> {target!r}" for x, target in zip(self.facts, self.targets, strict=True))
+        return f"edit of layer {self.layer} of {self.model}: {changes}" + ("" if self.converged else " (not converged)")
+
+    def __repr__(self) -> str:
+        return textwrap.shorten(f"<{self}", 200, placeholder=" ...") + ">"
+
+    def _repr_html_(self) -> str:
+        rows = [(f"{x.prompt} (was {x.object})", target) for x, target in zip(self.facts, self.targets, strict=True)]
+        if len(rows) > MOST_ROWS:
+            rows[MOST_ROWS:] = [(f"... and {len(rows) - MOST_ROWS} more", "")]
+        where = f"layer {self.layer} ({self.module}) of {self.model}"
+        rows.append(("changes", f"{where}, rank {self.u[0].numel()}, key {self.settings.key}"))
+        rows.append(("v*", f"{'converged' if self.converged else 'not converged'}, met to {self.constraint_error:.0e}"))
+        return pd.DataFrame(rows).to_html(header=False, index=False)
 
     @property
     def fact(self) -> Fact:
@@ -121,14 +135,43 @@ class Edit:
         """
         if self.is_applied(lm):
             raise ValueError(f"apply: the {self} is in force already; undo it first to apply it anew.")
-        if self.fingerprint != lm.identity(edited=False).fingerprint:
+        self.check_model(lm, "apply")
+        lm.overlay.put([*lm.edits, self])
+
+    def check_model(self, lm: LanguageModel, doing: str) -> None:
+        """Raise a ValueError where the edit is for another model than `lm`, which says what differs.
+
+        An edit that does not know the function of its model, because its file is of before, is checked by its constraint.
+        """
+        now, loaded = lm.identity(edited=False), f"the {lm.name} that is loaded (in {lm.dtype})"
+        function = now.function if self.function is None else self.function
+        # The fingerprint is of the function and the weights: with the function of then it tells whether the weights differ.
+        weights = "" if replace(now, function=function).fingerprint == self.fingerprint else "the weights differ"
+        if self.function is not None and (why := difference(function, now.function) or weights):
             raise ValueError(
-                f"apply: the {self} is for another model than the {lm.name} that is loaded (in {lm.dtype}); "
+                f"{doing}: the {self} is for another model than {loaded}: {why}; "
                 "load the model that it was made on, in the same dtype, or make the edit anew."
             )
         if self.layer >= lm.n_layers or lm.weight(self.layer).shape != (len(self.Lambda), len(self.u)):
-            raise ValueError(f"apply: the {self} does not fit the matrices of {lm.name}; make the edit anew.")
-        lm.overlay.put([*lm.edits, self])
+            raise ValueError(f"{doing}: the {self} does not fit the matrices of {lm.name}; make the edit anew.")
+        if self.function is None and not self.is_applied(lm):
+            self.check_constraint(lm, doing, loaded)
+
+    def check_constraint(self, lm: LanguageModel, doing: str, loaded: str) -> None:
+        """Raise a ValueError where W_hat k* = v* would not hold, as it did where the edit was made."""
+        K, V = (x.view(len(x), -1) for x in (self.k_star, self.v_star))
+        W = lm.weight(self.layer)
+        error = float(constraint_error(precise(W) + self.delta.to(precise(W)), K, V).max())
+        if error > max(2 * self.constraint_error, TOLERANCE, 4 * torch.finfo(W.dtype).eps):
+            raise ValueError(
+                f"{doing}: the {self} is for another model than {loaded}: there W_hat k* misses v* by {error:.1e} of its "
+                f"length, not {self.constraint_error:.1e}; load the model that it was made on, with the edits that were in "
+                "force then, or make the edit anew."
+            )
+        logger.warning(
+            "%s: the file of the %s does not say enough of its model to compare it with %s; its matrix is the same "
+            "(W_hat k* = v* holds to %.0e), the others were not compared. Make the edit anew to be sure.", doing, self, loaded, error,
+        )  # fmt: skip
 
     def undo(self, lm: LanguageModel) -> None:
         """Take the edit back; the others stay in force. Once none is, the weights are bit for bit the original ones.

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from rome_lab.base import Json, canonical_json, package_versions, write_atomically
 
-EDIT_FORMAT = "rome_lab edit 1"  # raised when the layout of the files changes
+EDIT_FORMAT = "rome_lab edit 2"  # raised when the layout of the files changes
+FORMER_FORMAT = "rome_lab edit 1"  # the same without `function`, and with a fingerprint that was made in another way
 VECTORS = ("k_star", "v_star", "Lambda", "u")
 ABOUT = {
     "facts": list,
@@ -34,6 +35,7 @@ ABOUT = {
     "constraint_error": float,
     "model": str,
     "fingerprint": str,
+    "function": dict | None,
     "versions": dict,
 }
 EDIT_PACKAGES = ("rome_lab", "torch", "transformers")
@@ -69,15 +71,18 @@ def read_edit(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"load_edit: {path} is no edit, or was truncated: {error}; save the edit anew.") from error
-    if metadata.get("format") != EDIT_FORMAT:
+    file_format = metadata.get("format")
+    if file_format not in (EDIT_FORMAT, FORMER_FORMAT):
         raise ValueError(f"load_edit: {path} is not in the format {EDIT_FORMAT!r}; give a file that Edit.save wrote.")
     text = metadata.get("about", "")
-    if set(tensors) != set(VECTORS) or metadata.get("sha256") != checksum(tensors, text):
+    if set(tensors) != set(VECTORS) or metadata.get("sha256") != checksum(tensors, text, file_format):
         raise ValueError(f"load_edit: {path} was altered: it does not match its own checksum; save the edit anew.")
     try:
         about = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"load_edit: {path} does not hold a possible edit: {error}; save the edit anew.") from None
+    if file_format == FORMER_FORMAT and isinstance(about, dict):
+        about.setdefault("function", None)
     if problem := misfit(tensors, about):
         raise ValueError(f"load_edit: {path} does not hold a possible edit: {problem}; save the edit anew.")
     return tensors, about
@@ -116,14 +121,14 @@ def describe_edit(path: str | Path) -> str:
     Raises: as `read_edit`.
     """
     tensors, about = read_edit(path)
-    said = [
+    changes = [
         f"{fact['template'].replace('{}', fact['subject'], 1)!r} -> {target!r} (was {fact['object']!r})"
         for fact, target in zip(about["facts"], about["targets"], strict=True)
     ]
     rank = tensors["u"].view(len(tensors["u"]), -1).shape[1]
     return "\n".join(
         [
-            *said,
+            *changes,
             f"model: {about['model']}, fingerprint {about['fingerprint'][:12]}",
             f"change: rank {rank}, of {about['module']} (layer {about['layer']}), key {about['settings'].get('key')!r}",
             f"v*: {'converged' if about['converged'] else 'not converged'}, met to {about['constraint_error']:.1e}",
@@ -132,10 +137,10 @@ def describe_edit(path: str | Path) -> str:
     )
 
 
-def checksum(tensors: Mapping[str, Tensor], about: str) -> str:
+def checksum(tensors: Mapping[str, Tensor], about: str, file_format: str = EDIT_FORMAT) -> str:
     """SHA-256 of all that a file holds."""
     names = sorted(tensors)
-    head = [EDIT_FORMAT, about, [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]]
+    head = [file_format, about, [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]]
     digest = hashlib.sha256(canonical_json(head).encode())
     for name in names:
         digest.update(tensors[name].flatten().view(torch.uint8).numpy())  # whatever its dtype

@@ -130,6 +130,7 @@ def rome_many(
         constraint_error=error,
         model=lm.name,
         fingerprint=identity.fingerprint,
+        function=identity.function,
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rome_lab.base import check_whole
+from rome_lab.base import OneLine, check_whole
 from rome_lab.editing.requests import Request
 from rome_lab.editing.settings import known_as
 from rome_lab.facts import continuation_ids, read_prompt
@@ -79,8 +79,8 @@ def default_tuning(lm: LanguageModel, name: str) -> Tuning:
     return TUNINGS.get(known_as(lm), elsewhere)[name]
 
 
-@dataclass(frozen=True, eq=False)
-class Tuned:
+@dataclass(frozen=True, eq=False, repr=False)
+class Tuned(OneLine):
     """Where the fine-tuning has come to.
 
     Attributes:
@@ -137,8 +137,8 @@ def fine_tune(lm: LanguageModel, requests: Sequence[Request], tuning: Tuning) ->
                 delta.clamp_(-tuning.bound, tuning.bound)
 
 
-@dataclass(frozen=True, eq=False)
-class TargetBatch:
+@dataclass(frozen=True, eq=False, repr=False)
+class TargetBatch(OneLine):
     """Prompts with their targets behind them, recorded once below the edited layer.
 
     Attributes:
@@ -183,7 +183,7 @@ def record_batch(lm: LanguageModel, texts: Sequence[tuple[list[int], list[int]]]
         places += [(row, len(prompt) - 1 + i, token) for i, token in enumerate(target_ids)]
     whole = record_run(lm, ids.to(lm.device), lambda embedded: None)
     lm.check_finite(whole.logits, "fine_tune")
-    needed = replace(whole, states=[whole.states[layer]], attn=[], mlp=[], keys=[], values=[])
+    needed = replace(whole, states=[whole.states[layer]], attn=[], mlp=[], attention_keys=[], attention_values=[])
     return TargetBatch(needed, *torch.tensor(places, device=lm.device).T)
 
 

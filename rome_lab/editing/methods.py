@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rome_lab.base import Json, code_version
+from rome_lab.base import Json, OneLine, code_version
 from rome_lab.editing.exact import exact_vectors, independent_keys, remarks_on
 from rome_lab.editing.fine_tuning import Tuning, default_tuning, fine_tune
 from rome_lab.editing.optima import Optima, Optimum
@@ -26,8 +26,8 @@ from rome_lab.editing.update import Factor, Update
 from rome_lab.models import Change, LanguageModel
 
 
-@dataclass(frozen=True, eq=False)
-class Proposal(Change):
+@dataclass(frozen=True, eq=False, repr=False)
+class Proposal(OneLine, Change):
     """The Change that a method makes of requests.
 
     Attributes:

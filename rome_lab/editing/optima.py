@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rome_lab.base import Json, Record, Store, canonical_json, code_version, opened
+from rome_lab.base import Json, OneLine, Record, Store, canonical_json, code_version, opened
 from rome_lab.editing.keys import one_key, sample_prefixes
 from rome_lab.editing.requests import Request, check_news
 from rome_lab.editing.second_moment import TokensSeen, covariances
@@ -32,8 +32,8 @@ from rome_lab.facts import Fact
 from rome_lab.models import LanguageModel
 
 
-@dataclass(frozen=True, eq=False)
-class Optimum:
+@dataclass(frozen=True, eq=False, repr=False)
+class Optimum(OneLine):
     """v* of one request.
 
     Attributes:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rome_lab.base import USER_CACHE, Basket, Json, Record, Store, check_whole, code_version, opened
+from rome_lab.base import USER_CACHE, Basket, Json, OneLine, Record, Store, check_whole, code_version, opened
 from rome_lab.editing.keys import key_size, run_to_keys
 from rome_lab.editing.texts import SampledText, Source
 from rome_lab.editing.update import ENOUGH, precise
@@ -28,8 +28,8 @@ TokensSeen: TypeAlias = Callable[[int, int], object]
 """Called with how many tokens were seen so far, and how many were asked for."""
 
 
-@dataclass(frozen=True, eq=False)
-class Covariance:
+@dataclass(frozen=True, eq=False, repr=False)
+class Covariance(OneLine):
     """C of one layer, and what it was measured on.
 
     Attributes:
@@ -45,8 +45,8 @@ class Covariance:
     layer: int
 
 
-@dataclass(eq=False)
-class KeySum:
+@dataclass(eq=False, repr=False)
+class KeySum(OneLine):
     """Sum of k kT over the first passages of a stream.
 
     Attributes:

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rome_lab.base import OneLine
+
 logger = logging.getLogger(__name__)
 
 # A key is taken to depend on others where it is this near to their span, all of them of length 1 and whitened by C. On the
@@ -39,8 +41,8 @@ class DependentKeys(ValueError):
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Factor:
+@dataclass(frozen=True, eq=False, repr=False)
+class Factor(OneLine):
     """The Cholesky factor of C, made once and used for many updates.
 
     Attributes:
@@ -60,8 +62,8 @@ class Factor:
         return torch.linalg.solve_triangular(self.lower.T, self.whiten(K), upper=True)
 
 
-@dataclass(frozen=True, eq=False)
-class Update:
+@dataclass(frozen=True, eq=False, repr=False)
+class Update(OneLine):
     """The smallest change of W that meets the constraints; of rank n.
 
     Attributes:

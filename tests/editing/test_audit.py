@@ -137,7 +137,7 @@ def test_bad_requests_for_an_audit_are_refused() -> None:
     edit = make(lm)
     with pytest.raises(ValueError, match="audit: there are no neighbours"):
         audit(lm, edit, [])
-    with pytest.raises(ValueError, match="is for another model than tiny-llama"):
+    with pytest.raises(ValueError, match="is for another model than the tiny-llama"):
         audit(tiny_model("llama", seed=1), edit, NEIGHBOURS)
     assert not lm.edits
     lm.memory(0).weight.data[0, 0] = float("nan")

@@ -4,7 +4,6 @@ the text it is measured on is what the model would write, the same in every batc
 from __future__ import annotations
 
 import copy
-import importlib
 import importlib.util
 import itertools
 import logging
@@ -21,6 +20,9 @@ import torch
 from tiny import FAMILIES, tiny_model
 from tokenizers import processors
 
+import rome_lab.editing.second_moment as second_moment_module
+import rome_lab.editing.texts as texts_module
+import rome_lab.models.identity as identity_module
 from rome_lab.base.store import Store
 from rome_lab.editing.keys import run_to_keys
 from rome_lab.editing.second_moment import Covariance, covariance, covariances
@@ -30,9 +32,6 @@ from rome_lab.facts.sources import load_facts
 from rome_lab.models.language_model import LanguageModel
 from rome_lab.models.sampling import continue_randomly, draw
 
-module = importlib.import_module(
-    "rome_lab.editing.second_moment"
-)  # rome_lab.editing.second_moment itself is the function
 ROOT = Path(__file__).parents[2]
 LENGTHS = (1, 20, 7, 13, 2, 40)
 PROMPTS = ("The Eiffel Tower", "In Paris, the", "Rome", "Windows 95 is developed by")
@@ -71,7 +70,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BATCH_TOKENS", 90)
+    monkeypatch.setattr(second_moment_module, "BATCH_TOKENS", 90)
 
 
 def direct(lm: LanguageModel, layer: int, passages: list[list[int]]) -> np.ndarray:
@@ -158,7 +157,7 @@ def test_nothing_above_the_highest_layer_runs_and_no_hook_stays(family: str, sto
 
 @pytest.mark.parametrize("places", [1, 60, 10_000])
 def test_batches_do_not_change_the_result(places: int, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BATCH_TOKENS", places)
+    monkeypatch.setattr(second_moment_module, "BATCH_TOKENS", places)
     lm = tiny_model("gpt_neox")
     assert_close(measure(lm, [3], Passages(), 300, store)[3].C, direct(lm, 3, first_passages(Passages(), 300)))
 
@@ -201,7 +200,7 @@ def test_a_layer_that_joins_later_sees_the_same_text(store: Store) -> None:
 
 
 def test_an_interrupted_sum_goes_on_where_it_was_saved(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SAVE_EVERY_S", 0)
+    monkeypatch.setattr(second_moment_module, "SAVE_EVERY_S", 0)
     lm, source = tiny_model("gpt2"), Passages(breaks=20)
     with pytest.raises(InterruptedError):
         measure(lm, [0, 1], source, 400, store)
@@ -483,3 +482,40 @@ def test_the_embedded_model_takes_exact_updates_that_text_hardly_notices(
     assert float(constraint_error(apply_update(W, update, K, V), K, V).max()) < 1e-6
     least_squares = solve_update(W, torch.eye(len(K)), K, V)  # the smallest change of W, whatever text it disturbs
     assert penalty(update.delta, measured.C) < 0.5 * penalty(least_squares.delta, measured.C)
+
+
+def test_a_store_is_named_by_its_folder_or_is_none(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("ROME_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    lm = tiny_model("gpt2")
+    C = covariance(lm, 1, Passages(), 100, store="results", progress=False)
+    assert list((tmp_path / "results" / "covariance").iterdir()) and not (tmp_path / "cache").exists()
+    again = Passages()
+    assert torch.equal(covariance(lm, 1, again, 100, store=Path("results"), progress=False), C) and not again.begins
+    assert torch.equal(covariance(lm, 1, Passages(), 100, store=None, progress=False), C)
+    assert not (tmp_path / "cache").exists()
+    covariance(lm, 1, Passages(), 100, progress=False)
+    assert list((tmp_path / "cache" / "covariance").iterdir())
+
+
+@pytest.mark.parametrize("what", ["products", "torch", "code", "dtype"])
+def test_products_and_versions_are_in_the_keys_of_C_and_of_sampled_text(what: str, tmp_path: Path, monkeypatch) -> None:
+    lm, store = tiny_model("llama"), Store(tmp_path)
+
+    def made() -> set[Path]:
+        covariance(lm, 1, SampledText(length=16), 200, store, progress=False)
+        return set(tmp_path.glob("*/*"))
+
+    first = made()
+    assert {path.parent.name for path in first} == {"covariance", "sampled-text"} and made() == first
+    if what == "products":
+        monkeypatch.setattr(identity_module, "precisions", lambda: ("tf32", "tf32", "tf32"))
+    elif what == "torch":
+        monkeypatch.setattr(torch, "__version__", "99.0")
+    elif what == "dtype":
+        lm.model.double()
+    else:
+        monkeypatch.setattr(second_moment_module, "code_version", lambda name: "another")
+        monkeypatch.setattr(texts_module, "code_version", lambda name: "another")
+    new = made() - first
+    assert {path.parent.name for path in new} == {"covariance", "sampled-text"}, "both are to be made anew"

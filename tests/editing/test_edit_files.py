@@ -18,7 +18,7 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rome_lab.editing.edit import load_edit
-from rome_lab.editing.edit_files import VECTORS, checksum, describe_edit
+from rome_lab.editing.edit_files import FORMER_FORMAT, VECTORS, checksum, describe_edit
 from rome_lab.editing.exact import rome_many
 from rome_lab.facts.fact import Fact
 
@@ -94,6 +94,48 @@ def test_a_file_of_the_embedded_models_edit_is_small_and_says_what_it_is(tmp_pat
     assert embedded_edit.fingerprint[:12] in said and f"torch {torch.__version__}" in said
 
 
+def former_file(edit, path: Path) -> Path:
+    """The edit as it was saved before: no function of the model, and a fingerprint that nothing today has."""
+    edit.save(path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in VECTORS}
+    about = json.loads(header(path)["about"]) | {"fingerprint": "0" * 64}
+    del about["function"]
+    text = json.dumps(about)
+    metadata = {"format": FORMER_FORMAT, "about": text, "sha256": checksum(tensors, text, FORMER_FORMAT)}
+    save_file(tensors, path, metadata=metadata)
+    return path
+
+
+def test_a_file_of_before_is_read_and_applied_to_its_own_model_with_a_warning(tmp_path, edit, caplog) -> None:
+    lm = tiny_model("llama")
+    former = load_edit(former_file(edit, tmp_path / "former.safetensors"))
+    assert former.function is None and torch.equal(former.delta, edit.delta)
+    with former.applied(lm):
+        assert "does not say enough of its model" in caplog.text
+        assert torch.equal(logits(lm), logits_with(edit))
+    again = load_edit(former.save(tmp_path / "again.safetensors"))
+    assert again.function is None and again.digest == former.digest
+    for other in (tiny_model("llama", seed=1), tiny_model("gptj")):
+        before = other.fingerprint()
+        with pytest.raises(
+            ValueError, match="is for another model than the tiny-.*misses v.*|does not fit the matrices"
+        ):
+            former.apply(other)
+        assert other.fingerprint() == before and not other.edits
+
+
+def logits_with(edit) -> torch.Tensor:
+    lm = tiny_model("llama")
+    with edit.applied(lm):
+        return logits(lm)
+
+
+def test_the_function_of_the_model_is_kept_in_the_file(tmp_path, edit) -> None:
+    function = load_edit(edit.save(tmp_path / "edit.safetensors")).function
+    assert function == tiny_model("llama").identity().function and function["model_type"] == "llama"
+
+
 def test_every_truncation_is_refused(tmp_path, edit) -> None:
     path = edit.save(tmp_path / "edit.safetensors")
     whole = path.read_bytes()
@@ -142,7 +184,7 @@ def test_other_files_and_missing_ones_are_refused(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no file"):
         describe_edit(tmp_path)
     save_file({"x": torch.ones(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="is not in the format 'rome_lab edit 1'"):
+    with pytest.raises(ValueError, match="is not in the format 'rome_lab edit 2'"):
         load_edit(tmp_path / "other.safetensors")
     torch.save({"x": 1}, tmp_path / "pickle.safetensors")
     with pytest.raises(ValueError, match="is no edit"):

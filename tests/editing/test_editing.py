@@ -14,11 +14,18 @@ import pytest
 import torch
 from tiny import FAMILIES, tiny_model
 
+import rome_lab.editing.exact as exact_module
+import rome_lab.editing.optima as optima_module
 from rome_lab.editing.edit import Edit, load_edit
 from rome_lab.editing.exact import first_token_remark, rome, rome_many
 from rome_lab.editing.keys import k_star, run_to_keys
+from rome_lab.editing.methods import Rome
+from rome_lab.editing.optima import Optima
+from rome_lab.editing.requests import check_news
+from rome_lab.editing.second_moment import Covariance, covariances
 from rome_lab.editing.settings import DEFAULTS, KEYS, EditSettings, default_settings
-from rome_lab.editing.update import constraint_error
+from rome_lab.editing.update import Update, constraint_error, factorise
+from rome_lab.editing.values import Value
 from rome_lab.facts.fact import Fact
 from rome_lab.facts.sources import load_facts
 from rome_lab.lab.plots import plot_history
@@ -279,6 +286,75 @@ def test_another_model_is_refused() -> None:
     edit.apply(tiny_model("llama"))
 
 
+def test_a_field_that_takes_no_part_in_the_function_makes_no_other_model(tmp_path) -> None:
+    edit = load_edit(make(tiny_model("llama")).save(tmp_path / "edit.safetensors"))
+    other = tiny_model("llama")
+    config = other.model.config
+    config.use_cache, config.output_hidden_states, config.attention_dropout = False, True, 0.1
+    config.bos_token_id, config.pad_token_id, config.note = 5, 7, "ours"
+    config.id2label = {0: "yes", 1: "no"}
+    with edit.applied(other):
+        assert other.edits == [edit]
+
+
+def test_what_differs_in_another_model_is_named() -> None:
+    edit, scaled, touched = make(tiny_model("llama")), tiny_model("llama"), tiny_model("llama")
+    scaled.model.config.rms_norm_eps = 0.5
+    with pytest.raises(ValueError, match=r"another model than .*: rms_norm_eps is 0.5, not 1e-06; load the model"):
+        edit.apply(scaled)
+    with torch.no_grad():
+        touched.model.lm_head.weight[17, 3] += 1e-3
+    with pytest.raises(ValueError, match=r"another model than .*: the weights differ; load the model"):
+        edit.apply(touched)
+
+
+@pytest.mark.parametrize("change", ["two signs", "two pairs"])
+def test_weights_that_a_sum_of_words_would_not_tell_apart_are_another_model(change) -> None:
+    edit, other = make(tiny_model("llama")), tiny_model("llama")
+    with torch.no_grad():
+        row = other.memory(2).weight[0]
+        if change == "two signs":  # the sign is the highest bit of each half of a 64-bit word
+            row[[1, 3]] *= -1
+        else:
+            row[:4] = row[[2, 3, 0, 1]].clone()
+    with pytest.raises(ValueError, match="is for another model than .*: the weights differ"):
+        edit.apply(other)
+
+
+def test_no_tensor_is_printed(tiny) -> None:
+    edit = make(tiny)
+    several = rome_many(tiny, [(FACT, "Rome"), (OTHER, "Tokyo")], 1, C=torch.eye(48), hparams=FEW, progress=False)
+    optima = Optima(tiny, progress=False)
+    C = Covariance(covariance_of(tiny, 1), 768, {"kind": "random"}, 1)
+    factor = factorise(C.C, 768)
+    optimum = optima.find((FACT, "Rome"), 1, FEW)
+    value = Value(torch.zeros(32), edit.history, True)
+    proposal = Rome(layer=1, settings=FEW).change(tiny, [(FACT, "Rome")], StandIn(tiny, factor))
+    for thing in (edit, several, C, factor, optimum, value, proposal, Update(edit.Lambda[:, None], edit.u[:, None])):
+        text = repr(thing)
+        assert "\n" not in text and "tensor" not in text and len(text) < 600, text
+    assert repr(edit) == "<edit of layer 1 of tiny-llama: 'The Eiffel Tower is in' -> 'Rome'>"
+    assert repr(C) == "Covariance(C=<48 x 48>, tokens=768, source={'kind': 'random'}, layer=1)"
+    assert repr(factor) == "Factor(lower=<48 x 48>, tokens=768)"
+
+
+class StandIn(Optima):
+    """Optima with a factor at hand."""
+
+    def __init__(self, lm, factor):
+        super().__init__(lm, progress=False)
+        self.factor = lambda layer, source: factor
+
+
+def test_a_notebook_shows_a_short_table_of_an_edit(tiny) -> None:
+    html = make(tiny)._repr_html_()
+    assert html.startswith("<table") and len(html) < 1500 and "tensor" not in html
+    for words in ("The Eiffel Tower is in (was Paris)", "Rome", "layer 1 (model.layers.1.mlp.down_proj)", "converged"):
+        assert words in html
+    many = replace(make(tiny), facts=(FACT,) * 30, targets=("Rome",) * 30)
+    assert "... and 20 more" in many._repr_html_() and many._repr_html_().count("<tr>") < 15 and len(repr(many)) < 250
+
+
 def test_the_fingerprint_does_not_see_edits_but_everything_else() -> None:
     lm = tiny_model("gpt2")
     before = lm.identity(edited=False).fingerprint
@@ -407,6 +483,34 @@ def test_an_interruption_leaves_the_model_as_it_was() -> None:
     with pytest.raises(KeyboardInterrupt):
         rome(lm, FACT, "Rome", 1, C=covariance_of(lm, 1), hparams=FEW, progress=False, callback=interrupt)
     assert lm.fingerprint() == before
+
+
+# Asked once
+
+
+def test_C_is_factorised_once_and_the_model_asked_once_whether_there_is_news(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("ROME_LAB_CACHE", str(tmp_path))
+    lm, asked, factorised, seen = tiny_model("llama"), [], [], []
+    for module in (exact_module, optima_module):
+        real = module.factorise
+        monkeypatch.setattr(module, "factorise", lambda *args, real=real: factorised.append(args[1]) or real(*args))
+    monkeypatch.setattr(exact_module, "check_news", lambda *args: asked.append(1) or check_news(*args))
+    edit = rome(
+        lm, FACT, "Rome", 1, tokens=500, hparams=FEW, progress=False, C_callback=lambda *counts: seen.append(counts)
+    )
+    assert len(asked) == 1 and len(factorised) == 1 and factorised[0] >= 500
+    assert seen[-1][0] >= seen[-1][1] == 500 and [count for count, _ in seen] == sorted(count for count, _ in seen)
+    C = covariances(lm, [1], tokens=500, progress=False)[1]
+    for given in (C, C.C, factorise(C.C)):
+        assert rome(lm, FACT, "Rome", 1, C=given, hparams=FEW, progress=False).digest == edit.digest
+    assert factorised[1:] == [C.tokens, None]
+
+
+def test_the_error_of_a_singular_C_says_how_many_tokens_it_was_built_from(tiny) -> None:
+    keys = torch.randn(20, 48)
+    C = Covariance(keys.T @ keys / 20, 20, {}, 1)
+    with pytest.raises(ValueError, match="C of 20 tokens cannot be inverted"):
+        rome(tiny, FACT, "Rome", 1, C=C, hparams=FEW, progress=False)
 
 
 # Defaults

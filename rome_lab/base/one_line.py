@@ -1,0 +1,25 @@
+"""Results that hold arrays, in one line: `OneLine`."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import fields
+
+MOST_CHARACTERS = 60  # of one value
+
+
+class OneLine:
+    """A dataclass, made with `repr=False`, whose repr is one line: of arrays and tables it says the shape only."""
+
+    def __repr__(self) -> str:
+        values = (f"{field.name}={in_short(getattr(self, field.name))}" for field in fields(self))
+        return f"{type(self).__name__}({', '.join(values)})"
+
+
+def in_short(value: object) -> str:
+    """A value in a few words: the shape of an array, the number of many items, the beginning of a long text."""
+    if hasattr(value, "shape"):
+        return f"<{' x '.join(map(str, value.shape)) or 'one number'}>"
+    if isinstance(value, list | tuple | dict) and (len(value) > 3 or any(hasattr(x, "shape") for x in value)):
+        return f"<{len(value)} items>"
+    return textwrap.shorten(repr(value), MOST_CHARACTERS, placeholder=" ...")
