@@ -5,10 +5,15 @@ save_figure, save_table, plot_history     a figure or a table as files; how the 
 panel_figure, new_axes, finish, layer_ticks, shared_legend, colour_bar, token_names    parts of drawings
 COLOURS, FONT_SIZE, COLUMN_WIDTH          what they look like
 record_values, run_notebook               values for the executed copy of a notebook; running one from Python
+EditRequest, ten_facts, fact_of           edits to try, and a fact that was typed in
+try_edit, try_facts, for_people           make edits, look at what they do, undo them; the table of several made short
+Panel, wait_for_job                       all that by hand; returns once the panel's work on a model is done
 """
 
 from rome_lab.lab import plots
 from rome_lab.lab.batch import record_values, run_notebook
+from rome_lab.lab.jobs import wait_for_job
+from rome_lab.lab.panel import Panel
 from rome_lab.lab.plots import (
     COLOURS,
     COLUMN_WIDTH,
@@ -24,3 +29,5 @@ from rome_lab.lab.plots import (
     shared_legend,
     token_names,
 )
+from rome_lab.lab.trials import EditRequest, for_people, ten_facts, try_edit, try_facts
+from rome_lab.lab.typed_facts import fact_of

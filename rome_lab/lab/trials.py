@@ -77,10 +77,8 @@ class Tried:
 
     def row(self) -> dict[str, Json]:
         """What came of it, in a line."""
-        follow, stay = (
-            self.after.more_probable("paraphrase", "p_target"),
-            self.after.more_probable("neighbour", "p_object"),
-        )
+        follow = self.after.more_probable("paraphrase", "p_target")
+        stay = self.after.more_probable("neighbour", "p_object")
         return {
             "fact": self.probe.fact.prompt,
             "object": self.probe.fact.object,
@@ -94,18 +92,25 @@ class Tried:
             "undone_bit_for_bit": self.restored,
         }
 
+    def __str__(self) -> str:
+        row = self.row()
+        return (
+            f"P[{row['target']}] went from {row['target_before']:.3f} to {row['target_after']:.3f}; "
+            f"{row['paraphrases_follow']} of {row['paraphrases']} paraphrases follow, "
+            f"{row['neighbours_stay']} of {row['neighbours']} neighbours stay. "
+            f"The constraint is met to {self.edit.constraint_error:.0e}, "
+            f"and once undone, all answers are bit for bit the same: {self.restored}."
+        )
+
     def _repr_html_(self) -> str:
         return compared_page(self.probe, {"Before the edit": self.before, "After the edit": self.after})
 
 
 def ten_facts() -> tuple[EditRequest, ...]:
-    """The requests of `TEN`."""
-    embedded = [fact for fact in load_facts("embedded")]
+    """The requests of `TEN_FACTS`."""
+    ways = {(fact.subject, way): fact for fact in load_facts("embedded") for way in fact.templates}
     return tuple(
-        EditRequest(
-            next(replace(x, template=template) for x in embedded if x.subject == subject and template in x.templates),
-            target,
-        )
+        EditRequest(replace(ways[subject, template], template=template), target)
         for subject, target, template in TEN_FACTS
     )
 

@@ -129,6 +129,8 @@ def test_trying_an_edit_leaves_the_model_as_it_was(tiny) -> None:
     assert not torch.equal(tried.before.log_p, tried.after.log_p)
     row = tried.row()
     assert row["undone_bit_for_bit"] and row["target_after"] == tried.after.table["p_target"][0]
+    assert str(tried).startswith(f"P[Rome] went from {row['target_before']:.3f} to {row['target_after']:.3f}; ")
+    assert str(tried).endswith("bit for bit the same: True.") and f"{tried.edit.constraint_error:.0e}" in str(tried)
     table = try_facts(tiny, [REQUEST], progress=False)
     assert table.to_dict("records") == [row]
     assert try_facts(tiny, [], progress=False).empty
