@@ -1,4 +1,17 @@
-"""TODO front door base."""
+"""What knows no model: files and the store, versions, seeds, checks, intervals, words.
+
+Store, Basket, USER_CACHE   results by all that determines them: in a folder, in memory, in the user's cache
+Record, Json                what is kept, and what it is kept under
+opened                      what a caller means by `store=`: a folder, a Store, or None
+canonical_json              the one text of a JSON value
+code_version                which code a result rests on, and package_versions which packages
+write_atomically            a file, whole or not at all; explained, check_writable, user_cache
+seed_from, uniform          random numbers that depend on what they are for, and on nothing else
+check_text, check_whole     arguments refused in a sentence
+mean_ci, MeanCI             a mean over facts with its 95% interval
+mentions, holds, place_of   names in texts, and visible, texts made safe to draw
+OneLine                     results that show themselves in one line
+"""
 
 from rome_lab.base.checks import check_text, check_whole
 from rome_lab.base.files import check_writable, explained, user_cache, write_atomically

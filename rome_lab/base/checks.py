@@ -1,4 +1,4 @@
-"""TODO base/checks."""
+"""Arguments refused in a sentence: `check_text`, `check_whole`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""TODO base/files."""
+"""Files that are written whole or not at all, and errors of the disk as sentences.
+
+user_cache()                    the user's cache folder
+write_atomically(path, write)   a file, whole or not at all
+check_writable(folder)          find out now, not after hours of work
+with explained(folder)          errors of the disk say what to do
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO base/intervals."""
+"""Means over facts with their 95% intervals: `mean_ci`, the one place where an interval is computed."""
 
 from __future__ import annotations
 

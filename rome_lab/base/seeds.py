@@ -1,4 +1,4 @@
-"""TODO base/seeds."""
+"""Random numbers that depend on what they are for and on nothing else: `seed_from`, `uniform`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,15 @@
-"""TODO front door facts."""
+"""Facts, where they come from, their prompts, and which of them a model knows.
+
+Fact                            what is asked of a model
+load_facts, load_relations      the embedded set, published sets and files
+known_facts                     a random sample of the facts that a model completes (B.1)
+read_prompt, Prompt             a prompt as tokens, and which of them are the subject's
+continuation_ids, question      with which tokens a text goes on
+completions                     how probable a model finds texts behind prompts, and whether it would say them
+known_among, object_token       which facts it would begin to complete, and by which token
+template_of                     a prompt with "{}" for its subject
+open_set, read_each             records of a set or file, as RecordForm says what they state
+"""
 
 from rome_lab.facts.completion import completions, known_among, object_token
 from rome_lab.facts.fact import Fact

@@ -1,4 +1,4 @@
-"""TODO facts/fact."""
+"""`Fact`: one fact and the prompt that asks for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO facts/published_sets."""
+"""Data sets that others publish: downloaded when first asked for, checked, and kept in the user's cache."""
 
 from __future__ import annotations
 

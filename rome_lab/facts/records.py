@@ -1,4 +1,4 @@
-"""Data sets as files: CSV and JSON as records, and the published data sets, downloaded when first asked for."""
+"""CSV and JSON files as records: `read_records`, `parse_json`, `parse_csv`, and `text_at`, a field of one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,22 @@
-"""TODO front door models."""
+"""Language models: where their parts are, running them in parts and together, and what they say.
+
+LanguageModel                   a model with its tokenizer and the places of its parts; edits lie over its weights
+load_model, check_hub           one by name: embedded, on a hub, or in a folder
+find_layout                     where a family has its parts
+record_run, Recording           one run of a whole model, and all that it left behind
+run_block, run_blocks           blocks on the last tokens of a recorded text; joined puts recordings together
+output_changed                  what a module says, changed within a context; last_token_only spares it tokens
+suited_attention, causal_mask   which attention a trace runs with, and its mask
+at_least_float32                of what is to be summed; last_logits_only spares the logits of other tokens
+Batching, text_bytes            as many texts together as fit, halved where memory runs out; enough_room for the rest
+Change, side_by_side            what a method does to a model, a row of a batch each
+Question, score, Score          log probabilities of given continuations under changes
+generate, continue_randomly     texts that the model writes, under changes or as it is
+choose_products                 how float32 matrix products are computed
+freed_memory_kept               where freed memory goes, and freed_memory_given_back
+device_of                       where a module computes
+Workers                         machines of a Dask cluster
+"""
 
 from rome_lab.models.batching import Batching, enough_room, text_bytes
 from rome_lab.models.blocks import (

@@ -1,4 +1,12 @@
-"""Which of transformers' implementations of attention a trace runs with."""
+"""Running a model whole, and its blocks on the last tokens of a text (exactly what the model itself does with them).
+
+record_run(lm, ids, change_embedding)       a Recording of all that one run left behind
+run_block(lm, layer, hidden, recording)     one block on a suffix, the recording's keys and values before it
+run_blocks, joined                          several blocks; several recordings as one
+with output_changed(module, change)         what a module says passes through `change`
+with last_token_only(feed_forward)          an MLP is given the last token of each text only
+with suited_attention(lm)                   attention as it is fastest for the short texts of a trace
+"""
 
 from __future__ import annotations
 

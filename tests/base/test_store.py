@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from rome_lab.base.files import explained, user_cache, write_atomically
-from rome_lab.base.store import Store, canonical_json
+from rome_lab.base.store import USER_CACHE, Basket, Store, canonical_json, opened
 
 ROOT = Path(__file__).parents[2]
 INPUTS = {"what": "trace", "prompt": "Zürich 東京 🗼 is in", "noise": 0.1 + 0.2, "window": 10, "std": None}
@@ -480,3 +480,32 @@ def test_the_cache_folder_is_the_users_unless_the_environment_names_one(monkeypa
     monkeypatch.setenv("ROME_LAB_CACHE", "")
     assert user_cache().name == "rome_lab"
     assert user_cache().is_absolute()
+
+
+def test_a_store_is_named_by_a_folder_as_text_or_path_or_is_one_or_none(tmp_path):
+    for named in (str(tmp_path), tmp_path):
+        assert isinstance(opened(named), Store) and opened(named).folder == tmp_path
+    store = Basket()
+    assert opened(store) is store and opened(USER_CACHE) is USER_CACHE and opened(None) is None
+    with pytest.raises(TypeError, match=r"store is 3; expected a folder \(text or Path\), a Store, or None"):
+        opened(3)
+
+
+def test_the_store_in_the_users_cache_follows_the_environment(monkeypatch, tmp_path):
+    for name in ("one", "other"):
+        monkeypatch.setenv("ROME_LAB_CACHE", str(tmp_path / name))
+        USER_CACHE.save(INPUTS, ARRAYS, {"name": name})
+        assert USER_CACHE.path(INPUTS).is_relative_to(tmp_path / name)
+        assert USER_CACHE.load(INPUTS).meta == Store(tmp_path / name).load(INPUTS).meta == {"name": name}
+
+
+def test_a_store_in_memory_gives_what_a_folder_gives_and_writes_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    basket, store = Basket(), Store(tmp_path / "results")
+    assert basket.load(INPUTS) is None
+    for kept in (basket, store):
+        kept.check_writable()
+        kept.save(INPUTS, ARRAYS, META)
+    assert bits(basket.load(INPUTS).arrays) == bits(store.load(INPUTS).arrays)
+    assert basket.load(INPUTS).meta == store.load(INPUTS).meta
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]

@@ -1,0 +1,87 @@
+"""The one scorer: its numbers are those of the model's own forward, and where memory runs out it halves its batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_memory import device_of, warnings
+from tiny import FAMILIES, known, talkative_model, tiny_model
+
+from rome_lab.facts.completion import completions, known_among, object_token
+from rome_lab.models.changes import Change
+from rome_lab.models.scoring import Question, score
+
+PAIRS = [
+    ("The Eiffel Tower is in", "Paris"),
+    ("The Eiffel Tower is in", "Rome, Italy"),
+    ("Marie Curie was born in the city of", "Warsaw"),
+    ("The capital of Japan is", "Tokyo"),
+    ("Windows 95", "is developed by Microsoft"),
+    ("The", "city"),
+]
+
+
+@torch.no_grad()
+def by_forward(lm, question: Question) -> torch.Tensor:
+    """(tokens of the continuation, V) log probabilities, by one forward of the model itself."""
+    logits = lm.model(torch.tensor([[*question.context, *question.said[:-1]]])).logits[0]
+    return logits[len(question.context) - 1 :].log_softmax(-1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_completions_are_those_of_the_model_s_own_forward(family: str) -> None:
+    lm = tiny_model(family)
+    for (prompt, text), answer in zip(PAIRS, completions(lm, PAIRS, "test", following=True), strict=True):
+        ids = tuple(lm.tokenizer(prompt)["input_ids"])
+        whole = tuple(lm.tokenizer(f"{prompt} {text}")["input_ids"])
+        question = Question(0, ids, whole[len(ids) :])
+        plain = by_forward(lm, question)
+        wanted = plain[range(len(question.said)), list(question.said)]
+        np.testing.assert_allclose(answer.log_p, wanted, atol=2e-4, rtol=1e-5)
+        np.testing.assert_array_equal(answer.greedy, plain.argmax(-1) == torch.tensor(question.said))
+        torch.testing.assert_close(answer.following, plain[0], atol=2e-4, rtol=1e-5)
+        assert answer.p == pytest.approx(float(wanted.sum().exp()), rel=1e-3)
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_completions_stay_the_same_where_memory_runs_out(most: int, caplog) -> None:
+    lm = tiny_model("gpt2")
+    whole = completions(lm, PAIRS, "audit", following=True)
+    with device_of(lm, most) as seen:
+        halved = completions(lm, PAIRS, "audit", following=True)
+    for one, other in zip(whole, halved, strict=True):
+        np.testing.assert_allclose(one.log_p, other.log_p, atol=1e-4)
+        np.testing.assert_array_equal(one.greedy, other.greedy)
+        torch.testing.assert_close(one.following, other.following, atol=1e-4, rtol=1e-5)
+    assert min(seen) <= most
+    assert [message.partition(":")[0] for message in warnings(caplog)] == ["audit"]
+
+
+def test_the_distribution_behind_a_text_is_kept_only_where_it_is_asked_for() -> None:
+    lm = tiny_model("llama")
+    assert all(answer.following is None for answer in completions(lm, PAIRS, "test"))
+    assert completions(lm, [], "test", following=True) == []
+    assert score(lm, [Change()], [], following=True) == []
+
+
+def test_a_fact_is_known_where_the_first_token_of_its_object_comes_next() -> None:
+    lm = talkative_model()
+    facts = known(lm)
+    others = [replace(fact, object="Zanzibar") for fact in facts]
+    assert facts and known_among(lm, [*others, *facts], "test") == facts
+    for fact in facts:
+        ids = tuple(lm.tokenizer(fact.prompt)["input_ids"])
+        assert object_token(lm, fact) == int(by_forward(lm, Question(0, ids, (5,)))[0].argmax())
+
+
+def test_what_is_not_a_number_or_too_long_is_refused_in_the_words_of_who_asks() -> None:
+    lm = tiny_model("gpt2")
+    with pytest.raises(ValueError, match=r"audit: \d+ tokens are more than the 64 of tiny-gpt2; shorten it\."):
+        completions(lm, [("very " * 70, "long")], "audit")
+    with torch.no_grad():
+        lm.memory(0).weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="^audit: tiny-gpt2 gives what is not a number"):
+        completions(lm, PAIRS, "audit")
