@@ -1,6 +1,17 @@
-"""TODO front door tracing."""
+"""Appendix B: where a model keeps a fact. Corruption, the runs, the sweep, averages and the paper's claims.
 
-from rome_lab.tracing.averaging import BUCKETS, Traces, buckets, gap, summary
+causal_trace, trace_facts           one fact; many, kept in a store
+Trace, Traces, KINDS                what comes of them: probabilities by token and layer; means over facts, with intervals
+GaussianNoise, FixedNoise           what makes a corrupted run corrupted
+BUCKETS, buckets                    where in a prompt a token stands
+claims                              the paper's claims, put to the test
+strongest, strongest_places         peaks, read off the averages
+beside_paper                        our numbers and the paper's in shares, so that models compare
+trace_random_weights                the same of a model that has learnt nothing
+columns_of, READ_TOGETHER           what a sweep does, for those who count its operations
+"""
+
+from rome_lab.tracing.averaging import BUCKETS, Traces, buckets
 from rome_lab.tracing.corruption import FixedNoise, GaussianNoise
 from rome_lab.tracing.many_facts import trace_facts
 from rome_lab.tracing.one_fact import causal_trace

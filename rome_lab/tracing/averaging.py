@@ -1,11 +1,10 @@
 """Means over facts: token buckets, average effects and their 95% confidence intervals (Figures 1, 2 and 7).
 
-    BUCKETS, buckets            where in the prompt a token stands
-    Traces                      an immutable sequence of traces; trace_facts returns one
-    fact_means, fact_table      the average within each fact: as arrays, as a tidy table
-    average, gap                the average over facts, and the paired gap between two kinds, with intervals
-    mean_ci                     mean and 95% t-interval over the first axis
-    summary                     the numbers of appendices B.1 and B.2 beside the paper's
+    BUCKETS, buckets                                 where in the prompt a token stands
+    Traces                                           an immutable sequence of traces; trace_facts returns one
+    Traces.fact_means, fact_table                    the average within each fact: a row a bucket, or tidy
+    Traces.average, gap                              the average over facts, and the gap between two kinds, with intervals
+    Traces.summary                                   the numbers of appendices B.1 and B.2 beside the paper's
 
 The fact, not the token, is the unit of sampling. Sizes: F facts, B buckets, L layers, T tokens.
 """
@@ -30,8 +29,12 @@ BUCKETS: dict[str, str] = {
     "last": "last token",
 }
 """Bucket -> name on figures, in the order of the prompt."""
-_BUCKET_INDEX = {bucket: i for i, bucket in enumerate(BUCKETS)}
 _QUANTITIES = ("indirect_effect", "p_restored")
+_PAPER_PEAKS = {  # kind -> bucket and layer of the highest mean p_restored, that mean, and the mean of the facts' best
+    "state": ("subject_last", 15, 0.150, 0.195),
+    "mlp": ("subject_last", 17, 0.150, 0.236),
+    "attn": ("last", 32, 0.165, 0.194),
+}
 
 
 def buckets(n_tokens: int, subject_range: tuple[int, int]) -> list[str | None]:
@@ -83,6 +86,19 @@ class Traces(Sequence[Trace]):
     def __repr__(self) -> str:
         return f"Traces({len(self)} traces of {self.n_facts} facts: {', '.join(self.kinds) or 'none'})"
 
+    def _repr_html_(self) -> str:
+        rows = [
+            {
+                "kind": kind,
+                "facts": traces.n_facts,
+                "mean p_clean": np.mean([trace.p_clean for trace in traces]),
+                "mean p_corrupted": np.mean([trace.p_corrupted for trace in traces]),
+                "mean of the facts' largest effect": np.mean([trace.indirect_effect[trace.peak] for trace in traces]),
+            }
+            for kind, traces in ((kind, self.of(kind)) for kind in self.kinds)
+        ]
+        return pd.DataFrame(rows).to_html(index=False, float_format="{:.3f}".format)
+
     @property
     def kinds(self) -> tuple[str, ...]:
         """Labels of the traces, each once, in the order of `KINDS`."""
@@ -100,125 +116,100 @@ class Traces(Sequence[Trace]):
             raise ValueError(f"Traces.of: unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
         return Traces(trace for trace in self if trace.label == kind)
 
-    def average(self, quantity: str = "indirect_effect") -> pd.DataFrame:
-        """See `average`."""
-        return average(self, quantity)
+    def fact_means(self, quantity: str = "indirect_effect") -> pd.DataFrame:
+        """The average of a quantity over the tokens of each bucket, within each fact.
 
-
-def fact_means(traces: Iterable[Trace], quantity: str = "indirect_effect") -> dict[str, np.ndarray]:
-    """The average of a quantity over the tokens of each bucket, within each fact.
-
-    Args:    quantity: "indirect_effect" (restored minus corrupted, paired within the fact) or "p_restored".
-    Returns: kind -> (F, B, L). Facts stand in the order of their first trace, the same for all kinds. NaN where a fact
-             has no trace of the kind, no token in the bucket, or one in it that was not restored.
-    Raises:  ValueError: no traces, different numbers of layers, two traces of one fact and kind, values not finite.
-    """
-    if quantity not in _QUANTITIES:
-        raise ValueError(f"averaging: unknown quantity {quantity!r}; choose one of {', '.join(_QUANTITIES)}")
-    traces = Traces(traces)
-    facts = {fact: i for i, fact in enumerate(dict.fromkeys(map(_fact_of, traces)))}
-    n_layers = _checked_layers(traces)
-    means = {kind: np.full((len(facts), len(BUCKETS), n_layers), np.nan) for kind in traces.kinds}
-    for trace in traces:
-        means[trace.label][facts[_fact_of(trace)]] = _bucket_means(trace, getattr(trace, quantity))
-    return means
-
-
-def fact_table(traces: Iterable[Trace], quantity: str = "indirect_effect") -> pd.DataFrame:
-    """`fact_means` as a tidy table: kind, fact, bucket, layer, and a column named after the quantity.
-
-    `fact` counts the facts in the order of their first trace; a fact has no rows for the buckets it lacks.
-    """
-    parts = []
-    for kind, means in fact_means(traces, quantity).items():  # (F, B, L)
-        fact, bucket = np.nonzero(~np.isnan(means).any(axis=2))
-        n_layers = means.shape[2]
-        columns = {
-            "kind": pd.Categorical([kind], list(KINDS)).repeat(len(fact) * n_layers),
-            "fact": fact.repeat(n_layers),
-            "bucket": pd.Categorical.from_codes(bucket, list(BUCKETS)).repeat(n_layers),
-            "layer": np.tile(np.arange(n_layers), len(fact)),
-            quantity: means[fact, bucket].ravel(),
+        Args:    quantity: "indirect_effect" (restored minus corrupted, paired within the fact) or "p_restored".
+        Returns: a row for each kind, fact and bucket, a column a layer. Facts are counted in the order of their first
+                 trace, the same for all kinds. NaN where a fact has no trace of the kind, no token in the bucket, or one
+                 in it that was not restored.
+        Raises:  ValueError: no traces, different numbers of layers, two traces of one fact and kind, values not finite.
+        """
+        if quantity not in _QUANTITIES:
+            raise ValueError(f"averaging: unknown quantity {quantity!r}; choose one of {', '.join(_QUANTITIES)}")
+        layers = range(_checked_layers(self))
+        facts = {fact: i for i, fact in enumerate(dict.fromkeys(map(_fact_of, self)))}
+        every = pd.MultiIndex.from_product([self.kinds, facts.values(), BUCKETS], names=["kind", "fact", "bucket"])
+        means = {
+            (trace.label, facts[_fact_of(trace)], bucket): mean
+            for trace in self
+            for bucket, mean in _bucket_means(trace, getattr(trace, quantity)).items()
         }
-        parts.append(pd.DataFrame(columns))
-    return pd.concat(parts, ignore_index=True)
+        return pd.DataFrame([means.get(place, np.full(len(layers), np.nan)) for place in every], every, layers)
+
+    def fact_table(self, quantity: str = "indirect_effect") -> pd.DataFrame:
+        """`fact_means` as a tidy table: kind, fact, bucket, layer, and a column named after the quantity.
+
+        A fact has no rows for the buckets it lacks.
+        """
+        table = self.fact_means(quantity).rename_axis(columns="layer").dropna().stack().rename(quantity).reset_index()
+        categories = {"kind": pd.CategoricalDtype(list(KINDS)), "bucket": pd.CategoricalDtype(list(BUCKETS))}
+        return table.astype(categories)
+
+    def average(self, quantity: str = "indirect_effect") -> pd.DataFrame:
+        """Average over facts by kind, bucket and layer, with 95% t-intervals over facts (Figures 1, 2 and 7).
+
+        For "indirect_effect" this is the AIE, E[P*,clean h[o] - P*[o]]. Unit: probability.
+
+        Returns: DataFrame: kind, bucket, layer, mean, ci_low, ci_high, n_facts; a bucket that no fact has is left out.
+                 `.attrs["quantity"]` names the quantity.
+        Raises:  see `fact_means`.
+        """
+        return _over_facts(self.fact_means(quantity), quantity)
+
+    def gap(self, kind: str, minus: str) -> pd.DataFrame:
+        """Average indirect effect of one kind minus that of another, paired within the fact (Figure 3).
+
+        Only facts that have both are counted. Returns a table like `average`, with the kind "<kind> minus <minus>".
+
+        Raises: ValueError: there are no traces of one of the kinds.
+        """
+        means = self.fact_means()
+        for label in (kind, minus):
+            if label not in self.kinds:
+                raise ValueError(f"gap: no traces of kind {label!r} among {', '.join(self.kinds)}; trace that kind too")
+        pairs = means.loc[kind] - means.loc[minus]
+        return _over_facts(pd.concat({f"{kind} minus {minus}": pairs}, names=["kind"]), "indirect_effect")
+
+    def summary(self) -> pd.DataFrame:
+        """The probabilities quoted in appendices B.1 and B.2, beside the paper's for GPT-2 XL.
+
+        `best`: each fact's largest p_restored, averaged: at the last subject token for "state" (at the last token it is
+        p_clean, trivially), at any token for "mlp" and "attn". `peak`: the largest mean p_restored over the layers of
+        the bucket where the paper found it. The layer is chosen on the same facts, so the peak's interval is optimistic.
+
+        Returns: DataFrame: measure, bucket, layer, mean, ci_low, ci_high, n_facts, paper, paper_layer.
+        """
+        means = self.fact_means("p_restored")
+        of_facts = {_fact_of(trace): trace for trace in self}.values()
+        rows = [
+            {"measure": "p_clean", "paper": 0.270} | _interval([trace.p_clean for trace in of_facts]),
+            {"measure": "p_corrupted", "paper": 0.0847} | _interval([trace.p_corrupted for trace in of_facts]),
+        ]
+        for kind, (bucket, paper_layer, paper_peak, paper_best) in _PAPER_PEAKS.items():
+            if kind not in self.kinds:
+                continue
+            there = means.loc[kind].xs(bucket, level="bucket").to_numpy()  # (F, L)
+            anywhere = [trace.p_restored.max() for trace in self.of(kind)]
+            best_bucket, best = (bucket, there.max(axis=1)) if kind == "state" else ("any", anywhere)
+            rows.append({"measure": f"{kind} best", "bucket": best_bucket, "paper": paper_best} | _interval(best))
+            layer = int(np.nan_to_num(mean_ci(there).mean).argmax())
+            peak = {"bucket": bucket, "layer": layer} | _interval(there[:, layer])
+            rows.append({"measure": f"{kind} peak", "paper": paper_peak, "paper_layer": paper_layer} | peak)
+        columns = ["measure", "bucket", "layer", *MeanCI._fields, "paper", "paper_layer"]
+        return pd.DataFrame(rows, columns=columns).astype({"layer": "Int64", "paper_layer": "Int64"})
 
 
-def average(traces: Iterable[Trace], quantity: str = "indirect_effect") -> pd.DataFrame:
-    """Average over facts by kind, bucket and layer, with 95% t-intervals over facts (Figures 1, 2 and 7).
-
-    For "indirect_effect" this is the AIE, E[P*,clean h[o] - P*[o]]. Unit: probability.
-
-    Returns: DataFrame: kind, bucket, layer, mean, ci_low, ci_high, n_facts; a bucket that no fact has is left out.
-             `.attrs["quantity"]` names the quantity.
-    Raises:  see `fact_means`.
-    """
-    return _tidy(fact_means(traces, quantity), quantity)
+def _interval(values: Sequence[float] | np.ndarray) -> dict[str, float]:
+    return {name: value.item() for name, value in mean_ci(np.asarray(values))._asdict().items()}
 
 
-def gap(traces: Iterable[Trace], kind: str, minus: str) -> pd.DataFrame:
-    """Average indirect effect of one kind minus that of another, paired within the fact (Figure 3).
-
-    Only facts that have both are counted. Returns a table like `average`, with the kind "<kind> minus <minus>".
-
-    Raises: ValueError: there are no traces of one of the kinds.
-    """
-    means = fact_means(traces)
-    for label in (kind, minus):
-        if label not in means:
-            raise ValueError(f"gap: no traces of kind {label!r} among {', '.join(means)}; trace that kind too")
-    return _tidy({f"{kind} minus {minus}": means[kind] - means[minus]}, "indirect_effect")
-
-
-_PAPER_PEAKS = {  # kind -> bucket and layer of the highest mean p_restored, that mean, and the mean of the facts' best
-    "state": ("subject_last", 15, 0.150, 0.195),
-    "mlp": ("subject_last", 17, 0.150, 0.236),
-    "attn": ("last", 32, 0.165, 0.194),
-}
-
-
-def summary(traces: Iterable[Trace]) -> pd.DataFrame:
-    """The probabilities quoted in appendices B.1 and B.2, beside the paper's for GPT-2 XL.
-
-    `best`: each fact's largest p_restored, averaged: at the last subject token for "state" (at the last token it is
-    p_clean, trivially), at any token for "mlp" and "attn". `peak`: the largest mean p_restored over the layers of
-    the bucket where the paper found it. The layer is chosen on the same facts, so the peak's interval is optimistic.
-
-    Returns: DataFrame: measure, bucket, layer, mean, ci_low, ci_high, n_facts, paper, paper_layer.
-    """
-    traces = Traces(traces)
-    means = fact_means(traces, "p_restored")
-    one_each = {_fact_of(trace): trace for trace in traces}.values()
-    rows = [
-        {"measure": "p_clean", "paper": 0.270} | _interval(np.array([trace.p_clean for trace in one_each])),
-        {"measure": "p_corrupted", "paper": 0.0847} | _interval(np.array([trace.p_corrupted for trace in one_each])),
+def _over_facts(means: pd.DataFrame, quantity: str) -> pd.DataFrame:
+    """A row for each kind, fact and bucket to rows of `Traces.average`."""
+    parts = [
+        pd.DataFrame({"kind": kind, "bucket": bucket, "layer": means.columns} | mean_ci(rows.to_numpy())._asdict())
+        for (kind, bucket), rows in means.groupby(level=["kind", "bucket"], sort=False)
     ]
-    for kind, (bucket, paper_layer, paper_peak, paper_best) in _PAPER_PEAKS.items():
-        if kind not in means:
-            continue
-        there = means[kind][:, _BUCKET_INDEX[bucket]]  # (F, L)
-        anywhere = np.array([trace.p_restored.max() for trace in traces.of(kind)])
-        best_bucket, best = (bucket, there.max(axis=1)) if kind == "state" else ("any", anywhere)
-        rows.append({"measure": f"{kind} best", "bucket": best_bucket, "paper": paper_best} | _interval(best))
-        layer = int(np.nan_to_num(mean_ci(there).mean).argmax())
-        peak = {"bucket": bucket, "layer": layer} | _interval(there[:, layer])
-        rows.append({"measure": f"{kind} peak", "paper": paper_peak, "paper_layer": paper_layer} | peak)
-    columns = ["measure", "bucket", "layer", *MeanCI._fields, "paper", "paper_layer"]
-    return pd.DataFrame(rows, columns=columns).astype({"layer": "Int64", "paper_layer": "Int64"})
-
-
-def _interval(values: np.ndarray) -> dict[str, float]:
-    return {name: value.item() for name, value in mean_ci(values)._asdict().items()}
-
-
-def _tidy(means: dict[str, np.ndarray], quantity: str) -> pd.DataFrame:
-    """kind -> (F, B, L) to rows of `average`."""
-    parts = []
-    for kind, values in means.items():
-        layers = np.arange(values.shape[2])
-        keys = {"kind": kind, "bucket": np.repeat(list(BUCKETS), len(layers)), "layer": np.tile(layers, len(BUCKETS))}
-        over_facts = {name: array.ravel() for name, array in mean_ci(values)._asdict().items()}  # (B, L) each
-        parts.append(pd.DataFrame(keys | over_facts))
     table = pd.concat(parts)
     table = table[table["n_facts"] > 0].reset_index(drop=True)
     table.attrs["quantity"] = quantity
@@ -229,14 +220,11 @@ def _fact_of(trace: Trace) -> tuple[str, str, str]:
     return trace.prompt, trace.subject, trace.answer
 
 
-def _bucket_means(trace: Trace, values: np.ndarray) -> np.ndarray:
-    """(T, L) to (B, L); NaN for the buckets that the prompt lacks and those with a token that was not restored."""
-    codes = np.array([_BUCKET_INDEX.get(bucket, -1) for bucket in buckets(len(trace.tokens), trace.subject_range)])
-    member = codes == np.arange(len(BUCKETS))[:, None]  # (B, T)
-    restored = ~np.isnan(values).any(axis=1)  # (T,)
-    n_tokens = np.where(member[:, ~restored].any(axis=1), 0, member.sum(axis=1))[:, None]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(n_tokens > 0, member[:, restored] @ values[restored] / n_tokens, np.nan)
+def _bucket_means(trace: Trace, values: np.ndarray) -> dict[str, np.ndarray]:
+    """(T, L) to the mean (L,) of each bucket, but for those that the prompt lacks or that were not restored whole."""
+    members = np.array(buckets(len(trace.tokens), trace.subject_range))
+    rows = {bucket: values[members == bucket] for bucket in BUCKETS}
+    return {bucket: rows.mean(axis=0) for bucket, rows in rows.items() if len(rows) and not np.isnan(rows).any()}
 
 
 def _checked_layers(traces: Traces) -> int:
@@ -260,6 +248,6 @@ def _checked_layers(traces: Traces) -> int:
             raise ValueError(f"averaging: the {trace.label!r} trace of {trace.prompt!r} has NaN or inf; trace it again")
         shapes[shape[1]] = trace.prompt
     if len(shapes) > 1:
-        found = ", ".join(f"{n} ({prompt!r})" for n, prompt in sorted(shapes.items()))
-        raise ValueError(f"averaging: traces have different numbers of layers: {found}; average one model at a time")
+        counts = ", ".join(f"{n} ({prompt!r})" for n, prompt in sorted(shapes.items()))
+        raise ValueError(f"averaging: traces have different numbers of layers: {counts}; average one model at a time")
     return shapes.popitem()[0]

@@ -1,10 +1,17 @@
-"""What makes a corrupted run corrupted: noise added to the embeddings of the subject's tokens (B.1)."""
+"""What makes a corrupted run corrupted: noise added to the embeddings of the subject's tokens (B.1).
+
+Corruption         what a class must have to be one; add yours here, and its name to the front door
+GaussianNoise      the paper's: independent, of a multiple of sigma_t, which `embedding_std` measures
+FixedNoise         exactly the given noise
+noise_key          which noise a fact gets
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -112,12 +119,10 @@ def embedding_std(lm: LanguageModel) -> float:
     occurs in the text.
     """
     text = [f"{fact.prompt} {fact.object}." for fact in load_facts("embedded")]
-    counts = torch.zeros(lm.embedding.weight.shape[0], dtype=torch.float64)
-    for ids in lm.tokenizer(text, add_special_tokens=False)["input_ids"]:
-        counts.index_add_(0, torch.tensor(ids), torch.ones(len(ids), dtype=torch.float64))
-    seen = counts.nonzero().squeeze(1)
-    rows = lm.embedding(seen.to(lm.device)).cpu().double()  # (tokens seen, D)
+    ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens, counts = torch.tensor(list(chain.from_iterable(ids))).unique(return_counts=True)
+    rows = lm.embedding(tokens.to(lm.device)).cpu().double()  # (different tokens, D)
     lm.check_finite(rows, "embedding_std")
-    weight = (counts[seen] / counts.sum())[:, None] / rows.shape[1]
+    weight = (counts / counts.sum(dtype=torch.float64))[:, None] / rows.shape[1]
     mean = (weight * rows).sum()
     return float((weight * (rows - mean) ** 2).sum().sqrt())

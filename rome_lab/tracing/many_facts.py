@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from rome_lab.base import Json, Record, Store, code_version, opened
-from rome_lab.facts import Fact, Prompt, read_prompt
+from rome_lab.base import Basket, Json, Record, Store, code_version, opened
+from rome_lab.facts import Fact, read_prompt
 from rome_lab.models import LanguageModel, Workers
 from rome_lab.tracing.averaging import Traces
 from rome_lab.tracing.corruption import Corruption
@@ -60,8 +60,8 @@ def trace_facts(
         RuntimeError: the cluster has failed, and what was finished is in the store; or the store loses what it is given.
     """
     kinds, facts = tuple(kinds), list(dict.fromkeys(facts))
-    if unknown := set(kinds) - set(KINDS):
-        raise ValueError(f"trace_facts: unknown kinds {sorted(unknown)}; choose from {', '.join(KINDS)}.")
+    if others := set(kinds) - set(KINDS):
+        raise ValueError(f"trace_facts: unknown kinds {sorted(others)}; choose from {', '.join(KINDS)}.")
     if not facts:
         raise ValueError("trace_facts: there are no facts to trace; known_facts(lm, facts) finds some.")
     store = opened(store)
@@ -69,123 +69,111 @@ def trace_facts(
         store.check_writable()
     settings = TraceSettings(corruption, samples, window, seed, max_rows)
     settings = replace(settings, corruption=settings.corruption.measured(lm))
+    described: dict[str, Json] = {"corruption": settings.corruption.describe(lm)}
     unknown: dict[Fact, str] = {}
     if client is None:
-        common = lm.identity().key() | {"corruption": settings.corruption.describe(lm)} if store else {}
+        plan = TracePlan(kinds, settings, described | (lm.identity().key() if store else {}))
+        store = store or Basket()
     else:
         from rome_lab.models import Workers  # needs dask.distributed, which is an optional extra
 
         workers = Workers(client, lm, store)
-        store, common = workers.store, workers.key | {"corruption": settings.corruption.describe(lm)}
-        unknown = trace_on_workers(workers, facts, kinds, settings, common, progress)
-    traces, skipped = [], []
+        plan, store = TracePlan(kinds, settings, described | workers.key), workers.store
+        unknown = trace_on_workers(workers, facts, plan, progress)
+    traces = []
     for fact in tqdm(facts, desc="tracing", unit="fact", disable=not progress or client is not None):
-        if fact in unknown:
-            skipped.append(unknown[fact])
-            continue
-        try:
-            traces += trace_fact(lm, fact, kinds, settings, store, common)
-        except UnknownFactError as error:
-            skipped.append(str(error))
-    if skipped:
-        message = (
-            f"trace_facts: {len(skipped)} of {len(facts)} facts are not known to {lm.name}; the first: {skipped[0]}"
-        )
+        if fact not in unknown:
+            try:
+                traces += trace_fact(lm, fact, store, plan)
+            except UnknownFactError as error:
+                unknown[fact] = str(error)
+    if unknown:
+        first = next(unknown[fact] for fact in facts if fact in unknown)
+        message = f"trace_facts: {len(unknown)} of {len(facts)} facts are not known to {lm.name}; the first: {first}"
         if not traces:
             raise ValueError(message)
         logger.warning("%s They are left out.", message)
     return Traces(traces)
 
 
-def trace_fact(
-    lm: LanguageModel,
-    fact: Fact,
-    kinds: tuple[str, ...],
-    settings: TraceSettings,
-    store: Store | None,
-    common: dict[str, Json],
-) -> list[Trace]:
-    """The traces of one fact, from the store where it has them."""
-    prompt = read_prompt(lm, fact)
+@dataclass(frozen=True)
+class TracePlan:
+    """What is traced of every fact.
+
+    Attributes:
+        kinds: labels of `KINDS`.
+        common: what the store's inputs of all traces have in common: the model, and the corruption.
+    """
+
+    kinds: tuple[str, ...]
+    settings: TraceSettings
+    common: Mapping[str, Json]
+
+    def inputs(self, lm: LanguageModel, fact: Fact) -> dict[str, dict[str, Json]]:
+        """Label -> everything that determines this trace of the fact."""
+        prompt, settings = read_prompt(lm, fact), self.settings
+        of_fact = {
+            **self.common,
+            "what": "trace",
+            "code": code_version(restore.__module__),
+            "prompt": fact.prompt,
+            "subject": fact.subject,
+            "object": fact.object,
+            "ids": prompt.ids.tolist(),
+            "subject_range": list(prompt.subject_range),
+            "samples": settings.samples,
+            "seed": settings.seed,
+        }
+        return {
+            label: of_fact | {"kind": kind, "severed": severed, "window": None if kind == "state" else settings.window}
+            for label, (kind, severed) in ((label, KINDS[label]) for label in self.kinds)
+        }
+
+
+def trace_fact(lm: LanguageModel, fact: Fact, store: Store, plan: TracePlan) -> list[Trace]:
+    """The traces of one fact, from the store where it has them, else made, and saved there."""
     traces, runs = [], None
-    for label in kinds:
-        inputs = trace_inputs(common, fact, prompt, label, settings)
-        record = store.load(inputs) if store else None
+    for label, inputs in plan.inputs(lm, fact).items():
+        record = store.load(inputs)
         if record is None:
-            runs = runs or run_clean_and_corrupted(lm, fact, None, settings)
+            runs = runs or run_clean_and_corrupted(lm, fact, None, plan.settings)
             kind, severed = KINDS[label]
-            trace = restore(runs, kind, severed, [prompt.subject_range[1] - 1] if severed else None)
-            if store:
-                store.save(inputs, *trace_record(trace))
+            trace = restore(runs, kind, severed, [runs.prompt.subject_range[1] - 1] if severed else None)
+            store.save(inputs, *trace_record(trace))
         else:
             trace = trace_from_record(record)
         traces.append(trace)
     return traces
 
 
-def trace_on_workers(
-    workers: Workers,
-    facts: Sequence[Fact],
-    kinds: tuple[str, ...],
-    settings: TraceSettings,
-    common: dict[str, Json],
-    progress: bool,
-) -> dict[Fact, str]:
+def trace_on_workers(workers: Workers, facts: Sequence[Fact], plan: TracePlan, progress: bool) -> dict[Fact, str]:
     """Have the workers trace what the store does not hold; returns the facts that the model does not know, and why."""
-    asked = []
-    for fact in facts:
-        prompt = read_prompt(workers.lm, fact)
-        inputs = {label: trace_inputs(common, fact, prompt, label, settings) for label in kinds}
-        if missing := tuple(label for label in kinds if workers.store.load(inputs[label]) is None):
-            asked.append((fact, missing))
-    done = len(facts) - len(asked)
+
+    def missing(fact: Fact, kinds: tuple[str, ...]) -> tuple[str, ...]:
+        inputs = replace(plan, kinds=kinds).inputs(workers.lm, fact)
+        return tuple(label for label in kinds if workers.store.load(inputs[label]) is None)
+
+    tasks = [(fact, kinds) for fact in facts if (kinds := missing(fact, plan.kinds))]
+    done = len(facts) - len(tasks)
     with tqdm(desc="tracing", unit="fact", total=len(facts), initial=done, disable=not progress) as bar:
-        said = workers.map(partial(trace_there, settings=settings, common=common), asked, bar)
-    for (fact, missing), why in zip(asked, said, strict=True):
-        prompt = read_prompt(workers.lm, fact)
-        wanted = (trace_inputs(common, fact, prompt, label, settings) for label in missing)
-        if not why and any(workers.store.load(inputs) is None for inputs in wanted):
+        reasons = workers.map(partial(trace_there, plan=plan), tasks, bar)
+    for (fact, kinds), reason in zip(tasks, reasons, strict=True):
+        if not reason and missing(fact, kinds):
             raise RuntimeError(
                 f"trace_facts: the workers have traced {fact.prompt!r}, and it was written to {workers.store.folder}, but "
                 "is not there; see that nothing removes or alters files in the store, and call again."
             )
-    return {fact: why for (fact, _), why in zip(asked, said, strict=True) if why}
+    return {fact: reason for (fact, _), reason in zip(tasks, reasons, strict=True) if reason}
 
 
-def trace_there(
-    lm: LanguageModel,
-    asked: tuple[Fact, tuple[str, ...]],
-    store: Store,
-    settings: TraceSettings,
-    common: dict[str, Json],
-) -> str | None:
-    """On a worker: trace one fact, each kind into the store; returns why the model does not know it, where it does not."""
+def trace_there(lm: LanguageModel, task: tuple[Fact, tuple[str, ...]], store: Store, plan: TracePlan) -> str | None:
+    """On a worker: trace some kinds of one fact into the store; returns why the model does not know it, or None."""
+    fact, kinds = task
     try:
-        trace_fact(lm, *asked, settings, store, common)
+        trace_fact(lm, fact, store, replace(plan, kinds=kinds))
     except UnknownFactError as reason:
         return str(reason)
     return None
-
-
-def trace_inputs(
-    common: dict[str, Json], fact: Fact, prompt: Prompt, label: str, settings: TraceSettings
-) -> dict[str, Json]:
-    """Everything that determines one trace."""
-    kind, severed = KINDS[label]
-    return common | {
-        "what": "trace",
-        "code": code_version(restore.__module__),
-        "prompt": fact.prompt,
-        "subject": fact.subject,
-        "object": fact.object,
-        "ids": prompt.ids.tolist(),
-        "subject_range": list(prompt.subject_range),
-        "kind": kind,
-        "severed": severed,
-        "samples": settings.samples,
-        "window": None if kind == "state" else settings.window,
-        "seed": settings.seed,
-    }
 
 
 def trace_record(trace: Trace) -> tuple[dict, dict[str, Json]]:
@@ -195,7 +183,7 @@ def trace_record(trace: Trace) -> tuple[dict, dict[str, Json]]:
 
 
 def trace_from_record(record: Record) -> Trace:
-    """The trace that `to_record` took apart."""
+    """The trace that `trace_record` took apart."""
     meta = dict(record.meta)
     meta |= {"tokens": tuple(meta["tokens"]), "subject_range": tuple(meta["subject_range"])}
     return Trace(p_restored=record.arrays["p_restored"], **meta)

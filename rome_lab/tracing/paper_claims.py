@@ -15,21 +15,13 @@ import pandas as pd
 from scipy import stats
 
 from rome_lab.base import mean_ci
-from rome_lab.tracing.averaging import BUCKETS, fact_means
+from rome_lab.tracing.averaging import Traces
 from rome_lab.tracing.trace import Trace
 
 Site = tuple[str, str]
 """Kind and bucket, or, for the bucket, "subject_other": the mean of the subject's first and middle tokens."""
 MIN_FACTS = 3
 SIGNIFICANCE = 0.05
-_COLUMNS = (
-    *("claim", "effect", "ci_low", "ci_high", "n_facts", "left_out"),
-    *("p_value", "tested_layers", "layers", "peak_layer", "verdict", "note"),
-)
-_UNTESTED = {
-    **dict.fromkeys(("effect", "ci_low", "ci_high", "p_value"), np.nan),
-    **{"layers": "none", "peak_layer": None, "verdict": "can't tell"},
-}
 
 
 @dataclass(frozen=True)
@@ -111,13 +103,12 @@ def claims(traces: Iterable[Trace], margin: float = 0.01) -> pd.DataFrame:
 
     Returns: DataFrame: claim, effect, ci_low, ci_high (95% t-interval over facts), n_facts, left_out, p_value,
              tested_layers, layers, peak_layer (of the largest mean contrast), verdict, note.
-    Raises:  ValueError: the margin is not a probability; see also `fact_means`.
+    Raises:  ValueError: the margin is not a probability; see also `Traces.fact_means`.
     """
     if not 0 <= margin < 1:
         raise ValueError(f"claims: margin {margin} is not a probability; give one from 0 up to, not including, 1")
-    means = fact_means(traces)
-    rows = [_row(claim, means, margin) for claim in CLAIMS]
-    return pd.DataFrame(rows, columns=list(_COLUMNS)).astype({"peak_layer": "Int64"})
+    means = Traces(traces).fact_means()
+    return pd.DataFrame([_row(claim, means, margin) for claim in CLAIMS]).astype({"peak_layer": "Int64"})
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
@@ -129,37 +120,42 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     return corrected
 
 
-def _row(claim: Claim, means: dict[str, np.ndarray], margin: float) -> dict[str, object]:
-    n_all, _, n_layers = next(iter(means.values())).shape
+def _row(claim: Claim, means: pd.DataFrame, margin: float) -> dict[str, object]:
+    kinds, facts, _ = (means.index.unique(level) for level in means.index.names)
+    n_layers = len(means.columns)
     layers = np.arange(n_layers)[_half(claim.half, n_layers)]
-    missing = [kind for kind in dict.fromkeys((claim.larger[0], claim.smaller[0])) if kind not in means]
+    missing = [kind for kind in dict.fromkeys((claim.larger[0], claim.smaller[0])) if kind not in kinds]
     contrast = np.empty((0, len(layers)))
     if not missing and len(layers):
-        contrast = _contrast(claim, means)[:, layers]
-        contrast = contrast[~np.isnan(contrast).any(axis=1)]  # (facts that have both sites, layers)
-    n = len(contrast)
+        contrast = _contrast(claim, means)[layers].dropna().to_numpy()  # (facts that have both sites, layers)
+    n, n_all = len(contrast), len(facts)
     notes = [f"no traces of kind {kind}" for kind in missing]
     if not len(layers):
         notes.append(f"a model of {n_layers} layer has no halves")
     elif not missing:
         notes += [f"{n_all - n} of {n_all} facts left out, for want of a trace or of the token"] if n < n_all else []
         notes += [f"needs at least {MIN_FACTS} facts"] if n < MIN_FACTS else []
-    found = _UNTESTED if n < MIN_FACTS else _tested(contrast, layers, margin)
-    counts = {"n_facts": n, "left_out": n_all - n, "tested_layers": _ranges(layers)}
-    return {"claim": claim.sentence} | found | counts | {"note": "; ".join(notes)}
-
-
-def _tested(contrast: np.ndarray, layers: np.ndarray, margin: float) -> dict[str, object]:
-    effect, low, high, _ = (float(value) for value in mean_ci(contrast.mean(axis=1)))
-    p_values = holm(_p_above_zero(contrast))
+    effect = low = high = p_value = np.nan
+    significant, peak, verdict = layers[:0], None, "can't tell"
+    if n >= MIN_FACTS:
+        effect, low, high, _ = (float(value) for value in mean_ci(contrast.mean(axis=1)))
+        p_values = holm(_p_above_zero(contrast))
+        p_value, significant = p_values.min(), layers[p_values < SIGNIFICANCE]
+        peak = int(layers[contrast.mean(axis=0).argmax()])
+        verdict = "holds" if low > margin else "does not hold" if high < margin else "can't tell"
     return {
+        "claim": claim.sentence,
         "effect": effect,
         "ci_low": low,
         "ci_high": high,
-        "p_value": p_values.min(),
-        "layers": _ranges(layers[p_values < SIGNIFICANCE]),
-        "peak_layer": int(layers[contrast.mean(axis=0).argmax()]),
-        "verdict": "holds" if low > margin else "does not hold" if high < margin else "can't tell",
+        "n_facts": n,
+        "left_out": n_all - n,
+        "p_value": p_value,
+        "tested_layers": _ranges(layers),
+        "layers": _ranges(significant),
+        "peak_layer": peak,
+        "verdict": verdict,
+        "note": "; ".join(notes),
     }
 
 
@@ -167,23 +163,21 @@ def _half(name: str, n_layers: int) -> slice:
     return slice(0, n_layers // 2) if name == "lower" else slice(n_layers - n_layers // 2, n_layers)
 
 
-def _contrast(claim: Claim, means: dict[str, np.ndarray]) -> np.ndarray:
+def _contrast(claim: Claim, means: pd.DataFrame) -> pd.DataFrame:
     """(F, L): the indirect effect at the one site minus that at the other, paired within the fact."""
-    larger, smaller = (_effects(means[kind], bucket) for kind, bucket in (claim.larger, claim.smaller))
+    larger, smaller = _effects(means, *claim.larger), _effects(means, *claim.smaller)
     if claim.against == "lower":
-        smaller = smaller[:, _half("lower", smaller.shape[1])].mean(axis=1, keepdims=True)
+        half = smaller.iloc[:, _half("lower", smaller.shape[1])]
+        return larger.sub(half.mean(axis=1, skipna=False), axis=0)
     return larger - smaller
 
 
-def _effects(means: np.ndarray, bucket: str) -> np.ndarray:
-    """(F, L): the indirect effects of one kind at a site; NaN where a fact has no such token."""
+def _effects(means: pd.DataFrame, kind: str, bucket: str) -> pd.DataFrame:
+    """(F, L): the indirect effects at a site; NaN where a fact has no such token."""
     if bucket != "subject_other":
-        return means[:, list(BUCKETS).index(bucket)]
-    others = np.stack([_effects(means, name) for name in ("subject_first", "subject_middle")])
-    present = ~np.isnan(others)
-    return np.divide(
-        np.where(present, others, 0).sum(0), present.sum(0), where=present.any(0), out=np.full(others.shape[1:], np.nan)
-    )
+        return means.loc[kind].xs(bucket, level="bucket")
+    others = [means.loc[kind].xs(name, level="bucket") for name in ("subject_first", "subject_middle")]
+    return pd.concat(others).groupby(level="fact").mean()
 
 
 def _p_above_zero(contrast: np.ndarray) -> np.ndarray:

@@ -1,10 +1,12 @@
-"""What one causal trace found: `Trace`, the record that tracing makes and everything else reads."""
+"""What one causal trace found: `Trace`, the record that tracing makes and everything else reads, and the `KINDS` of it."""
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 KINDS: dict[str, tuple[str, str | None]] = {
     "state": ("state", None),
@@ -62,3 +64,29 @@ class Trace:
     def label(self) -> str:
         """Key of `KINDS` that this trace is one of."""
         return f"severed-{self.severed}" if self.severed else self.kind
+
+    @property
+    def peak(self) -> tuple[int, int]:
+        """Token and layer of the largest indirect effect."""
+        row, layer = np.unravel_index(np.nan_to_num(self.indirect_effect, nan=-np.inf).argmax(), self.p_restored.shape)
+        return int(row), int(layer)
+
+    def __repr__(self) -> str:
+        return f"Trace({', '.join(f'{name} {value}' for name, value in self.in_short().items())})"
+
+    def _repr_html_(self) -> str:
+        return pd.DataFrame(self.in_short().items()).to_html(index=False, header=False)
+
+    def in_short(self) -> dict[str, str]:
+        """What a line or a small table says of the trace, without its numbers by token and layer."""
+        token, layer = self.peak
+        return {
+            "kind": self.label,
+            "prompt": repr(textwrap.shorten(self.prompt, 80, placeholder=" ...")),
+            "answer": repr(self.answer),
+            "p_clean": f"{self.p_clean:.3f}",
+            "p_corrupted": f"{self.p_corrupted:.3f}",
+            "largest effect": f"{self.indirect_effect[token, layer]:.3f} at {self.tokens[token]!r} in layer {layer}",
+            "tokens": str(len(self.tokens)),
+            "layers": str(self.p_restored.shape[1]),
+        }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rome_lab.base.intervals import mean_ci
-from rome_lab.tracing.averaging import BUCKETS, Traces, average, buckets, fact_table, gap, summary
+from rome_lab.tracing.averaging import BUCKETS, Traces, buckets
 from rome_lab.tracing.trace import KINDS, Trace
 
 
@@ -101,7 +103,7 @@ def test_average_agrees_with_a_hand_calculation():
     effects[2][1] = [0.25, 0.25]  # a one-token subject
     ranges = [(1, 4), (1, 5), (1, 2)]
     traces = [make_trace(i, effect=e, subject_range=r) for i, (e, r) in enumerate(zip(effects, ranges, strict=True))]
-    table = average(traces)
+    table = Traces(traces).average()
     assert list(table.columns) == ["kind", "bucket", "layer", "mean", "ci_low", "ci_high", "n_facts"]
 
     # 0.10 and 0.40: mean 0.25, s = 0.3 / sqrt(2), s / sqrt(2) = 0.15, t(0.975, 1) = 12.7062
@@ -119,7 +121,7 @@ def test_average_agrees_with_a_hand_calculation():
 
 
 def test_one_fact_has_a_mean_and_no_interval_and_no_rows_for_the_buckets_it_lacks():
-    table = average([make_trace(effect=np.full((4, 2), 0.2), subject_range=(1, 2))])
+    table = Traces([make_trace(effect=np.full((4, 2), 0.2), subject_range=(1, 2))]).average()
     assert set(table["bucket"]) == {"subject_last", "first_subsequent", "last"}
     assert table["mean"].tolist() == pytest.approx([0.2] * 6)
     assert table["ci_low"].isna().all() and table["ci_high"].isna().all()
@@ -129,14 +131,14 @@ def test_one_fact_has_a_mean_and_no_interval_and_no_rows_for_the_buckets_it_lack
 def test_bounds_are_not_clipped_to_possible_probabilities():
     effects = [np.full((7, 2), 0.9), np.full((7, 2), -0.05), np.full((7, 2), 0.0)]
     traces = [make_trace(i, effect=effect) for i, effect in enumerate(effects)]
-    assert average(traces)["ci_low"].max() < 0
-    assert average(traces, "p_restored")["ci_high"].min() > 1
+    assert Traces(traces).average()["ci_low"].max() < 0
+    assert Traces(traces).average("p_restored")["ci_high"].min() > 1
 
 
 def test_the_interval_is_of_paired_effects_not_of_raw_probabilities():
     effect = np.full((7, 2), 0.2)
     traces = [make_trace(i, effect=effect, p_corrupted=p) for i, p in enumerate([0.0, 0.2, 0.5])]
-    paired, raw = average(traces), average(traces, "p_restored")
+    paired, raw = Traces(traces).average(), Traces(traces).average("p_restored")
     assert (paired["ci_high"] - paired["ci_low"]).max() < 1e-12
     assert (raw["ci_high"] - raw["ci_low"]).min() > 0.5
 
@@ -149,8 +151,8 @@ def test_repeating_tokens_within_a_fact_does_not_narrow_the_interval():
         once.append(make_trace(fact, effect=effect))
         repeated.append(make_trace(fact, effect=effect[[0, 1, *[2] * 9, 3, 4, *[5] * 9, 6]], subject_range=(1, 12)))
     np.testing.assert_allclose(
-        average(once)[["mean", "ci_low", "ci_high", "n_facts"]],
-        average(repeated)[["mean", "ci_low", "ci_high", "n_facts"]],
+        Traces(once).average()[["mean", "ci_low", "ci_high", "n_facts"]],
+        Traces(repeated).average()[["mean", "ci_low", "ci_high", "n_facts"]],
         atol=1e-12,
     )
 
@@ -172,10 +174,10 @@ def test_average_is_the_mean_of_the_fact_table():
     rng = np.random.default_rng(2)
     ranges = [(0, 1), (1, 3), (2, 6), (3, 7)]
     traces = [make_trace(i, k, rng.normal(size=(7, 4)), r) for i, r in enumerate(ranges) for k in ("state", "mlp")]
-    table = fact_table(traces)
+    table = Traces(traces).fact_table()
     assert list(table.columns) == ["kind", "fact", "bucket", "layer", "indirect_effect"]
     grouped = table.groupby(["kind", "bucket", "layer"], observed=True)["indirect_effect"].agg(["mean", "count"])
-    expected = average(traces).set_index(["kind", "bucket", "layer"])
+    expected = Traces(traces).average().set_index(["kind", "bucket", "layer"])
     assert len(grouped) == len(expected)
     for key, row in expected.iterrows():
         assert row["mean"] == pytest.approx(grouped.loc[key, "mean"])
@@ -186,7 +188,7 @@ def test_a_bucket_with_a_token_that_was_not_restored_counts_as_missing():
     effect = np.full((8, 2), 0.2)
     effect[[0, 2, 6]] = np.nan  # before the subject, one of two middle subject tokens, one of two further tokens
     traces = [make_trace(0, effect=effect, subject_range=(1, 5)), make_trace(1, effect=np.full((7, 2), 0.4))]
-    table = average(traces)
+    table = Traces(traces).average()
     n_facts = table[table["layer"] == 0].set_index("bucket")["n_facts"].to_dict()
     assert n_facts == {b: 1 if b in ("subject_middle", "further") else 2 for b in BUCKETS}
     assert rows_of(table, bucket="subject_middle")["mean"].tolist() == pytest.approx([0.4, 0.4])
@@ -196,7 +198,7 @@ def test_a_bucket_with_a_token_that_was_not_restored_counts_as_missing():
 def test_the_order_of_the_traces_does_not_change_the_average():
     rng = np.random.default_rng(3)
     traces = [make_trace(i, k, rng.normal(size=(7, 3))) for i in range(5) for k in ("attn", "state")]
-    forward, backward = average(traces), average(traces[::-1])
+    forward, backward = Traces(traces).average(), Traces(traces[::-1]).average()
     assert forward[["kind", "bucket", "layer"]].equals(backward[["kind", "bucket", "layer"]])
     np.testing.assert_allclose(forward["ci_low"], backward["ci_low"], atol=1e-12)
 
@@ -214,12 +216,12 @@ def test_the_order_of_the_traces_does_not_change_the_average():
 )
 def test_traces_that_cannot_be_averaged_are_refused(traces, message):
     with pytest.raises(ValueError, match=message):
-        average(traces)
+        Traces(traces).average()
 
 
 def test_an_unknown_quantity_or_kind_is_refused_by_name():
     with pytest.raises(ValueError, match="'score'; choose one of indirect_effect, p_restored"):
-        average([make_trace()], "score")
+        Traces([make_trace()]).average("score")
     with pytest.raises(ValueError, match="'hidden'; choose one of state, mlp"):
         Traces([make_trace()]).of("hidden")
 
@@ -232,7 +234,6 @@ def test_traces_is_an_immutable_sequence():
     assert traces.kinds == ("state", "mlp") and traces.n_facts == 2
     assert [trace.label for trace in traces.of("mlp")] == ["mlp"]
     assert isinstance(traces[:2], Traces) and traces[-1].label == "mlp"
-    assert traces.average().equals(average(traces))
     with pytest.raises(TypeError):
         traces[0] = make_trace(2)
 
@@ -243,12 +244,12 @@ def test_gap_is_paired_and_counts_only_facts_that_have_both():
     for fact in range(6):
         effect = rng.normal(0.3, 0.2, (7, 2))
         traces += [make_trace(fact, "state", effect), make_trace(fact, "severed-mlp", effect - 0.1)]
-    table = gap([*traces, make_trace(99, "state")], "state", "severed-mlp")
+    table = Traces([*traces, make_trace(99, "state")]).gap("state", "severed-mlp")
     assert set(table["kind"]) == {"state minus severed-mlp"}
     assert (table["n_facts"] == 6).all()
     assert np.allclose(table[["mean", "ci_low", "ci_high"]], 0.1)  # no spread: the facts' own spread has gone
     with pytest.raises(ValueError, match="no traces of kind 'severed-attn'"):
-        gap(traces, "state", "severed-attn")
+        Traces(traces).gap("state", "severed-attn")
 
 
 def test_summary_gives_the_numbers_of_b1_and_b2_beside_the_papers():
@@ -259,7 +260,7 @@ def test_summary_gives_the_numbers_of_b1_and_b2_beside_the_papers():
         mlp = np.zeros((7, 3))
         mlp[4, 1], mlp[3, 2] = 0.4, 0.05
         traces += [make_trace(fact, "state", state, p_clean=p_clean), make_trace(fact, "mlp", mlp, p_clean=p_clean)]
-    table = summary(traces).set_index("measure")
+    table = Traces(traces).summary().set_index("measure")
     assert table.loc["p_clean", "mean"] == pytest.approx(0.6)
     assert table.loc["p_corrupted", "mean"] == pytest.approx(0.1)
     assert table.loc["state best", "mean"] == pytest.approx(0.1 + (0.2 + 0.3) / 2)  # not the last token's p_clean
@@ -272,6 +273,32 @@ def test_summary_gives_the_numbers_of_b1_and_b2_beside_the_papers():
 
 
 def test_summary_of_facts_whose_prompts_end_with_the_subject_says_that_none_has_the_early_site():
-    table = summary([make_trace(i, subject_range=(4, 7)) for i in range(3)]).set_index("measure")
+    table = Traces(make_trace(i, subject_range=(4, 7)) for i in range(3)).summary().set_index("measure")
     assert table.loc["state best", "n_facts"] == 0 and np.isnan(table.loc["state best", "mean"])
     assert table.loc["p_clean", "n_facts"] == 3
+
+
+def test_a_trace_is_told_in_one_line_and_a_small_table_without_its_numbers_by_token():
+    effect = np.zeros((7, 40))
+    effect[3, 17] = 0.25
+    trace = replace(make_trace(effect=effect), prompt="a <b>bold</b>\nprompt " + 90 * "word ")
+    line, table = repr(trace), trace._repr_html_()
+    assert "\n" not in line and len(line) < 400 and "array" not in line and "tensor" not in line
+    for text in ("kind state", "answer ' Paris'", "p_clean 0.600", "p_corrupted 0.100", "0.250 at ' t3' in layer 17"):
+        assert text in line, text
+    assert table.count("<tr>") <= 10 and "0.250 at ' t3' in layer 17" in table
+    assert "<b>" not in table and "&lt;b&gt;" in table
+
+
+def test_a_trace_of_one_token_is_told_by_the_token_that_was_restored():
+    effect = np.full((7, 2), np.nan)
+    effect[3] = (-0.2, -0.1)
+    assert "-0.100 at ' t3' in layer 1" in repr(make_trace(0, "severed-mlp", effect))
+
+
+def test_traces_are_told_in_one_line_and_a_row_a_kind():
+    traces = Traces([make_trace(i, label, np.full((7, 2), 0.2)) for i in range(30) for label in ("state", "mlp")])
+    assert repr(traces) == "Traces(60 traces of 30 facts: state, mlp)"
+    table = traces._repr_html_()
+    assert table.count("<tr") == 3 and "0.600" in table and "0.200" in table and "30" in table
+    assert "<tr" in Traces()._repr_html_()
