@@ -10,7 +10,6 @@ try_edit, try_facts, for_people           make edits, look at what they do, undo
 Panel, wait_for_job                       all that by hand; returns once the panel's work on a model is done
 """
 
-from rome_lab.lab import plots
 from rome_lab.lab.batch import record_values, run_notebook
 from rome_lab.lab.jobs import wait_for_job
 from rome_lab.lab.panel import Panel

@@ -1,6 +1,6 @@
 """Every notebook runs from beginning to end on the embedded model, and its numbers are those accepted earlier.
 
-Where numbers are meant to change, `ROME_LAB_ACCEPT=1 pytest tests/test_notebooks.py` (`make accept`) replaces the
+Where numbers are meant to change, `ROME_LAB_ACCEPT=1 pytest tests/house/test_notebooks.py` (`make accept`) replaces the
 accepted ones, tests/expected/*.csv, by what the notebooks now write.
 """
 
