@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from oracle import FullForward
@@ -15,6 +16,7 @@ from rome_lab.facts.prompts import read_prompt
 from rome_lab.studies.cost.counting import (
     Shape,
     extrapolate,
+    larger_models,
     plain_flops,
     published_sizes,
     record_flops,
@@ -101,3 +103,10 @@ def test_the_extrapolation_is_arithmetic_over_rate() -> None:
     assert row["hours, a machine"] == pytest.approx(1000 * flops / 1e14 / 3600)
     assert row["weights (GB)"] == pytest.approx(2 * row["parameters (1e9)"])
     assert row["plain / sweep"] > 3
+
+
+def test_the_table_of_larger_models_begins_with_the_one_at_hand() -> None:
+    lm = tiny_model("llama")
+    table = larger_models(lm, rate=2.0, facts=10, tflops=100.0)
+    assert table["model"].tolist() == [lm.name, *published_sizes()]
+    np.testing.assert_allclose(table["hours, here"] / table["hours, 100 TFLOP/s"], 1e14 / 2e9)

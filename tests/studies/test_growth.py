@@ -21,7 +21,10 @@ from rome_lab.studies.cost.growth import (
     growth_with_facts,
     growth_with_workers,
     of_depth,
+    powers_in_words,
     prompt_of_length,
+    rate_of,
+    rates_in_words,
 )
 from rome_lab.studies.cost.measuring import peak_bytes, seconds
 
@@ -105,3 +108,13 @@ def test_without_dask_workers_are_not_measured_and_that_is_said(talker, monkeypa
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(ImportError, match="growth_with_workers needs Dask; install it with"):
         growth_with_workers(talker, known(talker), [1], ["state"])
+
+
+def test_powers_and_rates_are_those_of_the_points() -> None:
+    points = pd.DataFrame(
+        {"along": "tokens", "at": [2, 4, 8], "seconds": [1.0, 4.0, 16.0], "gflop": [10.0, 20.0, 40.0]}
+    )
+    points.loc[3] = ["workers", 2, 5.0, np.nan]
+    assert powers_in_words(points) == "tokens: time grows with their power 2.00, arithmetic with 1.00"
+    assert rate_of(points) == pytest.approx(70 / 21)
+    assert rates_in_words(points) == "3.33 GFLOP/s over all; between 2.5 and 10 in single traces"

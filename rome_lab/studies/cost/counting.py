@@ -6,6 +6,7 @@
     plain_flops(size, trace)            arithmetic of one forward of the whole model a cell
     sweep_bytes(size, trace, kind)      memory of our sweep beside the weights
     extrapolate(sizes, trace, ...)      the table: what many facts cost
+    larger_models(lm, rate, facts)      the table of this model and of the published ones, here and on some GPU
 
 A multiplication with the addition that follows it is two operations. Only matrix products are counted: the rest is
 little arithmetic, though it takes time. Products are counted as they are made: a mask spares nothing.
@@ -23,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rome_lab.models import find_layout
+from rome_lab.models import LanguageModel, find_layout
 from rome_lab.tracing import READ_TOGETHER, columns_of
 
 
@@ -230,3 +231,13 @@ def extrapolate(
         }
         rows.append(counted | {f"hours, {machine}": facts * flops / rate / 3600 for machine, rate in rates.items()})
     return pd.DataFrame(rows)
+
+
+def larger_models(lm: LanguageModel, rate: float, facts: int, tflops: float) -> pd.DataFrame:
+    """`extrapolate` for `lm` and `published_sizes()`: facts of 9 tokens, the subject from the second on, all three kinds.
+
+    Args: rate: 1e9 operations a second that were measured here. tflops: 1e12 that some GPU is assumed to keep up.
+    """
+    sizes = {lm.name: size_of(lm.model)} | published_sizes()
+    rates = {"here": 1e9 * rate, f"{tflops:g} TFLOP/s": 1e12 * tflops}
+    return extrapolate(sizes, Shape(tokens=9, begin=1), ("state", "mlp", "attn"), facts, rates, lm.dtype.itemsize)

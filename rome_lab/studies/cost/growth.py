@@ -1,12 +1,15 @@
 """How the time and the memory of tracing grow, measured on the machine at hand and counted beside it.
 
-    growth(lm, lengths, depths, samples)     with tokens, layers and samples of the noise
-    growth_with_facts(lm, facts, numbers)    with facts
-    growth_with_workers(lm, facts, numbers)  with the workers of a Dask cluster on this machine
+    growth_of_one_trace(lm, lengths, depths, samples)    with tokens, layers and samples of the noise
+    growth_with_facts(lm, facts, numbers)                with facts
+    growth_with_workers(lm, facts, numbers)              with the workers of a Dask cluster on this machine
+    powers_in_words(points)                              how fast time and arithmetic grow
+    rate_of(points), rates_in_words(points)              operations a second, of all measured traces together
 
-All return a tidy DataFrame: `along` (what grows), `at` (how much of it), the shape of the trace, `gflop` counted by
-`rome_lab.studies.cost.counting`, and `seconds` and `mb` measured. `growth` gives the median, `least` and `greatest` of several, the median of
-`forwards`, the time in units of one plain forward of the 1 + S texts, and `expected_mb`, counted.
+The growths return a tidy DataFrame: `along` (what grows), `at` (how much of it), the shape of the trace, `gflop` counted
+by `rome_lab.studies.cost.counting`, and `seconds` and `mb` measured. `growth_of_one_trace` gives the median, `least` and
+`greatest` of several, the median of `forwards`, the time in units of one plain forward of the 1 + S texts, and
+`expected_mb`, counted.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -161,6 +165,29 @@ def growth_with_workers(
             spent, _ = seconds(trace)
         rows.append({"along": "workers", "at": number, "threads": threads, "seconds": spent, "samples": samples})
     return pd.DataFrame(rows)
+
+
+def powers_in_words(points: pd.DataFrame) -> str:
+    """A line for each thing that grows: with which power of it time and counted arithmetic do, by least squares of logs."""
+    lines = []
+    for name, part in points.groupby("along", sort=False):
+        if len(part) > 1:
+            at = np.log(part["at"].astype(float))
+            time, arithmetic = (np.polyfit(at, np.log(part[column]), 1)[0] for column in ("seconds", "gflop"))
+            lines.append(f"{name}: time grows with their power {time:.2f}, arithmetic with {arithmetic:.2f}")
+    return "\n".join(lines)
+
+
+def rate_of(points: pd.DataFrame) -> float:
+    """1e9 operations a second: the arithmetic of all points that it is counted for, over their time."""
+    counted = points.dropna(subset=["gflop"])
+    return counted["gflop"].sum() / counted["seconds"].sum()
+
+
+def rates_in_words(points: pd.DataFrame) -> str:
+    """`rate_of` all points, and the least and the greatest of single ones."""
+    rates = points["gflop"] / points["seconds"]
+    return f"{rate_of(points):.3g} GFLOP/s over all; between {rates.min():.3g} and {rates.max():.3g} in single traces"
 
 
 def cluster_here(n_workers: int, device: torch.device) -> LocalCluster:
