@@ -1,4 +1,4 @@
-"""The fields of the editing notebook that say what to edit and how: `Form`."""
+"""The fields of the editing notebook that say what to edit and how: `EditForm`."""
 
 from __future__ import annotations
 
@@ -46,11 +46,10 @@ class EditForm:
     def offer(self) -> None:
         """List the facts of the chosen relation."""
         name = self.relation.value
-        self.offered = (
-            ten_facts() if name == TEN_LABEL else [EditRequest(fact, "") for fact in self.relations[name].facts]
-        )
-        listed = [(f"{x.fact.subject}: {x.fact.object}", place) for place, x in enumerate(self.offered)]
-        self.chosen.options = [("choose one …", -1), *listed]
+        ten = name == TEN_LABEL
+        self.offered = ten_facts() if ten else [EditRequest(fact, "") for fact in self.relations[name].facts]
+        names = [(f"{x.fact.subject}: {x.fact.object}", place) for place, x in enumerate(self.offered)]
+        self.chosen.options = [("choose one …", -1), *names]
 
     def fill(self) -> None:
         """Put the chosen fact into the fields, in words in which the model knows it, and offer other objects for it."""

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rome_lab.base import seed_from, uniform
+from rome_lab.base import uniform
+from rome_lab.editing import nearest_facts
 from rome_lab.facts import Fact, completions, known_among, load_facts
 from rome_lab.models import LanguageModel, continue_randomly
 
@@ -70,14 +71,9 @@ class Look:
 def probe_of(lm: LanguageModel, fact: Fact, target: str) -> Probe:
     """What to ask of the model about an edit.
 
-    Neighbours are embedded facts of the same relation, or, where there is none, of any: those with the same object first,
-    in an order that depends on nothing but their subjects. Facts whose object is the target say nothing and are left out.
+    Neighbours are the nearest embedded facts; those whose object is the target say nothing and are left out.
     """
-    others = [
-        x for x in load_facts("embedded") if x.subject != fact.subject and x.object not in {target} - {fact.object}
-    ]
-    related = [replace(x, template=fact.template) for x in others if fact.relation and x.relation == fact.relation]
-    ordered = sorted(related or others, key=lambda x: (x.object != fact.object, seed_from(x.subject)))
+    ordered = nearest_facts(fact, (x for x in load_facts("embedded") if x.object not in {target} - {fact.object}))
     paraphrases = tuple(replace(fact, template=x) for x in fact.templates if x != fact.template)
     return Probe(
         fact, target, paraphrases, tuple(known_among(lm, ordered[:CANDIDATES], "comparison")[:MOST_NEIGHBOURS])

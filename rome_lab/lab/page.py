@@ -1,4 +1,9 @@
-"""TODO lab/page."""
+"""Looks at a model as HTML, a column each: bars of the next tokens, continuations, paraphrases and neighbours.
+
+compared_page(probe, looks)     the page; blue is the old object, orange the target
+
+What a model says is shown as text, never as HTML.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +56,8 @@ def compared_page(probe: Probe, looks: Mapping[str, Look]) -> str:
 
 def words_of(probe: Probe) -> dict[str, str]:
     """The words that have a colour: the object and, where it is another word, the target."""
-    words = {"object": probe.fact.object, "target": probe.target}
-    return words if probe.target != probe.fact.object else {"object": probe.fact.object}
+    words = {"object": probe.fact.object}
+    return words if probe.target == probe.fact.object else words | {"target": probe.target}
 
 
 def token_bar(probe: Probe, token: str, p: float) -> str:
@@ -69,18 +74,13 @@ def question_rows(kind: str, probe: Probe, looks: Sequence[Look]) -> str:
     rows = [look.table[look.table["kind"] == kind] for look in looks]
     if rows[0].empty:
         return ""
-    title, verb, column = {
-        "paraphrase": ("Paraphrases", "follow", "p_target"),
-        "neighbour": ("Neighbours", "stay", "p_object"),
-    }[kind]
+    verb, column = {"paraphrase": ("follow", "p_target"), "neighbour": ("stay", "p_object")}[kind]
     words = words_of(probe)
-    counts = [
-        f"{n} of {of} {verb}" if len(words) > 1 else "" for n, of in (x.more_probable(kind, column) for x in looks)
-    ]
-    cells = [f'<div class="title">{title}</div>', *(f'<div class="head">{count}</div>' for count in counts)]
-    for number, asked in enumerate(rows[0].itertuples()):
-        own = f' <span class="object">{html.escape(asked.object)}</span>' if kind == "neighbour" else ""
-        cells.append(f"<div>{html.escape(asked.text)}{own}</div>")
+    counts = ("{} of {} {}".format(*look.more_probable(kind, column), verb) * (len(words) > 1) for look in looks)
+    cells = [f'<div class="title">{kind.capitalize()}s</div>', *(f'<div class="head">{x}</div>' for x in counts)]
+    for number, row in enumerate(rows[0].itertuples()):
+        own = f' <span class="object">{html.escape(row.object)}</span>' if kind == "neighbour" else ""
+        cells.append(f"<div>{html.escape(row.text)}{own}</div>")
         cells += [divided_bar(table.iloc[number], words) for table in rows]
     split = f"grid-template-columns: minmax(0, 1fr) repeat({len(looks)}, 170px)"
     return f'<div class="grid" style="{split}">{"".join(cells)}</div>'
@@ -88,9 +88,9 @@ def question_rows(kind: str, probe: Probe, looks: Sequence[Look]) -> str:
 
 def divided_bar(row: pd.Series, words: Iterable[str]) -> str:
     """One bar of which the object takes a part, and the target another."""
-    said = ", ".join(f"{word} {row[f'p_{word}']:.3f}" for word in words)
+    title = ", ".join(f"{word} {row[f'p_{word}']:.3f}" for word in words)
     bars = "".join(f'<i class="{word}" style="width: {row[f"p_{word}"]:.2%}"></i>' for word in words)
-    return f'<div class="bar" title="{said}">{bars}</div>'
+    return f'<div class="bar" title="{title}">{bars}</div>'
 
 
 def one_line(text: str) -> str:

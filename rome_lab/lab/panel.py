@@ -168,7 +168,7 @@ class Panel:
         edit = make_edit(self.lm, request, self.tell)
         edit.apply(self.lm)
         self.list_edits()
-        p = [one.table["p_target"][0] for one in (self.before, self.compare())]
+        p = [look.table["p_target"][0] for look in (self.before, self.compare())]
         met = f"W_hat k* = v* holds to {edit.constraint_error:.0e}"
         best = "" if edit.converged else " v* did not converge, so this is the best so far; more steps may do better."
         return f"Edited layer {edit.layer}: P[{edit.target}] {p[0]:.3f} → {p[1]:.3f}; {met}.{best}"
@@ -221,8 +221,8 @@ class Panel:
     def list_edits(self) -> None:
         rows = [w.HTML("<b>Edits in force</b>" if self.lm.edits else "<b>No edits in force</b>")]
         for edit in self.lm.edits:
-            said = html.escape(f"{edit.fact.prompt} … {edit.target} (layer {edit.layer})")
-            label = w.HTML(said, layout=w.Layout(width="720px"))
+            text = html.escape(f"{edit.fact.prompt} … {edit.target} (layer {edit.layer})")
+            label = w.HTML(text, layout=w.Layout(width="720px"))
             undo, save = (self.button(x, partial(y, edit)) for x, y in (("Undo", self.undo), ("Save", self.save)))
             rows.append(w.HBox([label, undo, save]))
         self.edits.children = rows

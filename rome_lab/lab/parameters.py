@@ -10,7 +10,7 @@ import ast
 import difflib
 import io
 import tokenize
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import yaml
@@ -51,7 +51,7 @@ class Parameter:
             ValueError: it does not fit.
         """
         try:
-            return fit(given, annotation(self.type))
+            return fit(given, ast.parse(self.type, mode="eval").body)
         except UNFIT:
             shown = ascii(given)
             shown = shown if len(shown) <= MOST_CHARACTERS else f"{shown[:MOST_CHARACTERS]}..."
@@ -74,15 +74,17 @@ def read_parameters(notebook: NotebookNode, name: str) -> dict[str, Parameter]:
         comments = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{name}: the parameters cell is not Python: {error}; correct it.") from None
-    found = [_parameter(line, comments) for line in statements]
-    for line, parameter in zip(statements, found, strict=True):
+    parameters: dict[str, Parameter] = {}
+    for line in statements:
+        parameter = _parameter(line, comments)
         if parameter is None:
             raise ValueError(
                 f"{name}: line {line.lineno} of the parameters cell, `{ast.unparse(line)[:MOST_CHARACTERS]}`, is not "
                 "`name: type = literal  # what it is` with a literal of that type; the types are int, float, str, "
                 "bool, None, list[...], tuple[...] and unions of these."
             )
-    return {parameter.name: parameter for parameter in found if parameter}
+        parameters[parameter.name] = parameter
+    return parameters
 
 
 def fit_parameters(known: Mapping[str, Parameter], given: Mapping[str, object], name: str) -> dict[str, Json]:
@@ -94,13 +96,9 @@ def fit_parameters(known: Mapping[str, Parameter], given: Mapping[str, object], 
     for unknown in given.keys() - known.keys():
         close = difflib.get_close_matches(unknown, known, n=1)
         advice = f" (did you mean {close[0]!r}?)" if close else ""
-        listed = "; ".join(f"{one.name}, {one.type}, {one.meaning or 'undescribed'}" for one in known.values())
+        listed = "; ".join(f"{x.name}, {x.type}, {x.meaning or 'undescribed'}" for x in known.values())
         raise ValueError(f"{name} has no parameter {unknown!r}{advice}; its parameters are: {listed or 'none'}.")
     return {parameter: known[parameter].read(value) for parameter, value in given.items()}
-
-
-def annotation(text: str) -> ast.expr:
-    return ast.parse(text, mode="eval").body
 
 
 def fit(value: object, kind: ast.expr) -> Json:
@@ -120,7 +118,8 @@ def fit(value: object, kind: ast.expr) -> Json:
         case ast.Name("int") if isinstance(value, int | str) and not isinstance(value, bool):
             return int(value)
         case ast.Name("float") if isinstance(value, int | float | str) and not isinstance(value, bool):
-            return _finite(float(value))
+            if abs(number := float(value)) < float("inf"):  # not so for NaN
+                return number
         case ast.Constant(value=None) if value is None or value in ("None", "null"):
             return None
         case ast.BinOp(op=ast.BitOr()):
@@ -144,18 +143,8 @@ def _fit_any(value: object, union: ast.expr) -> Json:
     raise ValueError
 
 
-def _members(kind: ast.expr) -> Iterator[ast.expr]:
-    if isinstance(kind, ast.BinOp):
-        yield from _members(kind.left)
-        yield from _members(kind.right)
-    else:
-        yield kind
-
-
-def _finite(value: float) -> float:
-    if abs(value) < float("inf"):  # not so for NaN
-        return value
-    raise ValueError
+def _members(kind: ast.expr) -> list[ast.expr]:
+    return [*_members(kind.left), *_members(kind.right)] if isinstance(kind, ast.BinOp) else [kind]
 
 
 def _items(value: object) -> Sequence[object]:
