@@ -1,8 +1,7 @@
 """TODO front door editing."""
 
-from rome_lab.editing.auditing import TEXT, audit, neighbours_of
-from rome_lab.editing.edit import Edit, load_edit
-from rome_lab.editing.edit_files import describe_edit
+from rome_lab.editing.auditing import TEXT, audit, nearest_facts, neighbours_of
+from rome_lab.editing.edit import Edit, describe_edit, load_edit
 from rome_lab.editing.exact import rome, rome_many
 from rome_lab.editing.keys import key_size, run_to_keys, sample_prefixes, subject_keys
 from rome_lab.editing.methods import METHODS, SEARCH, Method, Proposal, Rome, measured_on

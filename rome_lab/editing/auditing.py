@@ -1,24 +1,31 @@
-"""Audit: what an edit does to the model, where it should and where it should not; a small table."""
+"""Audit: what an edit does to the model, where it should and where it should not; a small table.
+
+audit(lm, edit)                the table, with remarks on what is out of the ordinary
+neighbours_of(edit)            embedded facts that the edit should not touch
+nearest_facts(fact, others)    of any facts, those nearest to one, in order
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from rome_lab.base import OneLine, seed_from
+from rome_lab.base import seed_from
 from rome_lab.editing.edit import Edit
-from rome_lab.editing.update import TOLERANCE, constraint_error
+from rome_lab.editing.update import TOLERANCE
 from rome_lab.facts import Fact, completions, load_facts
 from rome_lab.models import Change, LanguageModel, Question, score
 
 logger = logging.getLogger(__name__)
 
+Measured: TypeAlias = tuple[dict[str, float], Tensor, float]  # see `measure_edit`
 AUDITED_NEIGHBOURS = 10  # how many are looked at for each fact
 # What is out of the ordinary. Edits of the embedded model's own facts change W by 0.03 to 0.15 of its norm.
 MOST_CHANGE = 0.25  # |dW| / |W|
@@ -33,26 +40,6 @@ TEXT = (
     "She used the time to paint the walls, to learn two new recipes, and to write down the ones that her mother had "
     "taught her."
 )
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Measured(OneLine):
-    """What was measured on a model, with or without the edit.
-
-    Attributes:
-        p_target, p_original: mean over the edited facts of the probability of all tokens of the target or the object.
-        p_behind: the same of the target, behind the prefixes that v* was found with.
-        p_neighbours: mean over the neighbours of the probability of all tokens of their own objects.
-        log_p: (neighbours, V), their next-token distributions.
-        perplexity: of `TEXT`.
-    """
-
-    p_target: float
-    p_original: float
-    p_behind: float
-    p_neighbours: float
-    log_p: Tensor
-    perplexity: float
 
 
 def audit(lm: LanguageModel, edit: Edit, neighbours: Sequence[Fact] | None = None) -> pd.DataFrame:
@@ -81,7 +68,7 @@ def audit(lm: LanguageModel, edit: Edit, neighbours: Sequence[Fact] | None = Non
     with lm.overlay.only([*others, edit]):
         after = measure_edit(lm, edit, neighbours)
         # Measured here, not as the edit says: beside other edits of the layer than when it was made, it differs.
-        error = met_to(lm, edit)
+        error = edit.measured_error(lm.weight(edit.layer))
     table = tabulate(edit, before, after, (size, error), len(neighbours))
     for name, remark in table.loc[table["remark"] != "", "remark"].items():
         logger.warning("audit: the %s: %s: %s", edit, name, remark)
@@ -90,62 +77,58 @@ def audit(lm: LanguageModel, edit: Edit, neighbours: Sequence[Fact] | None = Non
 
 def tabulate(edit: Edit, before: Measured, after: Measured, matrix: tuple[float, float], n: int) -> pd.DataFrame:
     """The table of `audit`; `matrix` is |dW| / |W| and the constraint error."""
-    size, error = matrix
-    drift = float((before.log_p.exp() * (before.log_p - after.log_p)).sum(-1).mean())
-    lost = after.p_target < edit.settings.enough
+    (p_before, log_p, perplexity), (p_after, log_p_after, perplexity_after), (size, error) = before, after, matrix
+    drift = float((log_p.exp() * (log_p - log_p_after)).sum(-1).mean())
+    lost = p_after["P[target]"] < edit.settings.enough
     inexact = "W_hat k* = v* is not met to float32 precision"
-    costly = after.perplexity > MOST_PERPLEXITY * before.perplexity
-    rows = [
-        ("P[target]", before.p_target, after.p_target, "the edit does not make the target probable" if lost else ""),
-        ("P[target] behind prefixes", before.p_behind, after.p_behind, ""),
-        ("P[original]", before.p_original, after.p_original, ""),
-        (f"P[own object] of {n} neighbours", before.p_neighbours, after.p_neighbours, ""),
+    costly = perplexity_after > MOST_PERPLEXITY * perplexity
+    rows = [(name, p, p_after[name], "") for name, p in p_before.items()]
+    rows[0] = (*rows[0][:3], "the edit does not make the target probable" if lost else "")
+    rows += [
         (f"KL of {n} neighbours (nats)", 0.0, drift, "it changes the neighbours" if drift > MOST_DRIFT else ""),
-        ("perplexity of a text", before.perplexity, after.perplexity, "it harms the model" if costly else ""),
+        ("perplexity of a text", perplexity, perplexity_after, "it harms the model" if costly else ""),
         ("|dW| / |W|", 0.0, size, "an unusually large update" if size > MOST_CHANGE else ""),
         ("constraint error", np.nan, error, inexact if error > TOLERANCE else ""),
     ]
     return pd.DataFrame(rows, columns=["measure", "before", "after", "remark"]).set_index("measure")
 
 
-def met_to(lm: LanguageModel, edit: Edit) -> float:
-    """The largest |W_hat k* - v*| / |v*| of the edit, of the weights as they are now."""
-    K, V = (x.view(len(x), -1) for x in (edit.k_star, edit.v_star))
-    return float(constraint_error(lm.weight(edit.layer), K, V).max())
-
-
-@torch.no_grad()
 def measure_edit(lm: LanguageModel, edit: Edit, neighbours: Sequence[Fact]) -> Measured:
-    """Measure the model as it is now."""
+    """Measure the model as it is now.
+
+    Returns: mean probabilities of all tokens of the target or the object, by their names in the table; (neighbours, V),
+        the next-token log probabilities at the neighbours; and the perplexity of `TEXT`.
+    """
     edited = list(zip(edit.facts, edit.targets, strict=True))
-    prefixes = edit.settings.prefixes or ("",)
-    own = [asked_p(lm, fact, fact.object) for fact in neighbours]
+    prefixes = edit.settings.prefixes or ("",)  # those that v* was found with
+    pairs = {
+        "P[target]": [(fact.prompt, target) for fact, target in edited],
+        "P[target] behind prefixes": [(x + fact.prompt, target) for fact, target in edited for x in prefixes],
+        "P[original]": [(fact.prompt, fact.object) for fact in edit.facts],
+        f"P[own object] of {len(neighbours)} neighbours": [(fact.prompt, fact.object) for fact in neighbours],
+    }
+    answers = {name: completions(lm, group, "audit", following=True) for name, group in pairs.items()}
     ids = tuple(lm.tokenizer(TEXT)["input_ids"][: lm.context_length])
     (text,) = score(lm, [Change()], [Question(0, ids[:1], ids[1:])], "audit")
-    return Measured(
-        p_target=np.mean([asked_p(lm, fact, target)[0] for fact, target in edited]),
-        p_original=np.mean([asked_p(lm, fact, fact.object)[0] for fact, _ in edited]),
-        p_behind=np.mean([asked_p(lm, fact, target, x)[0] for fact, target in edited for x in prefixes]),
-        p_neighbours=np.mean([p for p, _ in own]),
-        log_p=torch.stack([log_p for _, log_p in own]),
-        perplexity=float(np.exp(-text.log_p.mean())),
-    )
-
-
-def asked_p(lm: LanguageModel, fact: Fact, continuation: str, prefix: str = "") -> tuple[float, Tensor]:
-    """The probability of all tokens of `continuation` after the fact's prompt, and the (V,) next-token log p there."""
-    (answer,) = completions(lm, [(prefix + fact.prompt, continuation)], "audit", following=True)
-    return answer.p, answer.following
+    p = {name: float(np.mean([answer.p for answer in group])) for name, group in answers.items()}
+    log_p = torch.stack([answer.following for answer in list(answers.values())[-1]])
+    return p, log_p, float(np.exp(-text.log_p.mean()))
 
 
 def neighbours_of(edit: Edit) -> tuple[Fact, ...]:
-    """Embedded facts about other subjects, in the edited fact's own words where they share its relation."""
+    """The embedded facts nearest to the edited ones, about other subjects than any of them."""
     subjects = {fact.subject for fact in edit.facts}
     embedded = [fact for fact in load_facts("embedded") if fact.subject not in subjects]
-    found: dict[Fact, None] = {}
-    for edited in edit.facts:
-        related = [replace(x, template=edited.template) for x in embedded if x.relation == edited.relation]
-        # In an order that depends on nothing but the subjects.
-        candidates = sorted(related or embedded, key=lambda x: (x.object != edited.object, seed_from(x.subject)))
-        found.update(dict.fromkeys(candidates[:AUDITED_NEIGHBOURS]))
-    return tuple(found)
+    near = [fact for edited in edit.facts for fact in nearest_facts(edited, embedded)[:AUDITED_NEIGHBOURS]]
+    return tuple(dict.fromkeys(near))
+
+
+def nearest_facts(fact: Fact, others: Iterable[Fact]) -> list[Fact]:
+    """Facts that an edit of `fact` should not touch, the nearest first.
+
+    They are about other subjects: those of its relation, in its own words, or, where there are none, any; those with its
+    object first; in an order that depends on nothing but their subjects.
+    """
+    others = [x for x in others if x.subject != fact.subject]
+    related = [replace(x, template=fact.template) for x in others if fact.relation and x.relation == fact.relation]
+    return sorted(related or others, key=lambda x: (x.object != fact.object, seed_from(x.subject)))

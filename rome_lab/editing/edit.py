@@ -1,8 +1,12 @@
-"""Edits as things: `Edit`, applied to a model and undone again, bit for bit; saved, and loaded by `load_edit`.
+"""Edits as things: applied to a model and undone again, bit for bit; saved to a file, and loaded.
+
+Edit                    what changes one matrix; `edit.applied(lm)`, `apply`, `undo`, `save`
+load_edit(path)         the edit that was saved
+describe_edit(path)     what it says, without a model
 
 `lm.edits` lists the edits in force. The weight in force is always the original one plus the sum of the updates, rounded
 once, see `rome_lab.models.overlay`. So edits can be undone in any order, and what is left after the last one is the original
-itself.
+itself. Files are safetensors with a checksum, read in full before anything of them is believed.
 """
 
 from __future__ import annotations
@@ -11,18 +15,21 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from rome_lab.base import Json
-from rome_lab.editing.edit_files import VECTORS, read_edit, write_edit
+from rome_lab.base import Json, canonical_json, package_versions, write_atomically
 from rome_lab.editing.settings import EditSettings
 from rome_lab.editing.update import TOLERANCE, Update, constraint_error, precise
 from rome_lab.facts import Fact
@@ -30,8 +37,24 @@ from rome_lab.models import LanguageModel, difference
 
 logger = logging.getLogger(__name__)
 
-# JSON as they are
-PLAIN_FIELDS = ("targets", "layer", "module", "converged", "constraint_error", "model", "fingerprint", "function")
+EDIT_FORMAT = "rome_lab edit 2"  # raised when the layout of the files changes
+FORMER_FORMAT = "rome_lab edit 1"  # the same without `function`, and with a fingerprint that was made in another way
+VECTORS = ("k_star", "v_star", "Lambda", "u")
+ABOUT = {
+    "facts": list,
+    "targets": list,
+    "layer": int,
+    "module": str,
+    "settings": dict,
+    "history": dict,
+    "converged": bool,
+    "constraint_error": float,
+    "model": str,
+    "fingerprint": str,
+    "function": dict | None,
+    "versions": dict,
+}
+EDIT_PACKAGES = ("rome_lab", "torch", "transformers")
 MOST_ROWS = 10  # facts in the table of an edit
 
 
@@ -81,13 +104,10 @@ class Edit:
         return textwrap.shorten(f"<{self}", 200, placeholder=" ...") + ">"
 
     def _repr_html_(self) -> str:
-        rows = [(f"{x.prompt} (was {x.object})", target) for x, target in zip(self.facts, self.targets, strict=True)]
-        if len(rows) > MOST_ROWS:
-            rows[MOST_ROWS:] = [(f"... and {len(rows) - MOST_ROWS} more", "")]
-        where = f"layer {self.layer} ({self.module}) of {self.model}"
-        rows.append(("changes", f"{where}, rank {self.u[0].numel()}, key {self.settings.key}"))
-        rows.append(("v*", f"{'converged' if self.converged else 'not converged'}, met to {self.constraint_error:.0e}"))
-        return pd.DataFrame(rows).to_html(header=False, index=False)
+        lines, n = in_words(self.about(), self.u), len(self.facts)
+        if n > MOST_ROWS:
+            lines[MOST_ROWS:n] = [f"... and {n - MOST_ROWS} more"]
+        return pd.DataFrame(lines).to_html(header=False, index=False)
 
     @property
     def fact(self) -> Fact:
@@ -104,6 +124,11 @@ class Edit:
         """W_hat - W, float64; see `Update`."""
         return Update(self.Lambda.view(len(self.Lambda), -1), self.u.view(len(self.u), -1)).delta
 
+    def measured_error(self, W_hat: Float[Tensor, "D H"]) -> float:
+        """The largest |W_hat k* - v*| / |v*| of these weights."""
+        K, V = (x.view(len(x), -1) for x in (self.k_star, self.v_star))
+        return float(constraint_error(W_hat, K, V).max())
+
     @property
     def digest(self) -> str:
         """SHA-256 of what the edit does, and to which model: two edits with the same digest are the same edit."""
@@ -118,10 +143,21 @@ class Edit:
         Raises:
             OSError: the folder cannot be written; the message says why and what to do.
         """
-        about = {name: getattr(self, name) for name in PLAIN_FIELDS}
-        about |= {"facts": [asdict(fact) for fact in self.facts], "settings": asdict(self.settings)}
-        about["history"] = self.history.to_dict("split", index=False)
-        return write_edit(path, {name: getattr(self, name) for name in VECTORS}, about)
+        path = Path(path).expanduser()
+        text = canonical_json(self.about() | {"versions": package_versions(EDIT_PACKAGES)}, "the edit")
+        tensors = {name: getattr(self, name).contiguous() for name in VECTORS}
+        data = save(tensors, metadata={"format": EDIT_FORMAT, "about": text, "sha256": checksum(tensors, text)})
+        write_atomically(path, lambda temporary: temporary.write_bytes(data))
+        return path
+
+    def about(self) -> dict[str, Json]:
+        """What `ABOUT` lists, but for the versions."""
+        made = {
+            "facts": [asdict(fact) for fact in self.facts],
+            "settings": asdict(self.settings),
+            "history": self.history.to_dict("split", index=False),
+        }
+        return {name: getattr(self, name) for name in ABOUT if name not in (*made, "versions")} | made
 
     def is_applied(self, lm: LanguageModel) -> bool:
         """Whether this edit, or one loaded from its file, is in force."""
@@ -159,9 +195,8 @@ class Edit:
 
     def check_constraint(self, lm: LanguageModel, doing: str, loaded: str) -> None:
         """Raise a ValueError where W_hat k* = v* would not hold, as it did where the edit was made."""
-        K, V = (x.view(len(x), -1) for x in (self.k_star, self.v_star))
         W = lm.weight(self.layer)
-        error = float(constraint_error(precise(W) + self.delta.to(precise(W)), K, V).max())
+        error = self.measured_error(precise(W) + self.delta.to(precise(W)))
         if error > max(2 * self.constraint_error, TOLERANCE, 4 * torch.finfo(W.dtype).eps):
             raise ValueError(
                 f"{doing}: the {self} is for another model than {loaded}: there W_hat k* misses v* by {error:.1e} of its "
@@ -170,7 +205,8 @@ class Edit:
             )
         logger.warning(
             "%s: the file of the %s does not say enough of its model to compare it with %s; its matrix is the same "
-            "(W_hat k* = v* holds to %.0e), the others were not compared. Make the edit anew to be sure.", doing, self, loaded, error,
+            "(W_hat k* = v* holds to %.0e), the others were not compared. Make the edit anew to be sure.",
+            doing, self, loaded, error,
         )  # fmt: skip
 
     def undo(self, lm: LanguageModel) -> None:
@@ -203,15 +239,110 @@ def load_edit(path: str | Path) -> Edit:
         ValueError: it is no edit, it was truncated or altered, or what it holds does not fit together.
     """
     vectors, about = read_edit(path)
+    made = {
+        "facts": lambda facts: tuple(Fact(**fact) for fact in facts),
+        "targets": tuple,
+        "settings": lambda settings: EditSettings(**settings),
+        "history": lambda history: pd.DataFrame(**history),
+    }
+    about.pop("versions")
     try:
-        return Edit(
-            facts=tuple(Fact(**fact) for fact in about["facts"]),
-            targets=tuple(about["targets"]),
-            settings=EditSettings(**about["settings"]),
-            history=pd.DataFrame(**about["history"]),
-            **{name: about[name] for name in PLAIN_FIELDS if name != "targets"},
-            **vectors,
-        )
+        return Edit(**vectors, **{name: made.get(name, lambda x: x)(value) for name, value in about.items()})
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"load_edit: {path} does not hold a possible edit: {reason}; save the edit anew.") from error
+
+
+def describe_edit(path: str | Path) -> str:
+    """What the edit in a file says, for people; needs no model.
+
+    Raises: as `load_edit`.
+    """
+    tensors, about = read_edit(path)
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return "\n".join([*in_words(about, tensors["u"]), f"made with: {versions}"])
+
+
+def in_words(about: Mapping[str, Any], u: Tensor) -> list[str]:
+    """What `ABOUT` lists, in lines for people."""
+    changes = [
+        f"{fact['template'].replace('{}', fact['subject'], 1)!r} -> {target!r} (was {fact['object']!r})"
+        for fact, target in zip(about["facts"], about["targets"], strict=True)
+    ]
+    where = f"of {about['module']} (layer {about['layer']}), key {about['settings'].get('key')!r}"
+    return [
+        *changes,
+        f"model: {about['model']}, fingerprint {about['fingerprint'][:12]}",
+        f"change: rank {u[0].numel()}, {where}",
+        f"v*: {'converged' if about['converged'] else 'not converged'}, met to {about['constraint_error']:.1e}",
+    ]
+
+
+def read_edit(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The vectors, and what `ABOUT` lists.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no edit, it was truncated or altered, or what it holds does not fit together.
+    """
+    path = Path(path).expanduser()
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"load_edit: there is no file {path}; give the path that an edit was saved to.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"load_edit: {path} is no edit, or was truncated: {error}; save the edit anew.") from error
+    file_format = metadata.get("format")
+    if file_format not in (EDIT_FORMAT, FORMER_FORMAT):
+        raise ValueError(f"load_edit: {path} is not in the format {EDIT_FORMAT!r}; give a file that Edit.save wrote.")
+    text = metadata.get("about", "")
+    if set(tensors) != set(VECTORS) or metadata.get("sha256") != checksum(tensors, text, file_format):
+        raise ValueError(f"load_edit: {path} was altered: it does not match its own checksum; save the edit anew.")
+    try:
+        about = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"load_edit: {path} does not hold a possible edit: {error}; save the edit anew.") from None
+    if file_format == FORMER_FORMAT and isinstance(about, dict):
+        about.setdefault("function", None)
+    if problem := misfit(tensors, about):
+        raise ValueError(f"load_edit: {path} does not hold a possible edit: {problem}; save the edit anew.")
+    return tensors, about
+
+
+def misfit(tensors: Mapping[str, Tensor], about: Any) -> str | None:
+    """What in a file of the right format does not fit together; None where all does."""
+    if not isinstance(about, dict) or about.keys() != ABOUT.keys():
+        return f"expected the entries {', '.join(sorted(ABOUT))}"
+    for name, kind in ABOUT.items():
+        if not isinstance(about[name], kind):
+            return f"{name} is {about[name]!r}"
+    if not 0 < len(about["facts"]) == len(about["targets"]):
+        return f"it has {len(about['facts'])} facts and {len(about['targets'])} targets"
+    for fact, target in zip(about["facts"], about["targets"], strict=True):
+        texts = [fact.get(name) if isinstance(fact, dict) else None for name in ("subject", "template", "object")]
+        if not all(isinstance(text, str) for text in (*texts, target)):
+            return f"a fact is {fact!r}, its target {target!r}"
+    if isinstance(about["layer"], bool) or about["layer"] < 0 or not 0 <= about["constraint_error"] < float("inf"):
+        return f"layer is {about['layer']!r}, constraint_error {about['constraint_error']!r}"
+    if about["history"].keys() != {"columns", "data"}:
+        return f"the history has the parts {', '.join(map(repr, about['history']))}"
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32 or tensor.ndim not in (1, 2) or not torch.isfinite(tensor).all():
+            return f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, or holds NaN or infinity"
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    columns = {shape[1:] for shape in shapes.values()}
+    if shapes["k_star"] != shapes["u"] or shapes["v_star"] != shapes["Lambda"] or len(columns) != 1:
+        return f"the shapes are {shapes}"
+    return None
+
+
+def checksum(tensors: Mapping[str, Tensor], about: str, file_format: str = EDIT_FORMAT) -> str:
+    """SHA-256 of all that a file holds."""
+    names = sorted(tensors)
+    head = [file_format, about, [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in names]]
+    digest = hashlib.sha256(canonical_json(head).encode())
+    for name in names:
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy())  # whatever its dtype
+    return digest.hexdigest()

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rome_lab.base import USER_CACHE, Basket, Json, OneLine, Record, Store, check_whole, code_version, opened
+from rome_lab.base import USER_CACHE, Basket, Json, OneLine, Store, check_whole, code_version, opened
 from rome_lab.editing.keys import key_size, run_to_keys
 from rome_lab.editing.texts import SampledText, Source
 from rome_lab.editing.update import ENOUGH, precise
@@ -133,7 +133,10 @@ def covariances(
         records |= {layer: store.load({**key, "tokens": tokens}) for layer, key in missing.items()}
     if callback:
         callback(min(record.meta["tokens"] for record in records.values()), tokens)
-    return {layer: covariance_in(record, source, layer) for layer, record in records.items()}
+    return {
+        layer: Covariance(torch.from_numpy(record.arrays["C"]), record.meta["tokens"], dict(source.describe()), layer)
+        for layer, record in records.items()
+    }
 
 
 def extend_sums(
@@ -191,11 +194,6 @@ def save_furthest(store: Store, keys: dict[int, dict[str, Json]], sums: dict[int
             store.save(inputs, {"total": total.total.cpu().numpy()}, meta)
 
 
-def covariance_in(record: Record, source: Source, layer: int) -> Covariance:
-    """The covariance in a finished record."""
-    return Covariance(torch.from_numpy(record.arrays["C"]), record.meta["tokens"], dict(source.describe()), layer)
-
-
 def passage_batches(passages: Iterator[list[int]], tokens: int) -> Iterator[list[list[int]]]:
     """Passages until they hold `tokens` tokens, those together that take some `BATCH_TOKENS` places when padded."""
     batch: list[list[int]] = []
@@ -214,11 +212,7 @@ def passage_batches(passages: Iterator[list[int]], tokens: int) -> Iterator[list
 def add_passages(lm: LanguageModel, sums: dict[int, KeySum], batch: list[list[int]], first: int) -> None:
     """Add the keys of the passages from number `first` on, in smaller batches where they do not fit together."""
     together = Batching(lm, "covariance", text_bytes(lm, max(map(len, batch))))
-
-    def add(part: range) -> None:
-        add_batch(lm, sums, batch[part.start : part.stop], first + part.start)
-
-    list(together.over(range(len(batch)), add))
+    together.each(range(len(batch)), lambda part: add_batch(lm, sums, [batch[i] for i in part], first + part[0]))
 
 
 def add_batch(lm: LanguageModel, sums: dict[int, KeySum], batch: list[list[int]], first: int) -> None:

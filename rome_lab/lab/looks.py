@@ -75,9 +75,8 @@ def probe_of(lm: LanguageModel, fact: Fact, target: str) -> Probe:
     """
     ordered = nearest_facts(fact, (x for x in load_facts("embedded") if x.object not in {target} - {fact.object}))
     paraphrases = tuple(replace(fact, template=x) for x in fact.templates if x != fact.template)
-    return Probe(
-        fact, target, paraphrases, tuple(known_among(lm, ordered[:CANDIDATES], "comparison")[:MOST_NEIGHBOURS])
-    )
+    neighbours = known_among(lm, ordered[:CANDIDATES], "comparison")[:MOST_NEIGHBOURS]
+    return Probe(fact, target, paraphrases, tuple(neighbours))
 
 
 def look_at(lm: LanguageModel, probe: Probe) -> Look:
@@ -87,15 +86,12 @@ def look_at(lm: LanguageModel, probe: Probe) -> Look:
     pairs = [(fact.prompt, fact.object) for fact in facts] + [(fact.prompt, probe.target) for fact in facts]
     answers = completions(lm, pairs, "comparison", following=True)
     own, target = answers[: len(facts)], answers[len(facts) :]
-    table = pd.DataFrame(
-        {
-            "kind": [kind for kind, group in groups.items() for _ in group],
-            "text": [fact.prompt for fact in facts],
-            "object": [fact.object for fact in facts],
-            "p_object": [answer.p for answer in own],
-            "p_target": [answer.p for answer in target],
-        }
-    )
+    kinds = [kind for kind, group in groups.items() for _ in group]
+    rows = [
+        (kind, fact.prompt, fact.object, p_object.p, p_target.p)
+        for kind, fact, p_object, p_target in zip(kinds, facts, own, target, strict=True)
+    ]
+    table = pd.DataFrame(rows, columns=["kind", "text", "object", "p_object", "p_target"])
     log_p = torch.stack([answer.following for answer in own])  # (Q, V)
     p, ids = log_p[0].exp().topk(BARS)
     next_tokens = tuple(zip((lm.tokenizer.decode([i]) for i in ids.tolist()), p.tolist(), strict=True))

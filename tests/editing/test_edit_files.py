@@ -17,8 +17,7 @@ from test_editing import FACT, FEW, OTHER, covariance_of, edit_of_embedded_model
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rome_lab.editing.edit import load_edit
-from rome_lab.editing.edit_files import FORMER_FORMAT, VECTORS, checksum, describe_edit
+from rome_lab.editing.edit import FORMER_FORMAT, VECTORS, checksum, describe_edit, load_edit
 from rome_lab.editing.exact import rome_many
 from rome_lab.facts.fact import Fact
 

@@ -349,7 +349,7 @@ class StandIn(Optima):
 def test_a_notebook_shows_a_short_table_of_an_edit(tiny) -> None:
     html = make(tiny)._repr_html_()
     assert html.startswith("<table") and len(html) < 1500 and "tensor" not in html
-    for words in ("The Eiffel Tower is in (was Paris)", "Rome", "layer 1 (model.layers.1.mlp.down_proj)", "converged"):
+    for words in ("The Eiffel Tower is in", "(was 'Paris')", "model.layers.1.mlp.down_proj (layer 1)", "converged"):
         assert words in html
     many = replace(make(tiny), facts=(FACT,) * 30, targets=("Rome",) * 30)
     assert "... and 20 more" in many._repr_html_() and many._repr_html_().count("<tr>") < 15 and len(repr(many)) < 250

@@ -24,7 +24,7 @@ from test_editing import FEW, covariance_of, make
 from tiny import tiny_model
 
 from rome_lab import Edit, Fact, causal_trace, describe_edit, load_edit, load_facts, rome
-from rome_lab.editing.edit_files import VECTORS, checksum
+from rome_lab.editing.edit import VECTORS, checksum
 from rome_lab.evaluation.cases import load_cases
 from rome_lab.facts.prompts import continuation_ids
 from rome_lab.lab import plots
