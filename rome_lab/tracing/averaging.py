@@ -11,8 +11,7 @@ The fact, not the token, is the unit of sampling. Sizes: F facts, B buckets, L l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import overload
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -64,24 +63,12 @@ def buckets(n_tokens: int, subject_range: tuple[int, int]) -> list[str | None]:
     return names
 
 
-class Traces(Sequence[Trace]):
+class Traces(tuple[Trace, ...]):
     """An immutable sequence of traces of one model, of any number of facts and kinds."""
 
-    def __init__(self, traces: Iterable[Trace] = ()) -> None:
-        self._traces = tuple(traces)
-
-    def __len__(self) -> int:
-        return len(self._traces)
-
-    def __iter__(self) -> Iterator[Trace]:
-        return iter(self._traces)
-
-    @overload
-    def __getitem__(self, index: int) -> Trace: ...
-    @overload
-    def __getitem__(self, index: slice) -> Traces: ...
     def __getitem__(self, index: int | slice) -> Trace | Traces:
-        return Traces(self._traces[index]) if isinstance(index, slice) else self._traces[index]
+        part = super().__getitem__(index)
+        return Traces(part) if isinstance(index, slice) else part
 
     def __repr__(self) -> str:
         return f"Traces({len(self)} traces of {self.n_facts} facts: {', '.join(self.kinds) or 'none'})"

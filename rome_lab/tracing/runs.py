@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from rome_lab.base import check_whole
+from rome_lab.base import OneLine, check_whole
 from rome_lab.facts import Fact, Prompt, object_token, read_prompt
 from rome_lab.models import (
     Batching,
@@ -61,8 +61,8 @@ class TraceSettings:
             object.__setattr__(self, "samples", self.corruption.samples)
 
 
-@dataclass(frozen=True, eq=False)
-class Runs:
+@dataclass(frozen=True, eq=False, repr=False)
+class Runs(OneLine):
     """The clean run and the S corrupted runs of one prompt, recorded together.
 
     Attributes:

@@ -184,3 +184,18 @@ def test_a_module_has_a_docstring_and_is_short_enough_to_be_read(module):
     assert docstring and not docstring.startswith("TODO"), f"{module} has no docstring"
     (path,) = (path for path, name in NAMES.items() if name == module)
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md"])
+def test_what_the_pages_name_is_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for path in re.findall(r"`([\w./]+\.(?:py|ipynb|csv))`", text):
+        places = [ROOT / folder / path for folder in ("", "rome_lab", "notebooks", "figures", "tests", "benchmarks")]
+        assert any(place.is_file() for place in places) or path == "__init__.py" or path == "my_facts.csv", path
+    for chain in re.findall(r"\brl((?:\.[A-Za-z_]+)+)", text):
+        thing = rl
+        for part in chain.split(".")[1:]:
+            assert hasattr(thing, part), f"rl{chain}: there is no {part}"
+            thing = getattr(thing, part)
+    for door, name in re.findall(r"from rome_lab\.(\w+) import (\w+)", text):
+        assert name in offered(f"rome_lab.{door}"), f"rome_lab.{door} does not offer {name}"
