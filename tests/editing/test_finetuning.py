@@ -53,6 +53,11 @@ def plain_loop(lm, requests, tuning):
     return (delta.T if lm.memory_is_transposed(tuning.layer) else delta), losses
 
 
+# Gemma2's norms and GPT-J's attention scores are computed in float32, whatever the weights are, so that another batch gives
+# other roundings there: of GPT-J's gradient 5e-9 of its length, where GPT-2 and Llama have 5e-16.
+FLOAT32_INSIDE = {"gemma2": 1e-5, "gptj": 1e-7}
+
+
 @pytest.mark.parametrize("requests", [ONE, SEVERAL], ids=["one", "several"])
 @pytest.mark.parametrize("bound", [None, 2e-3])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -63,7 +68,7 @@ def test_fine_tuning_by_suffixes_is_that_of_the_whole_model(family, bound, reque
     tuning = Tuning(layer=1, learning_rate=1e-3, steps=4, bound=bound)
     tuned = fine_tune(lm, requests, tuning)
     delta, losses = plain_loop(other, requests, tuning)
-    tolerance = 1e-5 if family == "gemma2" else 1e-11  # Gemma2's norms compute in float32, whatever the weights are
+    tolerance = FLOAT32_INSIDE.get(family, 1e-11)
     assert tuned.losses == pytest.approx(losses, rel=tolerance)
     assert float((tuned.delta - delta).norm() / delta.norm()) < tolerance
 
