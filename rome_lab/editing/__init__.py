@@ -1,4 +1,20 @@
-"""TODO front door editing."""
+"""Making a model say something else (Appendix A): what an edit is, how it is made, and what it does.
+
+rome, rome_many                         the smallest change of one matrix that maps keys to their values, as an Edit
+Edit, load_edit, describe_edit          edits as things: applied, undone, saved, loaded
+EditSettings, KEYS, default_settings    how to edit, and where, by default
+Request, check_requests, layer_to_edit  what is asked of an edit, checked without running the model; the layer that is meant
+audit, TEXT                             what an edit does where it should and where it should not; the text it reads
+neighbours_of, nearest_facts            facts that an edit should not touch
+covariance, covariances                 C = E[k kT], measured on a Source of text
+SampledText, FolderText, WikipediaText  those sources
+sample_prefixes, subject_keys           prefixes of a prompt, and keys at its subject's last token
+run_to_keys, key_size                   all keys of texts at some layers; H
+solve_update, factorise, Factor         the least squares behind an edit, on matrices; ENOUGH tokens for C
+Method, METHODS, SEARCH, measured_on    ways to edit, behind one interface: a Proposal of each for the same requests
+Rome                                    the ROME family among them
+Optima                                  v*, keys, prefixes and C, each found once for all of them
+"""
 
 from rome_lab.editing.auditing import TEXT, audit, nearest_facts, neighbours_of
 from rome_lab.editing.edit import Edit, describe_edit, load_edit

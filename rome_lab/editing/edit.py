@@ -152,12 +152,12 @@ class Edit:
 
     def about(self) -> dict[str, Json]:
         """What `ABOUT` lists, but for the versions."""
-        made = {
+        nested = {
             "facts": [asdict(fact) for fact in self.facts],
             "settings": asdict(self.settings),
             "history": self.history.to_dict("split", index=False),
         }
-        return {name: getattr(self, name) for name in ABOUT if name not in (*made, "versions")} | made
+        return {name: getattr(self, name) for name in ABOUT if name not in (*nested, "versions")} | nested
 
     def is_applied(self, lm: LanguageModel) -> bool:
         """Whether this edit, or one loaded from its file, is in force."""
@@ -239,7 +239,7 @@ def load_edit(path: str | Path) -> Edit:
         ValueError: it is no edit, it was truncated or altered, or what it holds does not fit together.
     """
     vectors, about = read_edit(path)
-    made = {
+    readers = {
         "facts": lambda facts: tuple(Fact(**fact) for fact in facts),
         "targets": tuple,
         "settings": lambda settings: EditSettings(**settings),
@@ -247,7 +247,7 @@ def load_edit(path: str | Path) -> Edit:
     }
     about.pop("versions")
     try:
-        return Edit(**vectors, **{name: made.get(name, lambda x: x)(value) for name, value in about.items()})
+        return Edit(**vectors, **{name: readers.get(name, lambda x: x)(value) for name, value in about.items()})
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"load_edit: {path} does not hold a possible edit: {reason}; save the edit anew.") from error

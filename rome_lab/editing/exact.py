@@ -155,19 +155,19 @@ def independent_keys(
     Raises:
         ValueError: those of several requests are dependent, naming the facts.
     """
-    kept = [distinct(factor, K) for K in keys]
-    for K, left in zip(keys, kept, strict=True):
-        if left.shape != K.shape:
-            n, m = K.shape[1], left.shape[1]
+    each_once = [distinct(factor, K) for K in keys]
+    for K, K_once in zip(keys, each_once, strict=True):
+        if K_once.shape != K.shape:
+            n, m = K.shape[1], K_once.shape[1]
             logger.info("rome: at layer %d some keys of the fact are the same; %d of %d are left", layer, m, n)
-    owners = [fact.prompt for (fact, _), K in zip(requests, kept, strict=True) for _ in range(K.shape[1])]
-    prompts = dict.fromkeys(owners[column] for column in dependent(factor, torch.cat(kept, dim=1)))
+    owners = [fact.prompt for (fact, _), K in zip(requests, each_once, strict=True) for _ in range(K.shape[1])]
+    prompts = dict.fromkeys(owners[column] for column in dependent(factor, torch.cat(each_once, dim=1)))
     if prompts:
         raise ValueError(
             f"rome: the keys of {' and '.join(map(repr, prompts))} are linearly dependent, as those of one subject are, "
             "so no W gives each of them a value of its own; edit one of them only, or one after the other."
         )
-    return kept
+    return each_once
 
 
 def exact_vectors(
@@ -180,9 +180,9 @@ def exact_vectors(
     W, K = lm.weight(layer), torch.cat(list(keys), dim=1)
     V = torch.cat([x.v_star[:, None].expand(-1, k.shape[1]) for x, k in zip(optima, keys, strict=True)], dim=1)
     exact = solve_update(W, factor, K, V)
-    kept = Update(exact.Lambda.float(), exact.u.float())
-    error = float(constraint_error(apply_update(W, kept, K, V), K, V).max())
-    vectors = {"k_star": K, "v_star": V.float(), "Lambda": kept.Lambda, "u": kept.u}
+    rounded = Update(exact.Lambda.float(), exact.u.float())
+    error = float(constraint_error(apply_update(W, rounded, K, V), K, V).max())
+    vectors = {"k_star": K, "v_star": V.float(), "Lambda": rounded.Lambda, "u": rounded.u}
     return {name: x.cpu().contiguous() for name, x in vectors.items()}, error
 
 

@@ -124,8 +124,8 @@ def opening_key(lm: LanguageModel, fact: Fact, layer: int) -> Float[Tensor, "H n
     others than in the midst of a text. The first token itself is left alone: it has nearly the same key in every text.
     """
     opened = read_prompt(lm, replace(fact, template=fact.template[fact.template.index("{}") :]))
-    found = subject_keys(lm, layer, [opened]).T.float()
-    return found[:, :0] if opened.subject_range == (0, 1) else found
+    key = subject_keys(lm, layer, [opened]).T.float()
+    return key[:, :0] if opened.subject_range == (0, 1) else key
 
 
 def subject_keys(lm: LanguageModel, layer: int, prompts: Sequence[Prompt]) -> Float[Tensor, "N H"]:
@@ -133,12 +133,12 @@ def subject_keys(lm: LanguageModel, layer: int, prompts: Sequence[Prompt]) -> Fl
     # Padding right of a text cannot reach it in a causal model.
     ids = torch.nn.utils.rnn.pad_sequence([prompt.ids for prompt in prompts], batch_first=True)
     lasts = [prompt.subject_range[1] - 1 for prompt in prompts]
-    found: list[Tensor] = []
+    k: list[Tensor] = []  # (N, H), once the run has come to `layer`
 
     def keep(layer: int, inputs: Tensor) -> None:
         inputs = inputs.view(*ids.shape, -1)  # OPT hands over (B * T, H)
-        found.append(inputs[range(len(prompts)), lasts].cpu().double())
+        k.append(inputs[range(len(prompts)), lasts].cpu().double())
 
     run_to_keys(lm, ids, [layer], keep)
-    lm.check_finite(found[0], "k_star")
-    return found[0]
+    lm.check_finite(k[0], "k_star")
+    return k[0]

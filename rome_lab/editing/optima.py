@@ -69,8 +69,8 @@ class Optima:
 
     def __init__(self, lm: LanguageModel, store: Store | str | Path | None = None, progress: bool = True) -> None:
         self.lm, self.store, self.progress = lm, opened(store), progress
-        self.found: dict[str, Optimum] = {}
-        self.keys: dict[tuple[object, ...], Tensor] = {}
+        self.in_memory: dict[str, Optimum] = {}
+        self.k_stars: dict[tuple[object, ...], Tensor] = {}
         self.prefixes: dict[tuple[tuple[int, ...], int], tuple[str, ...]] = {}
         self.factors: dict[tuple[int, str], Factor] = {}
 
@@ -83,7 +83,7 @@ class Optima:
     def at(self, lm: LanguageModel | None, store: Store | None) -> Optima:
         """The same, and all that was found, for this model in another process and a store there; for None it can travel."""
         other = Optima(lm, store, self.progress)
-        other.found, other.keys = dict(self.found), dict(self.keys)
+        other.in_memory, other.k_stars = dict(self.in_memory), dict(self.k_stars)
         other.prefixes, other.factors, other.common = self.prefixes, self.factors, self.common
         return other
 
@@ -115,9 +115,9 @@ class Optima:
         """The keys that the settings name, as `rome_lab.editing.keys.k_star` finds them."""
         prefixes = self.with_prefixes(settings).prefixes
         for part in PARTS[settings.key]:
-            if (fact, layer, part, prefixes) not in self.keys:
-                self.keys[fact, layer, part, prefixes] = one_key(self.lm, fact, layer, part, prefixes)
-        return torch.cat([self.keys[fact, layer, part, prefixes] for part in PARTS[settings.key]], dim=1)
+            if (fact, layer, part, prefixes) not in self.k_stars:
+                self.k_stars[fact, layer, part, prefixes] = one_key(self.lm, fact, layer, part, prefixes)
+        return torch.cat([self.k_stars[fact, layer, part, prefixes] for part in PARTS[settings.key]], dim=1)
 
     def find(self, request: Request, layer: int, settings: EditSettings) -> Optimum:
         """v* of a request: from memory, from the store, or now.
@@ -133,18 +133,18 @@ class Optima:
             inputs, record = self.inputs(request, layer, settings), optimum.record()
             if self.store:
                 self.store.save(inputs, record.arrays, record.meta)
-            self.found[canonical_json(inputs)] = optimum
+            self.in_memory[canonical_json(inputs)] = optimum
         return optimum
 
     def recall(self, request: Request, layer: int, settings: EditSettings) -> Optimum | None:
         """v* of a request, where memory or the store has it."""
         inputs = self.inputs(request, layer, settings)
         key = canonical_json(inputs)
-        if key not in self.found and self.store and (record := self.store.load(inputs)):
+        if key not in self.in_memory and self.store and (record := self.store.load(inputs)):
             history = pd.DataFrame(record.arrays["history"], columns=record.meta["columns"]).astype({"step": int})
             v_star = torch.from_numpy(record.arrays["v_star"])
-            self.found[key] = Optimum(request, v_star, history, record.meta["converged"])
-        return self.found.get(key)
+            self.in_memory[key] = Optimum(request, v_star, history, record.meta["converged"])
+        return self.in_memory.get(key)
 
     def optimise(
         self,

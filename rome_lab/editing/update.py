@@ -191,11 +191,11 @@ def distinct(factor: Factor, K: Float[Tensor, "H n"]) -> Float[Tensor, "H m"]:
     """The keys of one fact, each once: where the layer sees no prefix they are the same, and the last one stays."""
     if not dependent(factor, K):
         return K
-    kept = K[:, -1:]
+    chosen = K[:, -1:]
     for column in reversed(range(K.shape[1] - 1)):
-        wider = torch.cat([K[:, column : column + 1], kept], dim=1)
-        kept = kept if dependent(factor, wider) else wider
-    return kept
+        wider = torch.cat([K[:, column : column + 1], chosen], dim=1)
+        chosen = chosen if dependent(factor, wider) else wider
+    return chosen
 
 
 def apply_update(

@@ -136,7 +136,7 @@ def test_the_bare_key_has_a_value_of_its_own_and_the_others_share_theirs(tmp_pat
     optima = Optima(lm, tmp_path, progress=False)
     for key in KEYS:
         optima.find(REQUEST, 1, replace(FEW, key=key))
-    assert len(optima.found) == 2 == len(list(tmp_path.glob("optimum/*")))
+    assert len(optima.in_memory) == 2 == len(list(tmp_path.glob("optimum/*")))
     bare, averaged = (optima.find(REQUEST, 1, replace(FEW, key=key)) for key in ("bare", "averaged"))
     assert not torch.allclose(bare.v_star, averaged.v_star, rtol=1e-3)
     again = Optima(lm, tmp_path, progress=False).find(REQUEST, 1, replace(FEW, key="bare"))

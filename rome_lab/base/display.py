@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from dataclasses import fields
 
-MOST_CHARACTERS = 60  # of one value
+MOST_SHOWN = 60  # of one value
 
 
 class OneLine:
@@ -22,4 +22,4 @@ def in_short(value: object) -> str:
         return f"<{' x '.join(map(str, value.shape)) or 'one number'}>"
     if isinstance(value, list | tuple | dict) and (len(value) > 3 or any(hasattr(x, "shape") for x in value)):
         return f"<{len(value)} items>"
-    return textwrap.shorten(repr(value), MOST_CHARACTERS, placeholder=" ...")
+    return textwrap.shorten(repr(value), MOST_SHOWN, placeholder=" ...")
