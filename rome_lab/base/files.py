@@ -72,18 +72,18 @@ ADVICE = {
 
 
 @contextmanager
-def explained(folder: Path, made: Path | None = None) -> Iterator[None]:
+def explained(folder: Path, target: Path | None = None) -> Iterator[None]:
     """Within it, errors of the disk while something is made in `folder` become sentences that say what to do.
 
-    Args: made: what is made, where that is known; errors about other files pass unchanged.
+    Args: target: what is made, where that is known; errors about other files pass unchanged.
     """
-    made = made or folder
+    target = target or folder
     try:
         yield
     except (OSError, SafetensorError) as error:
-        about = Path(getattr(error, "filename", None) or made)
+        about = Path(getattr(error, "filename", None) or target)
         reason = ADVICE.get(error_number(error))
-        if reason is None or not (about.is_relative_to(made) or folder.is_relative_to(about)):
+        if reason is None or not (about.is_relative_to(target) or folder.is_relative_to(about)):
             raise
         raise OSError(f"Cannot write to the folder {folder}: {reason}.") from error
 
@@ -92,8 +92,8 @@ def error_number(error: OSError | SafetensorError) -> int | None:
     """The errno of an error of the disk; safetensors tells it in words only."""
     if isinstance(error, OSError):
         return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return int(number[1]) if number else None
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Judge: what a model says of a case under many changes at once, side by side.
 
-judge(lm, case, changes, settings)   the metrics of `rome_lab.evaluation.metrics.METRICS` for one case, a dictionary a change
-judge_all(lm, asked)                 those of several cases, each under a change of its own
-damage(lm, change, settings)         nll and known of one change, whatever the case
+judge_case(lm, case, changes, settings)   the metrics of `METRICS` for one case, a dictionary a change
+judge_all(lm, sheets)                     those of several cases, each under a change of its own
+damage(lm, change, settings)              nll and known of one change, whatever the case
+questions_of(lm, case, ...)               what is asked about one change
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from rome_lab.editing import TEXT
 from rome_lab.evaluation.case import Case
 from rome_lab.evaluation.metrics import generation_entropy, magnitude, reference_score, success, token_accuracy
 from rome_lab.facts import Fact, question
-from rome_lab.models import Change, LanguageModel, Question, Score, generate_each, score
+from rome_lab.models import Change, LanguageModel, Question, Score, generate, score
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,14 @@ def judge_case(
 
 
 def judge_all(
-    lm: LanguageModel, asked: Sequence[tuple[Case, Change, JudgeSettings]]
+    lm: LanguageModel, sheets: Sequence[tuple[Case, Change, JudgeSettings]]
 ) -> list[dict[str, float | list[str]]]:
     """What becomes of each case under its change, all of them judged side by side; `lm` is left as it is.
 
     The more are judged at once, the faster each is: a step of generation reads all weights, for few texts as for many. A
     change's preamble stands before every prompt of the case, before the known facts and before the text of nll.
 
-    Args: asked: cases, changes and settings; these may differ in the known facts and in nothing else.
+    Args: sheets: cases, changes and settings; these may differ in the known facts and in nothing else.
 
     Returns: a dictionary for each: the metrics of `METRICS` that the case's form has ("counterfact": ES, EM, PS, PM, NS,
         NM, GE, RS; "zsre": efficacy, paraphrase, specificity), nll and known, as numbers in the units given there, and
@@ -73,30 +74,35 @@ def judge_all(
 
     Raises: ValueError: a text is too long for the model, a delta does not fit, or the model gives what is not a number.
     """
-    if not asked:
+    if not sheets:
         return []
-    cases, changes, several = zip(*asked, strict=True)
+    cases, changes, several = zip(*sheets, strict=True)
     common = several[0]
     if any(replace(settings, known=()) != replace(common, known=()) for settings in several):
         raise ValueError("judge_all: the settings differ in more than the known facts; judge those apart.")
-    sheets = [questions_of(lm, case, i, change.preamble, own) for i, (case, change, own) in enumerate(asked)]
-    scores = iter(score(lm, changes, [x for sheet in sheets for part in sheet.values() for x in part]))
-    marks = [{name: [next(scores) for _ in part] for name, part in sheet.items()} for sheet in sheets]
-    found = [marks_of(case.form, x) for case, x in zip(cases, marks, strict=True)]
+    questions = [questions_of(lm, case, i, change.preamble, own) for i, (case, change, own) in enumerate(sheets)]
+    marks = [marks_of(case.form, x) for case, x in zip(cases, scores_of_each(lm, changes, questions), strict=True)]
     writes = [case.form == "counterfact" and common.new_tokens > 0 for case in cases]
-    prompts = [case.generation_prompts if one else () for case, one in zip(cases, writes, strict=True)]
-    written = generate_each(lm, changes, prompts, common.new_tokens, common.top_k, common.seed)
-    return [x | generation_marks(texts, case, common) for case, x, texts in zip(cases, found, written, strict=True)]
+    prompts = [case.generation_prompts if writing else () for case, writing in zip(cases, writes, strict=True)]
+    written = generate(lm, changes, prompts, common.new_tokens, common.top_k, common.seed)
+    return [x | generation_marks(texts, case, common) for case, x, texts in zip(cases, marks, written, strict=True)]
+
+
+def scores_of_each(
+    lm: LanguageModel, changes: Sequence[Change], sheets: Sequence[dict[str, list[Question]]]
+) -> list[dict[str, list[Score]]]:
+    """The scores of all questions, in the form of the sheets; all are asked together."""
+    scores = iter(score(lm, changes, [question for sheet in sheets for part in sheet.values() for question in part]))
+    return [{name: [next(scores) for _ in part] for name, part in sheet.items()} for sheet in sheets]
 
 
 def damage(lm: LanguageModel, change: Change, settings: JudgeSettings) -> dict[str, float]:
-    """The metrics of one change that no case has a part in: nll and known, as in `judge`; `lm` is left as it is.
+    """The metrics of one change that no case has a part in: nll and known, as in `judge_all`; `lm` is left as it is.
 
     Raises: ValueError: a text is too long for the model, or the model gives what is not a number.
     """
     sheet = questions_of_damage(lm, 0, change.preamble, settings)
-    scores = iter(score(lm, [change], [x for asked in sheet.values() for x in asked]))
-    return marks_of_damage({name: [next(scores) for _ in asked] for name, asked in sheet.items()})
+    return marks_of_damage(*scores_of_each(lm, [change], [sheet]))
 
 
 def questions_of(
@@ -126,44 +132,46 @@ def questions_of_damage(
     text = question(lm, owner, preamble + first, rest)
     return {
         "known": [question(lm, owner, preamble + fact.prompt, fact.object) for fact in settings.known],
-        "text": [Question(owner, text.context, text.said[: settings.text_tokens])] if settings.text_tokens else [],
+        "text": [Question(owner, text.context, text.continuation[: settings.text_tokens])]
+        if settings.text_tokens
+        else [],
     }
 
 
 def marks_of(form: str, marks: dict[str, list[Score]]) -> dict[str, float]:
     """The metrics of one change that need no generated text."""
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     if form == "zsre":
-        for metric, asked in (("efficacy", "rewrite"), ("paraphrase", "paraphrases"), ("specificity", "neighbours")):
-            if marks[asked]:
-                found[metric] = token_accuracy([x.greedy for x in marks[asked]])
+        for metric, part in (("efficacy", "rewrite"), ("paraphrase", "paraphrases"), ("specificity", "neighbours")):
+            if marks[part]:
+                metrics[metric] = token_accuracy([x.greedy for x in marks[part]])
     else:
-        for letter, wanted, other in (
+        for letter, own, other in (
             ("E", "rewrite", "rewrite_true"),
             ("P", "paraphrases", "paraphrases_true"),
             ("N", "neighbours", "neighbours_target"),
         ):
-            if marks[wanted]:
-                pair = [x.total for x in marks[wanted]], [x.total for x in marks[other]]
-                found |= {f"{letter}S": success(*pair), f"{letter}M": magnitude(*pair)}
-    return found | marks_of_damage(marks)
+            if marks[own]:
+                pair = [x.total for x in marks[own]], [x.total for x in marks[other]]
+                metrics |= {f"{letter}S": success(*pair), f"{letter}M": magnitude(*pair)}
+    return metrics | marks_of_damage(marks)
 
 
 def marks_of_damage(marks: dict[str, list[Score]]) -> dict[str, float]:
     """nll and known."""
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     if marks["text"]:
-        found["nll"] = -float(marks["text"][0].log_p.mean())
+        metrics["nll"] = -float(marks["text"][0].log_p.mean())
     if marks["known"]:
-        found["known"] = 100.0 * float(np.mean([x.greedy.all() for x in marks["known"]]))
-    return found
+        metrics["known"] = 100.0 * float(np.mean([x.greedy.all() for x in marks["known"]]))
+    return metrics
 
 
 def generation_marks(texts: list[str], case: Case, settings: JudgeSettings) -> dict[str, float | list[str]]:
     """GE and RS of one change's texts, and the texts."""
-    found: dict[str, float | list[str]] = {"generations": texts}
+    metrics: dict[str, float | list[str]] = {"generations": texts}
     if texts:
-        found["GE"] = generation_entropy(texts)
+        metrics["GE"] = generation_entropy(texts)
     if texts and case.references:
-        found["RS"] = reference_score(texts, case.references, settings.corpus)
-    return found
+        metrics["RS"] = reference_score(texts, case.references, settings.corpus)
+    return metrics

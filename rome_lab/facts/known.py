@@ -162,12 +162,12 @@ def find_known(
     progress: bool,
 ) -> list[Trial]:
     """Try the facts in `order` until at least n are known."""
-    wanted = len(order) if n is None else n
+    enough = len(order) if n is None else n
     trials: list[Trial] = []
     kept = 0
-    with tqdm(total=wanted, desc="facts tried" if n is None else "known facts", disable=not progress) as bar:
-        while kept < wanted and len(trials) < len(order):
-            size = min(FACT_WAVE, max(batch_size, 2 * (wanted - kept)))
+    with tqdm(total=enough, desc="facts tried" if n is None else "known facts", disable=not progress) as bar:
+        while kept < enough and len(trials) < len(order):
+            size = min(FACT_WAVE, max(batch_size, 2 * (enough - kept)))
             wave = [Trial(fact, templates_in_order(fact, seed)) for fact in order[len(trials) : len(trials) + size]]
             trials += wave
             # One template first: where it works, the others need not be read.
@@ -184,10 +184,10 @@ def drop_repeated(trials: Sequence[Trial]) -> None:
     seen: set[tuple[str, str, str]] = set()
     for trial in trials:
         if trial.known:
-            asked = (trial.known.prompt, trial.known.subject, trial.known.object)
-            if asked in seen:
+            question = (trial.known.prompt, trial.known.subject, trial.known.object)
+            if question in seen:
                 trial.known, trial.outcomes[-1] = None, Outcome.REPEATED
-            seen.add(asked)
+            seen.add(question)
 
 
 def rank(seed: int, fact: Fact, template: str = "") -> str:

@@ -136,8 +136,8 @@ def download(published: Published, opener: request.OpenerDirector) -> Iterator[b
     """What stands at the address, piece by piece, within the limits of size and time."""
     began, size = time.monotonic(), 0
     try:
-        asked = request.Request(published.url, headers={"User-Agent": "rome-lab"})
-        with opener.open(asked, timeout=SILENCE_S) as response:
+        address = request.Request(published.url, headers={"User-Agent": "rome-lab"})
+        with opener.open(address, timeout=SILENCE_S) as response:
             while chunk := response.read1(DOWNLOAD_CHUNK):
                 size += len(chunk)
                 if size > published.most_bytes:

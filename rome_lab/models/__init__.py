@@ -38,7 +38,7 @@ from rome_lab.models.language_model import LanguageModel
 from rome_lab.models.layouts import find_layout
 from rome_lab.models.loading import check_hub, load_model
 from rome_lab.models.process import choose_products, freed_memory_given_back, freed_memory_kept, product_error
-from rome_lab.models.sampling import continue_randomly, generate_each
+from rome_lab.models.sampling import continue_randomly, generate
 from rome_lab.models.scoring import Question, Score, score
 from rome_lab.models.weights import device_of
 

@@ -176,7 +176,9 @@ class Batching:
 
 def ran_out(error: Exception) -> bool:
     """Whether it says that memory ran out, on any device."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(said in str(error) for said in OUT_OF_MEMORY)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in OUT_OF_MEMORY
+    )
 
 
 def reason_of(error: Exception) -> str:

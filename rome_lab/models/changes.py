@@ -136,9 +136,9 @@ def check_fits(lm: LanguageModel, change: Change) -> None:
     if not 0 <= change.layer < lm.n_layers:
         raise ValueError(f"Change: layer {change.layer} is not among layers 0 to {lm.n_layers - 1} of {lm.name}.")
     shape = tuple(lm.memory(change.layer).weight.shape)
-    wanted = shape[::-1] if lm.memory_is_transposed(change.layer) else shape
-    if tuple(change.delta.shape) != wanted:
+    expected = shape[::-1] if lm.memory_is_transposed(change.layer) else shape
+    if tuple(change.delta.shape) != expected:
         raise ValueError(
-            f"Change: delta has shape {tuple(change.delta.shape)}; layer {change.layer} of {lm.name} takes {wanted}, "
+            f"Change: delta has shape {tuple(change.delta.shape)}; layer {change.layer} of {lm.name} takes {expected}, "
             "(D, H)."
         )

@@ -70,11 +70,11 @@ def is_whole(target: Path) -> bool:
 
 def hashes_of(target: Path) -> str:
     """The SHA-256 of each file of the folder, as JSON."""
-    found = {}
+    hashes = {}
     for path in sorted(path for path in target.iterdir() if path.name != HASHES):
         with path.open("rb") as file:
-            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return json.dumps(found, indent=1)
+            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return json.dumps(hashes, indent=1)
 
 
 def convert_gguf(source: Path, target: Path) -> None:

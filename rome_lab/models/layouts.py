@@ -71,8 +71,8 @@ def find_layout(model: nn.Module) -> Layout:
         except (AttributeError, IndexError, TypeError):
             continue
         return layout
-    looked = "; ".join(f"{x.family}: {x.blocks}[0] with {x.attn}, {x.mlp}, {x.memory}" for x in LAYOUTS)
+    places = "; ".join(f"{x.family}: {x.blocks}[0] with {x.attn}, {x.mlp}, {x.memory}" for x in LAYOUTS)
     raise ValueError(
         f"LanguageModel: {type(model).__name__} is not a decoder-only model of a family that rome_lab knows. "
-        f"Looked for {looked}. For another family, add a Layout to rome_lab.models.layouts.LAYOUTS."
+        f"Looked for {places}. For another family, add a Layout to rome_lab.models.layouts.LAYOUTS."
     )

@@ -1,7 +1,7 @@
-"""Free text that a model writes under many changes at once, with the same luck for each of them.
+"""Free text that a model writes.
 
-generate(lm, changes, prompts)         after the same prompts under each change
-generate_each(lm, changes, prompts)    after prompts of its own under each
+generate(lm, changes, prompts)              under many changes at once, with the same luck for each of them
+continue_randomly(lm, prompts, draws)       texts that go on from tokens as the model would, as it is
 """
 
 from __future__ import annotations
@@ -19,21 +19,6 @@ from rome_lab.models.language_model import LanguageModel
 
 
 def generate(
-    lm: LanguageModel,
-    changes: Sequence[Change],
-    prompts: Sequence[str],
-    new_tokens: int = 50,
-    top_k: int = 5,
-    seed: int = 0,
-) -> list[list[str]]:
-    """What the model writes after each of the prompts under each change; see `generate_each`.
-
-    Returns: for each change, for each prompt, the prompt and what follows it; the change's preamble is left out.
-    """
-    return generate_each(lm, changes, [prompts] * len(changes), new_tokens, top_k, seed)
-
-
-def generate_each(
     lm: LanguageModel,
     changes: Sequence[Change],
     prompts: Sequence[Sequence[str]],
@@ -77,8 +62,8 @@ def generate_each(
     together = Batching(lm, "generate", text_bytes(lm, longest, cached=True))
     texts = [text for part in together.over(range(len(rows)), write) for text in part]
     written = [text_after(lm, ids, text[: len(ids) + new_tokens]) for ids, text in zip(starts, texts, strict=True)]
-    said = iter(prompt + text for (*_, prompt), text in zip(rows, written, strict=True))
-    return [[next(said) for _ in own] for own in prompts]
+    whole = iter(prompt + text for (*_, prompt), text in zip(rows, written, strict=True))
+    return [[next(whole) for _ in own] for own in prompts]
 
 
 def text_after(lm: LanguageModel, prompt: list[int], text: list[int]) -> str:
@@ -135,5 +120,5 @@ def draw(logits: Tensor, uniform: Tensor, top_k: int | None) -> Tensor:
     if top_k is not None and top_k < p.shape[-1]:
         p = p * (p >= p.topk(top_k).values[:, -1:])
     cumulative = p.cumsum(-1, dtype=torch.float64)
-    wanted = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, wanted, right=True)[:, 0].clamp_max(p.shape[-1] - 1)
+    share = uniform[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, share, right=True)[:, 0].clamp_max(p.shape[-1] - 1)

@@ -1,7 +1,7 @@
 """Log probabilities of given continuations, by whole texts (teacher forcing): the one place that asks a model for them.
 
-Question(owner, context, said)       a text, how it should go on, and under which change
-score(lm, changes, questions)        a Score for each Question; as many rows go together as fit, fewer where memory runs out
+Question(owner, context, continuation)   a text, how it should go on, and under which change
+score(lm, changes, questions)            a Score for each; as many rows together as fit, fewer where memory runs out
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ class Question:
 
     Attributes:
         owner: place of the change.
-        context, said: token ids of the text, and of the continuation that is judged, all of them.
+        context, continuation: token ids of the text, and of the continuation that is judged, all of them.
     """
 
     owner: int
     context: tuple[int, ...]
-    said: tuple[int, ...]
+    continuation: tuple[int, ...]
 
     @property
     def text(self) -> tuple[int, ...]:
         """What the model reads: the continuation is read too, but for its last token (teacher forcing)."""
-        return self.context + self.said[:-1]
+        return self.context + self.continuation[:-1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,10 +119,10 @@ def score(
 
 def shared_rows(questions: Sequence[Question]) -> tuple[list[tuple[int, tuple[int, ...]]], list[int]]:
     """Rows (owner, text) that hold every question's text at their beginning, and the row of each question."""
-    wanted = sorted({(x.owner, x.text) for x in questions})
+    texts = sorted({(x.owner, x.text) for x in questions})
     rows: list[tuple[int, tuple[int, ...]]] = []
     held: dict[tuple[int, tuple[int, ...]], int] = {}
-    for owner, text in reversed(wanted):  # what begins another text comes right before one that it begins
+    for owner, text in reversed(texts):  # what begins another text comes right before one that it begins
         if not (rows and rows[-1][0] == owner and rows[-1][1][: len(text)] == text):
             rows.append((owner, text))
         held[owner, text] = len(rows) - 1
@@ -156,14 +156,14 @@ def read_scores(
 ) -> list[Score]:
     """The scores of questions, each with its row in `states` (B, T, D); logits are made only where they are read."""
     length = states.shape[1]
-    sizes = [len(question.said) for _, question in questions]
+    sizes = [len(question.continuation) for _, question in questions]
     begins = [row * length + len(question.context) - 1 for row, question in questions]
     places = [place for begin, size in zip(begins, sizes, strict=True) for place in range(begin, begin + size)]
     # Two continuations of one text are read off the same logits.
     once, which = torch.tensor(places, device=lm.device).unique(return_inverse=True)
     order = which.argsort(stable=True)
     hidden = states.flatten(0, 1)[once]
-    tokens = torch.tensor([token for _, question in questions for token in question.said], device=lm.device)
+    tokens = torch.tensor([token for _, question in questions for token in question.continuation], device=lm.device)
     log_p = torch.empty(len(tokens), dtype=at_least_float32(states).dtype, device=lm.device)
     greedy = torch.empty(len(tokens), dtype=torch.bool, device=lm.device)
     first = which[torch.tensor([0, *sizes[:-1]]).cumsum(0).to(which.device)].tolist() if following else []

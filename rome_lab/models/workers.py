@@ -142,20 +142,20 @@ class Held:
 
     Attributes:
         lock: held while the model works, since its hooks act on all threads of a worker.
-        asked: origin and key of the model.
+        loaded: origin and key of the model.
     """
 
     lock: Lock = field(default_factory=Lock)
     lm: LanguageModel | None = None
-    asked: tuple[Mapping[str, Any], Mapping[str, Json]] | None = None
+    loaded: tuple[Mapping[str, Any], Mapping[str, Json]] | None = None
 
     def model(self, work: Work) -> LanguageModel:
         """The model of the work, loaded now where it is not the one that is held."""
-        if self.asked != (work.origin, work.key):
-            self.lm = self.asked = None  # makes room for the new one
+        if self.loaded != (work.origin, work.key):
+            self.lm = self.loaded = None  # makes room for the new one
             set_precisions(work.key["matmul"])
             self.lm = load_here(work)
-            self.asked = (work.origin, work.key)
+            self.loaded = (work.origin, work.key)
         return self.lm
 
 

@@ -18,9 +18,9 @@ from rome_lab.evaluation.case import Case
 from rome_lab.evaluation.judging import JudgeSettings, judge_all, judge_case
 from rome_lab.facts.fact import Fact
 from rome_lab.facts.prompts import continuation_ids
-from rome_lab.models import scoring
+from rome_lab.models import sampling, scoring
+from rome_lab.models.batching import Batching
 from rome_lab.models.changes import Change
-from rome_lab.models.sampling import generate
 from rome_lab.models.scoring import Question, score, shared_rows
 
 TINY = Case(
@@ -45,6 +45,11 @@ def log_p(lm, prompt, continuation):
     said = continuation_ids(lm, prompt, continuation)
     logits = lm.model(torch.tensor([context + said]), use_cache=False).logits[0, len(context) - 1 : -1].double()
     return logits.log_softmax(-1)[range(len(said)), said].numpy(), (logits.argmax(-1) == torch.tensor(said)).numpy()
+
+
+def generate(lm, changes, prompts, *options, **others):
+    """What the model writes after the same prompts under each change."""
+    return sampling.generate(lm, changes, [prompts] * len(changes), *options, **others)
 
 
 def numbers(marks):
@@ -94,7 +99,7 @@ def test_the_batch_is_split_where_memory_is_short_and_the_scores_stay(monkeypatc
     calls = []
     run = scoring.last_states
     monkeypatch.setattr(scoring, "text_bytes", lambda lm, length: 1)
-    lm.room = 3
+    Batching.learned[lm] = 3
     monkeypatch.setattr(
         scoring, "last_states", lambda lm, changes, rows: calls.append(len(rows)) or run(lm, changes, rows)
     )

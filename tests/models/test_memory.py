@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from test_changes import changes_of
-from test_judging import SETTINGS, TINY, numbers
+from test_judging import SETTINGS, TINY, generate, numbers
 from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,7 +24,6 @@ from rome_lab.editing.second_moment import KeySum, add_passages
 from rome_lab.editing.texts import SampledText
 from rome_lab.evaluation.judging import judge_case
 from rome_lab.models.batching import Batching, free_in_groups, ran_out, text_bytes
-from rome_lab.models.sampling import generate
 from rome_lab.tracing.trace import KINDS
 
 PROMPT = ("The Eiffel Tower is located in the city of", "Eiffel Tower")
@@ -120,7 +119,7 @@ def test_judgements_and_generated_texts_stay_the_same(caplog):
         for some, all_ in zip(judge_case(lm, TINY, changes, SETTINGS), whole, strict=True):
             assert numbers(some) == pytest.approx(numbers(all_), rel=1e-5, abs=1e-5)
             assert some["generations"] == all_["generations"]
-        lm.room = float("inf")
+        del Batching.learned[lm]
         assert generate(lm, changes, prompts, 6) == texts
     assert max(seen) > 3
     assert [said.partition(":")[0] for said in warnings(caplog)] == ["judge", "generate"], "once, and once it forgot"
@@ -170,7 +169,7 @@ def test_texts_that_do_not_fit_side_by_side_are_said_in_a_sentence(samples, fitt
     )
     with Small(fitting * each), pytest.raises(MemoryError, match=sentence):
         causal_trace(lm, *PROMPT, samples=samples, max_rows=1)
-    assert lm.room == float("inf")
+    assert lm not in Batching.learned
 
 
 @pytest.mark.parametrize(
@@ -214,7 +213,7 @@ def test_what_is_no_lack_of_memory_is_raised_as_it_is():
     lm = tiny_model("gpt2")
     with pytest.raises(RuntimeError, match="The size of tensor a"):
         list(Batching(lm, "test", 1).over(range(4), fail))
-    assert lm.room == float("inf")
+    assert lm not in Batching.learned
 
 
 def test_every_item_is_worked_on_once_in_order_and_a_failed_part_leaves_nothing_behind():
@@ -259,6 +258,7 @@ REAL = """
 import logging, resource, torch, transformers
 from tiny import LLAMA, tokenizer
 from rome_lab import LanguageModel, causal_trace
+from rome_lab.models import Batching
 logging.basicConfig(level=logging.WARNING)
 torch.manual_seed(0)
 config = transformers.LlamaConfig(**LLAMA | {"intermediate_size": 1 << 14, "num_hidden_layers": 2})
@@ -269,7 +269,7 @@ used, unlimited = int(open("/proc/self/statm").read().split()[0]) * resource.get
 resource.setrlimit(resource.RLIMIT_AS, (used + (120 << 20), unlimited))
 halved = run(256)
 resource.setrlimit(resource.RLIMIT_AS, (unlimited, unlimited))
-short, lm.room = lm.room < float("inf"), float("inf")
+short = Batching.learned.pop(lm, None) is not None
 print(short, abs(halved - run(256)).max() < 1e-6)
 """
 

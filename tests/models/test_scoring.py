@@ -27,7 +27,7 @@ PAIRS = [
 @torch.no_grad()
 def by_forward(lm, question: Question) -> torch.Tensor:
     """(tokens of the continuation, V) log probabilities, by one forward of the model itself."""
-    logits = lm.model(torch.tensor([[*question.context, *question.said[:-1]]])).logits[0]
+    logits = lm.model(torch.tensor([[*question.context, *question.continuation[:-1]]])).logits[0]
     return logits[len(question.context) - 1 :].log_softmax(-1)
 
 
@@ -39,9 +39,9 @@ def test_completions_are_those_of_the_model_s_own_forward(family: str) -> None:
         whole = tuple(lm.tokenizer(f"{prompt} {text}")["input_ids"])
         question = Question(0, ids, whole[len(ids) :])
         plain = by_forward(lm, question)
-        wanted = plain[range(len(question.said)), list(question.said)]
+        wanted = plain[range(len(question.continuation)), list(question.continuation)]
         np.testing.assert_allclose(answer.log_p, wanted, atol=2e-4, rtol=1e-5)
-        np.testing.assert_array_equal(answer.greedy, plain.argmax(-1) == torch.tensor(question.said))
+        np.testing.assert_array_equal(answer.greedy, plain.argmax(-1) == torch.tensor(question.continuation))
         torch.testing.assert_close(answer.following, plain[0], atol=2e-4, rtol=1e-5)
         assert answer.p == pytest.approx(float(wanted.sum().exp()), rel=1e-3)
 
