@@ -100,8 +100,10 @@ def test_equals_one_full_forward_a_cell_on_the_embedded_model(lm, label):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_restoring_the_last_state_of_the_last_token_gives_the_clean_probability(family):
-    trace = causal_trace(tiny_model(family), *EIFFEL, samples=2)
-    assert trace.p_restored[-1, -1] == pytest.approx(trace.p_clean, abs=1e-6)
+    lm = tiny_model(family)
+    lm.model.double()  # in float32 products of other shapes round otherwise, by 1.3e-6 on some processors
+    trace = causal_trace(lm, *EIFFEL, samples=2)
+    assert trace.p_restored[-1, -1] == pytest.approx(trace.p_clean, abs=1e-12)
 
 
 @pytest.mark.parametrize("label", KINDS)
