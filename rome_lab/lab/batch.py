@@ -1,6 +1,6 @@
 """Run notebooks headlessly with checked parameters: `python -m rome_lab.batch NOTEBOOK ... -p NAME VALUE`.
 
-From Python: `run_notebook`. In a notebook: `record(model=lm.name, fingerprint=lm.fingerprint())` hands values over to the
+From Python: `run_notebook`. In a notebook: `record_values(model=lm.name, n_facts=120)` hands values over to the
 executed copy. The executed copy is runs/<name>.ipynb, written only when every cell has succeeded; `metadata.rome_lab`
 in it says what produced it. Of a run that failed or was interrupted, runs/<name>.failed.ipynb is kept for reading.
 """
@@ -151,23 +151,16 @@ def execute(executed: Path, bar: str | None) -> None:
 
 
 def keep(executed: Path, place: Path, about: Mapping[str, Json], start: float) -> None:
-    """Put the executed copy in its place, with its provenance."""
+    """Put the executed copy in its place, with its provenance and what its cells gave to `record_values`."""
     notebook = nbformat.read(executed, as_version=4)
     seconds = round(time.monotonic() - start, 2)
-    notebook.metadata.rome_lab = {**about, "wall_seconds": seconds, "recorded": recorded(notebook)}
+    outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
+    values = {name: value for output in outputs for name, value in output.get("data", {}).get(MIME, {}).items()}
+    notebook.metadata.rome_lab = {**about, "wall_seconds": seconds, "recorded": values}
     notebook.metadata.setdefault("papermill", {}).update(
         input_path=about["notebook"], output_path=str(place), parameters=about["parameters"]
     )
     write_atomically(place, lambda temporary: nbformat.write(notebook, temporary))
-
-
-def recorded(notebook: NotebookNode) -> dict[str, Json]:
-    """What the cells gave to `record`."""
-    values = {}
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            values.update(output.get("data", {}).get(MIME, {}))
-    return values
 
 
 def failure(executed: Path, path: Path, error: Exception) -> str:

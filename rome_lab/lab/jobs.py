@@ -79,20 +79,13 @@ class WarningNotes(logging.Handler):
             self.messages.append(record.getMessage())
 
 
-def job_of(lm: LanguageModel) -> Job | None:
-    """The job that was last begun on the model."""
-    return Job.latest.get(lm)
-
-
 def check_idle(lm: LanguageModel) -> None:
     """Raise a RuntimeError where a job runs on the model."""
-    job = job_of(lm)
-    if job is not None and not job.done.is_set():
+    if (job := Job.latest.get(lm)) and not job.done.is_set():
         raise RuntimeError(f"{lm.name} is busy; wait until that is done, or press Stop.")
 
 
 def wait_for_job(lm: LanguageModel) -> None:
     """Return once no job runs on the model."""
-    job = job_of(lm)
-    if job is not None:
+    if job := Job.latest.get(lm):
         job.join()

@@ -96,7 +96,8 @@ def look_at(lm: LanguageModel, probe: Probe) -> Look:
     p, ids = log_p[0].exp().topk(BARS)
     next_tokens = tuple(zip((lm.tokenizer.decode([i]) for i in ids.tolist()), p.tolist(), strict=True))
     texts = continued(lm, probe.fact.prompt, CONTINUATIONS, CONTINUATION_LENGTH, CONTINUATION_CHOICES)
-    return Look(next_tokens, texts, table, log_p)
+    whole = tuple(text.rstrip("\ufffd") for text in texts)  # the last character may lack bytes
+    return Look(next_tokens, whole, table, log_p)
 
 
 def continued(lm: LanguageModel, prompt: str, n: int, tokens: int, top_k: int) -> tuple[str, ...]:
@@ -110,4 +111,4 @@ def continued(lm: LanguageModel, prompt: str, n: int, tokens: int, top_k: int) -
     length = min(len(ids) + tokens, lm.context_length)
     draws = torch.stack([uniform(length, "continuation", number, prompt) for number in range(n)])
     texts = continue_randomly(lm, [ids] * n, draws, top_k)
-    return tuple(lm.tokenizer.decode(text[len(ids) :], skip_special_tokens=True).rstrip("\ufffd") for text in texts)
+    return tuple(lm.tokenizer.decode(text[len(ids) :], skip_special_tokens=True) for text in texts)

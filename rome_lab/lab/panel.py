@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from rome_lab.editing import Edit, check_requests, default_settings, load_edit
 from rome_lab.lab.form import EditForm
-from rome_lab.lab.jobs import Job, Stopped, check_idle, job_of, wait_for_job
+from rome_lab.lab.jobs import Job, Stopped, check_idle, wait_for_job
 from rome_lab.lab.looks import Look, Probe, look_at, probe_of
 from rome_lab.lab.page import compared_page
 from rome_lab.lab.plots import heatmap
@@ -114,7 +114,7 @@ class Panel:
 
     def stop(self) -> None:
         """Stop what is being done on the model."""
-        if job := job_of(self.lm):
+        if job := Job.latest.get(self.lm):
             job.stop()
 
     def ended(self, result: str | Exception, notes: list[str]) -> None:

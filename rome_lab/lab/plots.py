@@ -21,7 +21,7 @@ strong. The scale always reaches as far as the data, on both sides. For lines wi
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from matplotlib.collections import QuadMesh
 from matplotlib.colors import Colormap, LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import Locator, MaxNLocator
+from pandas.api.typing import DataFrameGroupBy
 
 from rome_lab.base import visible, write_atomically
 from rome_lab.editing import Edit
@@ -146,10 +147,10 @@ def lines(average: pd.DataFrame, kind: str, ax: Axes | None = None, legend: bool
     """
     rows = _of_kind(average, kind)
     ax = ax or new_axes(2.3)
-    for bucket, name in BUCKETS.items():
-        _band(ax, rows[rows["bucket"] == bucket], name, BUCKET_STYLES[bucket])
     ax.set_title(f"{TITLES[kind]} (n = {rows['n_facts'].max()})")
-    return _finish_lines(ax, average, _layer_label(kind), legend)
+    ax.set_xlabel(_layer_label(kind))
+    names = {bucket: (name, BUCKET_STYLES[bucket]) for bucket, name in BUCKETS.items()}
+    return _draw_lines(ax, rows.groupby("bucket"), names, average, legend)
 
 
 def severed_lines(average: pd.DataFrame, ax: Axes | None = None, legend: bool = True, title: str | None = None) -> Axes:
@@ -165,10 +166,9 @@ def severed_lines(average: pd.DataFrame, ax: Axes | None = None, legend: bool = 
             f"severed_lines: no row of kind {', '.join(SEVERED_STYLES)} at subject_last; trace_facts with these kinds"
         )
     ax = ax or new_axes(2.3)
-    for kind, (name, style) in SEVERED_STYLES.items():
-        _band(ax, rows[rows["kind"] == kind], name, style)
     ax.set_title(title or f"Last subject token (n = {rows['n_facts'].max()})")
-    return _finish_lines(ax, average, "layer", legend)
+    ax.set_xlabel("layer")
+    return _draw_lines(ax, rows.groupby("kind"), SEVERED_STYLES, average, legend)
 
 
 def plot_history(edit: Edit, ax: Axes | None = None) -> Axes:
@@ -360,18 +360,20 @@ def _layer_label(kind: str) -> str:
     return "middle of the restored layers" if kind in ("mlp", "attn") else "layer"
 
 
-def _band(ax: Axes, rows: pd.DataFrame, name: str, style: dict[str, object]) -> None:
-    if rows.empty:
-        return
-    rows = rows.sort_values("layer")
-    ax.plot(rows["layer"], rows["mean"], label=name, **style)
-    ax.fill_between(rows["layer"], rows["ci_low"], rows["ci_high"], color=style["color"], alpha=0.18, linewidth=0)
-
-
-def _finish_lines(ax: Axes, average: pd.DataFrame, layer_label: str, legend: bool) -> Axes:
+def _draw_lines(
+    ax: Axes, groups: DataFrameGroupBy, names: Mapping[str, tuple[str, dict]], average: pd.DataFrame, legend: bool
+) -> Axes:
+    """A line with its band for each group of rows that there is, in the order and by the names and styles of `names`."""
+    groups = dict(iter(groups))
+    for key, (name, style) in names.items():
+        if key in groups:
+            rows = groups[key].sort_values("layer")
+            ax.plot(rows["layer"], rows["mean"], label=name, **style)
+            ax.fill_between(
+                rows["layer"], rows["ci_low"], rows["ci_high"], color=style["color"], alpha=0.18, linewidth=0
+            )
     ax.axhline(0, color="0.6", linewidth=0.5, zorder=0)
     ax.margins(x=0.01)
-    ax.set_xlabel(layer_label)
     inner = len(ax.get_shared_y_axes().get_siblings(ax)) > 1 and not ax.get_subplotspec().is_first_col()
     ax.set_ylabel("" if inner else QUANTITY_NAMES[average.attrs.get("quantity", "indirect_effect")])
     return finish(ax, layer_ticks(), frame=False, legend=legend)
