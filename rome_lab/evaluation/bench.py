@@ -1,4 +1,7 @@
-"""TODO evaluation/bench."""
+"""Where rows are made: `Bench` takes cases and methods, and gives a row each, from its store or judged side by side.
+
+A row says the same whichever rows it is made with, and is kept under all that determines it but the method's name.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,13 @@ from typing import TypeAlias
 
 from rome_lab.base import Json, Store, canonical_json, code_version
 from rome_lab.editing import Method, Optima, Proposal, Request
-from rome_lab.evaluation.bystanders import spared, unrelated_to
+from rome_lab.evaluation.bystanders import known_pool, spared, unrelated_to
 from rome_lab.evaluation.case import Case
 from rome_lab.evaluation.judging import JudgeSettings, judge_all
 from rome_lab.facts import Fact
 from rome_lab.models import LanguageModel
 
-CaseQuestions: TypeAlias = tuple[
-    Case, Sequence[Method], Sequence[Sequence[Request]]
-]  # of each method, what it is given
+CaseTask: TypeAlias = tuple[Case, Sequence[Method], Sequence[Sequence[Request]]]  # of each method, what it is given
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,15 @@ class RowRequest:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """Where cases are judged: the model, and what all of them have in common."""
+    """Where cases are judged: the model, and what all of them have in common.
+
+    Attributes:
+        settings: of the judging; `known` in them is set for each case.
+        pool: known facts, of which each case is given those that it does not touch.
+        optima: v* and what it takes to find them.
+        store: of rows; None keeps none.
+        common: the part of what a row is stored under that all of them share: the model's identity.
+    """
 
     lm: LanguageModel
     settings: JudgeSettings
@@ -48,40 +57,64 @@ class Bench:
     store: Store | None
     common: dict[str, Json]
 
+    @classmethod
+    def set_up(
+        cls,
+        lm: LanguageModel,
+        settings: JudgeSettings,
+        unrelated: Sequence[Fact] | None,
+        store: Store | None,
+        progress: bool,
+    ) -> Bench:
+        """A bench whose pool is `unrelated`, by default `known_pool(lm)`."""
+        pool = known_pool(lm, store, progress) if unrelated is None else tuple(unrelated)
+        optima = Optima(lm, store, progress)
+        return cls(lm, settings, pool, optima, store, optima.common)
+
     def at(self, lm: LanguageModel | None, store: Store | None) -> Bench:
         """The same for this model in another process, and a store there; for None it can travel."""
         return replace(self, lm=lm, store=store, optima=self.optima.at(lm, store))
+
+    def stored(self, inputs: Mapping[str, Json]) -> dict | None:
+        """What the store keeps under these inputs, if anything."""
+        record = self.store.load(inputs) if self.store else None
+        return dict(record.meta) if record else None
+
+    def keep(self, inputs: Mapping[str, Json], result: Mapping[str, Json]) -> None:
+        """Put a result into the store, where there is one."""
+        if self.store:
+            self.store.save(inputs, {}, result)
 
     def sheet(self, case: Case, requests: Sequence[Request]) -> tuple[Case, JudgeSettings]:
         """What is judged, and how: no neighbour that is edited itself, and known facts that no request touches."""
         known = unrelated_to(case, requests, self.pool, self.settings.seed)
         return spared(case, requests), replace(self.settings, known=known)
 
-    def asked(self, case: Case, methods: Sequence[Method], requests: Sequence[Sequence[Request]]) -> list[RowRequest]:
+    def row_requests(
+        self, case: Case, methods: Sequence[Method], requests: Sequence[Sequence[Request]]
+    ) -> list[RowRequest]:
         """The row of each method for one case."""
         sheets = {given: self.sheet(case, given) for given in set(map(tuple, requests))}
-        found = []
+        rows = []
         for method, given in zip(methods, requests, strict=True):
             sheet = sheets[tuple(given)]
-            inputs = evaluation_inputs(self.common, *sheet, method, given)
-            found.append(RowRequest(case, method, given, *sheet, inputs))
-        return found
+            rows.append(RowRequest(case, method, given, *sheet, row_inputs(self.common, *sheet, method, given)))
+        return rows
 
-    def rows(self, questions: Sequence[CaseQuestions]) -> list[dict]:
+    def rows(self, tasks: Sequence[CaseTask]) -> list[dict]:
         """A row of each method for each case, from the store where it has them; the others are judged side by side."""
-        rows = [(canonical_json(one.inputs), one) for question in questions for one in self.asked(*question)]
-        asked = dict(rows)  # each once: two names may mean one method
-        records = {key: self.store.load(one.inputs) if self.store else None for key, one in asked.items()}
-        found = {key: dict(record.meta) for key, record in records.items() if record}
-        made = {key: self.propose(one.method, one.requests) for key, one in asked.items() if key not in found}
-        changes = {key: proposal for key, proposal in made.items() if isinstance(proposal, Proposal)}
-        sheets = [(asked[key].judged, asked[key].settings, proposal) for key, proposal in changes.items()]
+        rows = [(canonical_json(row.inputs), row) for task in tasks for row in self.row_requests(*task)]
+        distinct = dict(rows)  # each once: two names may mean one method
+        results = {key: result for key, row in distinct.items() if (result := self.stored(row.inputs)) is not None}
+        missing = {key: row for key, row in distinct.items() if key not in results}
+        proposals = {key: self.propose(row.method, row.requests) for key, row in missing.items()}
+        changes = {key: proposal for key, proposal in proposals.items() if isinstance(proposal, Proposal)}
+        sheets = [(missing[key].judged, missing[key].settings, proposal) for key, proposal in changes.items()]
         judged = dict(zip(changes, judged_or_why(self.lm, sheets), strict=True))
-        for key, proposal in made.items():
-            found[key] = judged.get(key) or {"judged": False, "remark": proposal}
-            if self.store:
-                self.store.save(asked[key].inputs, {}, found[key])
-        return [case_columns(one.case) | {"method": one.method.name} | found[key] for key, one in rows]
+        for key, row in missing.items():
+            results[key] = judged.get(key) or {"judged": False, "remark": proposals[key]}
+            self.keep(row.inputs, results[key])
+        return [case_columns(row.case) | {"method": row.method.name} | results[key] for key, row in rows]
 
     def propose(self, method: Method, requests: Sequence[Request]) -> Proposal | str:
         """The method's change, or the reason why it makes none."""
@@ -93,23 +126,23 @@ class Bench:
 
 def case_columns(case: Case) -> dict[str, Json]:
     """What a row says of its case."""
-    said = {"case": case.id, "form": case.form, "target": case.target}
-    return said | {name: getattr(case.fact, name) for name in ("relation", "subject", "prompt", "object")}
+    own = {"case": case.id, "form": case.form, "target": case.target}
+    return own | {name: getattr(case.fact, name) for name in ("relation", "subject", "prompt", "object")}
 
 
 def judged_or_why(lm: LanguageModel, sheets: Sequence[tuple[Case, JudgeSettings, Proposal]]) -> list[dict]:
     """What `judge_all` says of each, or why it can't; a change that breaks the model spoils its own row only."""
     try:
-        found = judge_all(lm, [(case, proposal, settings) for case, settings, proposal in sheets])
+        marks = judge_all(lm, [(case, proposal, settings) for case, settings, proposal in sheets])
     except ValueError as error:
         if len(sheets) == 1:
             return [{"judged": False, "remark": str(error)}]
         half = len(sheets) // 2
         return judged_or_why(lm, sheets[:half]) + judged_or_why(lm, sheets[half:])
-    return [{"judged": True, "remark": sheet[2].remark} | row for sheet, row in zip(sheets, found, strict=True)]
+    return [{"judged": True, "remark": sheet[2].remark} | row for sheet, row in zip(sheets, marks, strict=True)]
 
 
-def evaluation_inputs(
+def row_inputs(
     common: Mapping[str, Json], case: Case, settings: JudgeSettings, method: Method, requests: Sequence[Request]
 ) -> dict[str, Json]:
     """Everything that determines one row, but for the method's name."""

@@ -98,7 +98,7 @@ def read_background(facts: Sequence[Fact], pool: Iterable[Fact] | None) -> Backg
         templates = dict.fromkeys(x for fact in members for x in fact.templates or (fact.template,))
         groups[name] = Group(
             facts=tuple(once.values()),
-            preferred=frozenset((subject, said) for relation, subject, said in preferred if relation == name),
+            preferred=frozenset((subject, answer) for relation, subject, answer in preferred if relation == name),
             templates=tuple(templates),
             # A relation of the user's own has no such templates: the model may go on from the bare subject.
             generations=embedded[name].generations if name in embedded else ("{}",),
@@ -140,18 +140,18 @@ def choose_target(fact: Fact, group: Group, also_true: frozenset[tuple[str, str,
     frequency = Counter(other.object for other in group.facts)
     true = {other.object for other in group.facts if other.subject == fact.subject}
     usable = [
-        said
-        for said, count in frequency.items()
+        other
+        for other, count in frequency.items()
         if count >= LEAST_REFERENCES
-        and said not in true
-        and (fact.relation, fact.subject, said) not in also_true
-        and not begin_alike(said, fact.object)
-        and not mentions(fact.subject, said)
+        and other not in true
+        and (fact.relation, fact.subject, other) not in also_true
+        and not begin_alike(other, fact.object)
+        and not mentions(fact.subject, other)
     ]
     if not usable:
         raise Unusable("no other object of the relation can be the target")
     drawn = in_random_order(usable, seed, "target", fact)
-    nearest = sorted(drawn, key=lambda said: abs(math.log(frequency[said] / frequency[fact.object])))
+    nearest = sorted(drawn, key=lambda other: abs(math.log(frequency[other] / frequency[fact.object])))
     return in_random_order(nearest[: max(3, len(nearest) // 2)], seed, "target", fact)[0]
 
 
@@ -179,13 +179,13 @@ def choose_neighbours(fact: Fact, group: Group, seed: int) -> list[Fact]:
         templates = in_random_order(group.templates, seed, "neighbour", other)
         if (other.subject, other.object) in group.preferred:
             templates = [other.template, *(x for x in templates if not same_beginning(x, other.template))]
-        asked = [replace(other, template=template) for template in templates]
-        prompts.append([x for x in asked if not mentions(x.prompt, fact.subject)])
-    prompts = [asked for asked in prompts if asked][:NEIGHBOURS]
+        wordings = [replace(other, template=template) for template in templates]
+        prompts.append([x for x in wordings if not mentions(x.prompt, fact.subject)])
+    prompts = [wordings for wordings in prompts if wordings][:NEIGHBOURS]
     if len(prompts) < LEAST_SUBJECTS:
         raise Unusable(f"fewer than {LEAST_SUBJECTS} other subjects share the relation and the object")
     turns = max(map(len, prompts))
-    in_turn = [asked[turn] for turn in range(turns) for asked in prompts if turn < len(asked)]
+    in_turn = [wordings[turn] for turn in range(turns) for wordings in prompts if turn < len(wordings)]
     if len(in_turn) < LEAST_NEIGHBOURS:
         raise Unusable(f"fewer than {LEAST_NEIGHBOURS} prompts about subjects that share the relation and the object")
     return in_turn[: max(len(prompts), LEAST_NEIGHBOURS)]

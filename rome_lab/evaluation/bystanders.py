@@ -1,7 +1,8 @@
 """Which requests are met together, and what they touch: damage is measured, and neighbours are judged, elsewhere.
 
 requests_by_case(cases, size)       the requests that are met together with each case
-touched(requests)                   the names and relations in them
+names_touched(requests)             the names and relations in them
+known_pool(lm)                      known facts, from which those are drawn that a case does not touch
 unrelated_to(case, requests, ...)   known facts that none of them touches
 spared(case, requests)              the case without neighbours that are edited themselves
 """
@@ -11,25 +12,29 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from rome_lab.base import mentions, seed_from
+from rome_lab.base import Store, mentions, seed_from
 from rome_lab.editing import Request
 from rome_lab.evaluation.case import Case
-from rome_lab.facts import Fact
+from rome_lab.facts import Fact, known_facts, load_facts
+from rome_lab.models import LanguageModel
 
+POOL = 400  # known facts, among which those are chosen that a case does not touch
+POOL_SEED = -1  # which no evaluation has: facts drawn by its own seed would be those of its cases
 UNRELATED = 12  # known facts that a case does not touch, of which "known" is the share that stays
 
 
 def groups(cases: Iterable[Case], size: int) -> list[list[Case]]:
     """The cases in groups of at most `size`, in order, no subject twice in one group, since one key has one value."""
-    found: list[list[Case]] = []
+    several: list[list[Case]] = []
     for case in cases:
-        free = (x for x in found if len(x) < size and case.fact.subject not in {other.fact.subject for other in x})
+        free = (x for x in several if len(x) < size and case.fact.subject not in {other.fact.subject for other in x})
         place = next(free, None)
         if place is None:
-            found.append(place := [])
+            several.append(place := [])
         place.append(case)
-    return found
+    return several
 
 
 def requests_by_case(cases: Iterable[Case], size: int) -> dict[str, list[Request]]:
@@ -42,6 +47,13 @@ def names_touched(requests: Iterable[Request]) -> tuple[set[str], set[str]]:
     requests = list(requests)
     names = {name for fact, target in requests for name in (fact.subject, fact.object, target)}
     return names, {fact.relation for fact, _ in requests if fact.relation is not None}
+
+
+def known_pool(
+    lm: LanguageModel, store: Store | str | Path | None = None, progress: bool = True, n: int = POOL
+) -> tuple[Fact, ...]:
+    """Embedded facts that the model knows: the same ones whatever it is evaluated on."""
+    return known_facts(lm, load_facts("embedded"), n=n, seed=POOL_SEED, progress=progress, store=store).facts
 
 
 def unrelated_to(case: Case, requests: Sequence[Request], pool: Iterable[Fact], seed: int) -> tuple[Fact, ...]:
@@ -62,11 +74,7 @@ def spared(case: Case, requests: Iterable[Request]) -> Case:
     edited = [any(mentions(prompt, subject) for subject in others) for prompt in case.neighbours]
 
     def kept(several: Sequence[str]) -> tuple[str, ...]:
-        return tuple(one for one, left_out in zip(several, edited, strict=False) if not left_out)
+        return tuple(text for text, left_out in zip(several, edited, strict=False) if not left_out)
 
-    return replace(
-        case,
-        neighbours=kept(case.neighbours),
-        neighbour_answers=kept(case.neighbour_answers),
-        neighbour_subjects=kept(case.neighbour_subjects),
-    )
+    lists = ("neighbours", "neighbour_answers", "neighbour_subjects")
+    return replace(case, **{name: kept(getattr(case, name)) for name in lists})

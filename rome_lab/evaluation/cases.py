@@ -3,6 +3,7 @@
 load_cases    from the embedded facts, from CounterFact or zsRE, or from a user's file
 known_cases   those whose facts a model knows
 check         those whose targets a model can tell from the true objects
+set_apart     those to search settings on, and those to report
 """
 
 from __future__ import annotations
@@ -138,20 +139,18 @@ def select(lm: LanguageModel, cases: Cases, n: int | None, ask: bool, progress: 
     """The first n cases that pass `check` and, with `ask`, whose true object the model prefers to the target."""
     kept: list[Case] = []
     dropped = Counter(cases.dropped)
-    wanted = len(cases) if n is None else n
-    with tqdm(total=wanted, desc="known cases", disable=not (progress and ask)) as bar:
+    most = len(cases) if n is None else n
+    with tqdm(total=most, desc="known cases", disable=not (progress and ask)) as bar:
         for begin in range(0, len(cases), CASE_WAVE):
             wave = cases[begin : begin + CASE_WAVE]
             for case, reason in zip(wave, objections(lm, wave, ask), strict=True):
-                if len(kept) == wanted:
-                    break  # whatever comes after the last one kept is chance
+                if len(kept) == most:
+                    return Cases(tuple(kept), dict(dropped))  # whatever comes after the last one kept is chance
                 if reason:
                     dropped[reason] += 1
                 else:
                     kept.append(case)
             bar.update(len(kept) - bar.n)
-            if len(kept) == wanted:
-                break
     return Cases(tuple(kept), dict(dropped))
 
 
@@ -171,16 +170,16 @@ def check(lm: LanguageModel, cases: Cases) -> Cases:
 
 def shares_first_token(lm: LanguageModel, case: Case) -> bool:
     """Whether target and true object begin alike, so that it says little which is the more probable one; never in zsRE."""
-    first = [continuation_ids(lm, case.fact.prompt, said)[0] for said in (case.target, case.fact.object)]
+    first = [continuation_ids(lm, case.fact.prompt, text)[0] for text in (case.target, case.fact.object)]
     return case.form != "zsre" and first[0] == first[1]
 
 
 def prefers_true(lm: LanguageModel, cases: Sequence[Case]) -> list[bool]:
     """For each case, whether log P of the true object at the rewrite prompt exceeds that of the target; True in zsRE."""
-    asked = [case for case in cases if case.form != "zsre"]
-    pairs = [(case.fact.prompt, text) for case in asked for text in (case.fact.object, case.target)]
+    to_change = [case for case in cases if case.form != "zsre"]
+    pairs = [(case.fact.prompt, text) for case in to_change for text in (case.fact.object, case.target)]
     totals = [answer.total for answer in completions(lm, pairs, "load_cases")]
-    preferred = {case.id: true > new for case, true, new in zip(asked, totals[::2], totals[1::2], strict=True)}
+    preferred = {case.id: true > new for case, true, new in zip(to_change, totals[::2], totals[1::2], strict=True)}
     return [preferred.get(case.id, True) for case in cases]
 
 
@@ -194,10 +193,10 @@ def read_cases(source: str | Path) -> Cases | None:
     numbered = [record | {"number": i} if isinstance(record, dict) else record for i, record in enumerate(records)]
     cases, problems = read_each(numbered, CASE_FORMS[form])
     reasons = Counter(re.sub(r" of record \d+$", "", reason) for _, reason in problems)
-    found = Cases(tuple(cases), dict(reasons))
+    usable = Cases(tuple(cases), dict(reasons))
     if problems:
-        logger.warning("load_cases: %s: %s", source, found)
-    return found
+        logger.warning("load_cases: %s: %s", source, usable)
+    return usable
 
 
 def read_counterfact_case(record: Parsed) -> Case:

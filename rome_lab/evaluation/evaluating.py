@@ -1,8 +1,10 @@
 """Evaluate methods on cases, side by side: `evaluate`, resumable through a store of results on disk.
 
 evaluate(lm, cases, method)     a row a case and method: the metrics of `rome_lab.evaluation.metrics`, or why there are none
-known_pool(lm)                  known facts, from which those are drawn that a case does not touch
+methods_of(method)              the methods meant by names
 remarks(table)                  what was remarked on, with counts
+reference_corpus(cases)         texts that RS takes its document frequencies from
+story(table, case)              one case in words
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from rome_lab.base import Store, opened, seed_from
-from rome_lab.editing import METHODS, Method, Optima
+from rome_lab.editing import METHODS, Method
 from rome_lab.evaluation.bench import Bench
 from rome_lab.evaluation.bystanders import requests_by_case
 from rome_lab.evaluation.case import Case
 from rome_lab.evaluation.judging import JudgeSettings
 from rome_lab.evaluation.metrics import METRICS
-from rome_lab.facts import Fact, known_facts, load_facts
+from rome_lab.facts import Fact
 from rome_lab.models import LanguageModel
 
 if TYPE_CHECKING:
@@ -31,11 +33,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-POOL = 400  # known facts, among which those are chosen that a case does not touch
-POOL_SEED = -1  # which no evaluation has: facts drawn by its own seed would be those of its cases
-CASES_TOGETHER = (
-    4  # cases that are judged side by side: of more, little would be faster and more would be lost with a run
-)
+# Cases that are judged side by side: of more, little would be faster and more would be lost with a run.
+CASES_TOGETHER = 4
 CHANGES = 200_000_000  # weights of changes that are held in memory at once, at most
 CORPUS = 500  # texts that are enough to tell rare words from frequent ones; all of them would be slow
 CASE_COLUMNS = ("form", "relation", "subject", "prompt", "object", "target")
@@ -94,20 +93,17 @@ def evaluate(
 
         workers = Workers(client, lm, store)
         store = workers.store
-    pool = known_pool(lm, store, progress) if unrelated is None else tuple(unrelated)
-    optima = Optima(lm, store, progress)
-    bench = Bench(lm, settings or JudgeSettings(), pool, optima, store, optima.common)
+    bench = Bench.set_up(lm, settings or JudgeSettings(), unrelated, store, progress)
     given = {size: requests_by_case(cases, size) for size in {chosen.together for chosen in methods}}
-    questions = [(case, methods, [given[chosen.together][case.id] for chosen in methods]) for case in cases]
+    tasks = [(case, methods, [given[chosen.together][case.id] for chosen in methods]) for case in cases]
     if client is not None:
-        judge_on_workers(workers, bench, questions, progress)
+        judge_on_workers(workers, bench, tasks, progress)
     rows: list[dict] = []
     size = cases_together(lm, len(methods))
     with tqdm(desc="judging", unit="case", total=len(cases), disable=not progress or client is not None) as bar:
-        for begin in range(0, len(questions), size):
-            part = questions[begin : begin + size]
-            rows += bench.rows(part)
-            bar.update(len(part))
+        for begin in range(0, len(tasks), size):
+            rows += bench.rows(tasks[begin : begin + size])
+            bar.update(len(tasks[begin : begin + size]))
     table = as_table(rows)
     log_remarks(table, lm.name)
     return table
@@ -121,21 +117,14 @@ def cases_together(lm: LanguageModel, n_methods: int) -> int:
 def methods_of(method: str | Method | Sequence[str | Method]) -> list[Method]:
     """The methods meant, each once; a ValueError names the choices."""
     several = [method] if isinstance(method, str) or hasattr(method, "change") else list(method)
-    for one in several:
-        if isinstance(one, str) and one not in METHODS:
-            raise ValueError(f"evaluate: there is no method {one!r}; choose from {', '.join(METHODS)}.")
-    chosen = [METHODS[one] if isinstance(one, str) else one for one in several]
-    names = [one.name for one in chosen]
+    for name in several:
+        if isinstance(name, str) and name not in METHODS:
+            raise ValueError(f"evaluate: there is no method {name!r}; choose from {', '.join(METHODS)}.")
+    chosen = [METHODS[item] if isinstance(item, str) else item for item in several]
+    names = [each.name for each in chosen]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"evaluate: the methods are {', '.join(names) or 'none'}; give at least one, and none twice.")
     return chosen
-
-
-def known_pool(
-    lm: LanguageModel, store: Store | str | Path | None = None, progress: bool = True, n: int = POOL
-) -> tuple[Fact, ...]:
-    """Embedded facts that the model knows: the same ones whatever it is evaluated on."""
-    return known_facts(lm, load_facts("embedded"), n=n, seed=POOL_SEED, progress=progress, store=store).facts
 
 
 def as_table(rows: Sequence[dict]) -> pd.DataFrame:
@@ -149,25 +138,25 @@ def as_table(rows: Sequence[dict]) -> pd.DataFrame:
 
 def log_remarks(table: pd.DataFrame, name: str) -> None:
     """Log what was remarked on; raise where nothing could be judged."""
-    said = table[table["remark"] != ""]
-    if said.empty:
+    remarked = table[table["remark"] != ""]
+    if remarked.empty:
         return
-    first = said.iloc[0]
+    first = remarked.iloc[0]
     message = f"{first['method']}, case {first['case']}: {first['remark']}"
     if not table["judged"].any():
         raise ValueError(f"evaluate: none of {len(table)} rows could be judged on {name}; the first: {message}")
     failed = len(table) - int(table["judged"].sum())
     logger.warning(
         "evaluate: %d of %d rows could not be judged and %d others bear a remark; remarks(table) counts them; the first: %s",
-        failed, len(table), len(said) - failed, message,
+        failed, len(table), len(remarked) - failed, message,
     )  # fmt: skip
 
 
 def remarks(table: pd.DataFrame) -> pd.DataFrame:
     """What was remarked on: method, judged, remark (names and numbers left out), cases (their number)."""
-    said = table[table["remark"] != ""]
-    kind = said["remark"].str.replace(r"""'[^']*'|"[^"]*"|\d+(\.\d+)?""", "…", regex=True)
-    counted = said.assign(remark=kind).groupby(["method", "judged", "remark"], sort=False).size()
+    remarked = table[table["remark"] != ""]
+    kind = remarked["remark"].str.replace(r"""'[^']*'|"[^"]*"|\d+(\.\d+)?""", "…", regex=True)
+    counted = remarked.assign(remark=kind).groupby(["method", "judged", "remark"], sort=False).size()
     return counted.rename("cases").reset_index()
 
 
@@ -182,9 +171,9 @@ def story(table: pd.DataFrame, case: str, methods: Sequence[str] = ("none", "rom
     if rows.empty:
         raise ValueError(f"story: the table has no case {case!r} of {', '.join(methods)}; see table['case'].")
     first = rows.iloc[0]
-    told = [f"{first['prompt']} -> {first['target']} (in truth {first['object']}); case {case}"]
+    lines = [f"{first['prompt']} -> {first['target']} (in truth {first['object']}); case {case}"]
     for row in rows.to_dict("records"):
         numbers = [f"{name} {row[name]:.4g}" for name in METRICS if name in row and not pd.isna(row[name])]
-        told += [f"\n{row['method']}: {', '.join(numbers)}{'; ' * bool(row['remark'])}{row['remark']}"]
-        told += [f"    {' '.join(text.split())}" for text in row["generations"]]
-    return "\n".join(told)
+        lines += [f"\n{row['method']}: {', '.join(numbers)}{'; ' * bool(row['remark'])}{row['remark']}"]
+        lines += [f"    {' '.join(text.split())}" for text in row["generations"]]
+    return "\n".join(lines)

@@ -11,7 +11,6 @@ The case is the unit of sampling: prompts are averaged within the case first, an
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from rome_lab.base import MeanCI, mean_ci
 
@@ -78,26 +78,26 @@ S_OF = ("ES", "PS", "NS")
 WORDS = re.compile(r"\w+|[^\w\s]")
 
 
-def success(wanted: Sequence[float], other: Sequence[float]) -> float:
-    """ES, PS or NS of a case: the share, in %, of its prompts at which P(wanted) > P(other); a tie is no success.
+def success(own: Sequence[float], other: Sequence[float]) -> float:
+    """ES, PS or NS of a case: the share, in %, of its prompts at which P(own) > P(other); a tie is no success.
 
     Differs: the authors' code takes the mean of log P over a text's tokens, under which a long text that is sure of its
     end can win although its beginning is unlikely. The two agree where both texts have one token.
 
-    Args: wanted, other: for each prompt, log P of the whole text: the sum over all its tokens, teacher forced.
+    Args: own, other: for each prompt, log P of the whole text: the sum over all its tokens, teacher forced.
 
     >>> success([-1.0, -3.0], [-2.0, -3.0])
     50.0
     """
-    return 100.0 * float(np.mean(np.asarray(wanted) > np.asarray(other)))
+    return 100.0 * float(np.mean(np.asarray(own) > np.asarray(other)))
 
 
-def magnitude(wanted: Sequence[float], other: Sequence[float]) -> float:
-    """EM, PM or NM of a case: the mean over its prompts of P(wanted) - P(other), in percentage points.
+def magnitude(own: Sequence[float], other: Sequence[float]) -> float:
+    """EM, PM or NM of a case: the mean over its prompts of P(own) - P(other), in percentage points.
 
-    Args: wanted, other: as in `success`.
+    Args: own, other: as in `success`.
     """
-    return 100.0 * float(np.mean(np.exp(wanted) - np.exp(other)))
+    return 100.0 * float(np.mean(np.exp(own) - np.exp(other)))
 
 
 def token_accuracy(greedy: Sequence[Sequence[bool]]) -> float:
@@ -135,8 +135,7 @@ def ngram_entropy(text: str, n: int) -> float:
     """
     words = WORDS.findall(text)
     counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
-    total = counts.total()
-    return -math.fsum(count / total * math.log2(count / total) for count in counts.values()) + 0.0
+    return float(stats.entropy(list(counts.values()), base=2))
 
 
 def reference_score(texts: Sequence[str], references: Sequence[str], corpus: Sequence[str] = ()) -> float:
@@ -151,8 +150,8 @@ def reference_score(texts: Sequence[str], references: Sequence[str], corpus: Seq
     from sklearn.feature_extraction.text import TfidfVectorizer  # slow to import
 
     weights = TfidfVectorizer().fit(corpus or references)
-    said, wanted = weights.transform([" ".join(texts), " ".join(references)])
-    return 100.0 * float(said.multiply(wanted).sum())
+    written, reference = weights.transform([" ".join(texts), " ".join(references)])
+    return 100.0 * float(written.multiply(reference).sum())
 
 
 def summarise(rows: pd.DataFrame, by: str | Sequence[str] = "method") -> pd.DataFrame:
@@ -188,19 +187,18 @@ def summarise(rows: pd.DataFrame, by: str | Sequence[str] = "method") -> pd.Data
 
 def summaries(part: pd.DataFrame, metrics: Sequence[str]) -> dict[str, dict[str, float]]:
     """Metric -> mean, ci_low, ci_high, n over the cases of one group; metrics that no case has are left out."""
-    found: dict[str, MeanCI] = {}
+    means: dict[str, MeanCI] = {}
     if set(S_OF) <= set(metrics):
-        found["S"] = harmonic_mean_ci(part[list(S_OF)].to_numpy(float))
+        means["S"] = harmonic_mean_ci(part[list(S_OF)].to_numpy(float))
     for name in metrics:
-        found[name] = mean_ci(part[name].to_numpy(float))
+        means[name] = mean_ci(part[name].to_numpy(float))
         if name == "nll":
-            *nll, n = found[name]
-            found["perplexity"] = MeanCI(*np.exp(nll), n)
-    names = ("mean", "ci_low", "ci_high", "n")
+            *nll, n = means[name]
+            means["perplexity"] = MeanCI(*np.exp(nll), n)
     return {
-        metric: dict(zip(names, (float(x) for x in interval[:3]), strict=False)) | {"n": int(interval.n_facts)}
-        for metric, interval in found.items()
-        if interval.n_facts > 0
+        metric: {"mean": float(mean), "ci_low": float(low), "ci_high": float(high), "n": int(n)}
+        for metric, (mean, low, high, n) in means.items()
+        if n > 0
     }
 
 
@@ -219,7 +217,6 @@ def harmonic_mean_ci(values: np.ndarray) -> MeanCI:
     if not len(complete):
         return mean_ci(complete[:, 0])
     means = complete.mean(axis=0)
-    with np.errstate(divide="ignore"):
-        score = len(means) / (1 / means).sum()
+    score = stats.hmean(means)
     gradient = np.divide(score, means, out=np.zeros_like(means), where=means > 0) ** 2 / len(means)
     return mean_ci(score + (complete - means) @ gradient)

@@ -35,7 +35,6 @@ from rome_lab.evaluation import (
     JudgeSettings,
     damage,
     judged_or_why,
-    known_pool,
     methods_of,
     names_touched,
     spared,
@@ -121,14 +120,13 @@ def changes_in_turn(
         # The first change that needs C or the prefixes finds nothing in place yet: they are those of `lm` as it is.
         try:
             with total.applied(lm):
-                found = method.change(lm, [request], optima.anew())
+                change = method.change(lm, [request], optima.anew())
         except ValueError as error:
-            found = Proposal(remark=str(error), failed=True)
-        deltas = [x.delta for x in (total, found) if x.delta is not None]
-        layer = total.layer if found.layer is None else found.layer
-        total = Proposal(
-            layer, sum(deltas) if deltas else None, total.preamble + found.preamble, found.remark, found.failed
-        )
+            change = Proposal(remark=str(error), failed=True)
+        deltas = [x.delta for x in (total, change) if x.delta is not None]
+        layer = total.layer if change.layer is None else change.layer
+        preamble = total.preamble + change.preamble
+        total = Proposal(layer, sum(deltas) if deltas else None, preamble, change.remark, change.failed)
         yield total
 
 
@@ -165,8 +163,8 @@ def judge_chains(
         store: folder of results, written whenever a number of edits has been judged; v* is kept in it too, so that a chain
             that was interrupted comes quickly to where it was.
         settings: of the judging; its seed is that of the order of the cases in each chain, and no texts are written.
-        unrelated: known facts, of which `KEPT` are asked about: those that the chain touches least, see `untouched`; by
-            default `known_pool(lm)`. Where there are fewer, it is said in a warning.
+        unrelated: known facts, of which `ASKED_AFTER_EDITS` are asked about: those that the chain touches least, see
+            `untouched`; by default `known_pool(lm)`. Where there are fewer, it is said in a warning.
 
     Returns: DataFrame: method, edits, chain, case, the metrics, judged, remark. An edit at which a method fails is left out
         of its chain and remarked on, and the chain goes on; where not one could be made, none of the cases is judged.
@@ -181,14 +179,13 @@ def judge_chains(
     store = opened(store)
     if store:
         store.check_writable()
-    pool = known_pool(lm, store, progress) if unrelated is None else tuple(unrelated)
-    bench = Bench(lm, settings, pool, Optima(lm, store, progress), store, dict(lm.identity().key()) if store else {})
+    bench = Bench.set_up(lm, settings, unrelated, store, progress)
     rows: list[dict] = []
     with tqdm(total=len(methods) * sum(map(len, plan)), desc="editing", unit="edit", disable=not progress) as bar:
         for (place, chain), chosen in product(enumerate(plan), methods):
             here = [size for size in sizes if size <= len(chain)]
-            for found in after_each_edit(bench, chain, here, chosen):
-                rows += [{"method": chosen.name, "chain": place} | row for row in found]
+            for judged in after_each_edit(bench, chain, here, chosen):
+                rows += [{"method": chosen.name, "chain": place} | row for row in judged]
                 bar.update()
     table = pd.DataFrame(rows)
     metrics = [name for name in METRICS if name in table]
@@ -216,44 +213,42 @@ def after_each_edit(
     They come from the store where it has them, and are put into it where it has not.
     """
     inputs = {size: state_inputs(bench, chain[:size], method) for size in sizes}
-    records = {size: bench.store.load(x) if bench.store else None for size, x in inputs.items()}
-    found = {size: list(record.meta["rows"]) for size, record in records.items() if record}
-    missing = [size for size in sizes if size not in found]
+    rows = {size: result["rows"] for size, x in inputs.items() if (result := bench.stored(x))}
+    missing = [size for size in sizes if size not in rows]
     states = (at_once if method.together > 1 else in_turn)(bench, requests_of(chain), method)
     for done in range(1, len(chain) + 1):
         if done <= max(missing, default=0):
             state = next(states)
         if done in missing:
-            found[done] = judge_state(bench, chain[:done], state())
-            if bench.store:
-                bench.store.save(inputs[done], {}, {"rows": found[done]})
-        yield found.get(done, [])
+            rows[done] = judge_state(bench, chain[:done], state())
+            bench.keep(inputs[done], {"rows": rows[done]})
+        yield rows.get(done, [])
 
 
 def at_once(bench: Bench, requests: Sequence[Request], method: Method) -> Iterator[Callable[[], EditedState]]:
-    """For the first request, the first two, and so on: what makes the State of all these together."""
+    """For the first request, the first two, and so on: what makes the state of all these together."""
 
     def state(several: Sequence[Request]) -> EditedState:
-        found = bench.propose(method, several)
-        if isinstance(found, str):
-            return EditedState(None, (found,) * len(several))
-        return EditedState(found, (found.remark, *[""] * (len(several) - 1)))
+        proposal = bench.propose(method, several)
+        if isinstance(proposal, str):
+            return EditedState(None, (proposal,) * len(several))
+        return EditedState(proposal, (proposal.remark, *[""] * (len(several) - 1)))
 
     for number in range(1, len(requests) + 1):
         yield partial(state, requests[:number])
 
 
 def in_turn(bench: Bench, requests: Sequence[Request], method: Method) -> Iterator[Callable[[], EditedState]]:
-    """For the first request, the first two, and so on: the State of these, each an edit of the model with those before.
+    """For the first request, the first two, and so on: the state of these, each an edit of the model with those before.
 
     Where a method fails, as it may in a broken model, its edit is left out.
     """
     remarks: list[str] = []
-    made = False
+    any_edit = False
     for proposal in changes_in_turn(bench.lm, requests, method, bench.optima):
         remarks.append(proposal.remark)
-        made = made or not proposal.failed
-        state = EditedState(proposal if made else None, tuple(remarks))
+        any_edit = any_edit or not proposal.failed
+        state = EditedState(proposal if any_edit else None, tuple(remarks))
         yield lambda state=state: state
 
 
@@ -265,9 +260,9 @@ def judge_state(bench: Bench, chain: Sequence[Case], state: EditedState) -> list
     requests = requests_of(chain)
     settings = replace(bench.settings, known=(), text_tokens=0)
     for row, case, remark in zip(rows, chain, state.remarks, strict=True):
-        (found,) = judged_or_why(bench.lm, [(spared(case, requests), settings, state.proposal)])
-        found.pop("generations", None)
-        row |= found | {"remark": joined_remarks(remark, "" if found["judged"] else found["remark"])}
+        (marks,) = judged_or_why(bench.lm, [(spared(case, requests), settings, state.proposal)])
+        marks.pop("generations", None)
+        row |= marks | {"remark": joined_remarks(remark, "" if marks["judged"] else marks["remark"])}
     try:
         rows[0] |= damage(bench.lm, state.proposal, replace(bench.settings, known=asked_about(chain, bench)))
     except ValueError as error:
@@ -296,7 +291,7 @@ def requests_of(chain: Sequence[Case]) -> list[Request]:
 
 
 def untouched(chain: Sequence[Case], bench: Bench) -> tuple[Fact, ...]:
-    """`KEPT` facts of the pool, at random by the seed, that share nothing with the chain.
+    """`ASKED_AFTER_EDITS` facts of the pool, at random by the seed, that share nothing with the chain.
 
     Many edits touch all relations. Where there are too few other facts, such follow as share a relation with the chain,
     and then such as share an object or a target. None has an edited subject.
@@ -328,9 +323,9 @@ def state_inputs(bench: Bench, chain: Sequence[Case], method: Method) -> dict[st
 def caption(table: pd.DataFrame) -> str:
     """How many cases and models stand behind each number of edits, and what could not be judged, as lines for a figure."""
     counted = table.groupby("edits")[["case", "chain"]].nunique()
-    said = [f"{cases} in {models} after {edits}" for edits, cases, models in counted.itertuples()]
+    counts = [f"{cases} in {models} after {edits}" for edits, cases, models in counted.itertuples()]
     alone = [str(edits) for edits, models in counted["chain"].items() if models == 1]
-    sentences = [f"Cases, and models that they are in: {', '.join(said)}."]
+    sentences = [f"Cases, and models that they are in: {', '.join(counts)}."]
     if alone:
         sentences.append(f"One model has no interval of perplexity and known: after {', '.join(alone)}.")
     lost = table[~table["judged"]].groupby(["method", "edits"], sort=False).size()

@@ -20,7 +20,9 @@ from scipy.stats import hmean
 from tiny import tiny_model
 
 from rome_lab.editing.methods import METHODS, Proposal, Rome
+from rome_lab.editing.optima import Optima
 from rome_lab.evaluation import bench as bench_module
+from rome_lab.evaluation import bystanders
 from rome_lab.evaluation import evaluating as evaluation
 from rome_lab.evaluation.bystanders import UNRELATED as MOST
 from rome_lab.evaluation.bystanders import groups, spared, unrelated_to
@@ -219,9 +221,7 @@ def test_requests_are_met_together_and_every_case_is_judged_with_all_of_them(tin
     assert spy.asked == [["Paris", "Japan", "Warsaw"]] * 3 + [["France"]]
     joint = run(tiny, CASES[:2], ["joint"])
     delta = (
-        small("rome")
-        .change(tiny, [(one.fact, one.target) for one in CASES[:2]], evaluation.Optima(tiny, progress=False))
-        .delta
+        small("rome").change(tiny, [(one.fact, one.target) for one in CASES[:2]], Optima(tiny, progress=False)).delta
     )
     for one, (_, row) in zip(CASES, joint.iterrows(), strict=False):
         (expected,) = judge_case(
@@ -274,9 +274,9 @@ def test_facts_of_damage_share_nothing_with_what_is_edited_together_with_the_cas
 def test_the_pool_is_drawn_by_a_seed_that_no_cases_are_drawn_by(tiny, monkeypatch):
     asked = {}
     monkeypatch.setattr(
-        evaluation, "known_facts", lambda lm, facts, **options: asked.update(options) or KnownFacts((), None)
+        bystanders, "known_facts", lambda lm, facts, **options: asked.update(options) or KnownFacts((), None)
     )
-    evaluation.known_pool(tiny)
+    bystanders.known_pool(tiny)
     with pytest.raises(ValueError, match="seed"):
         replace(QUICK, seed=asked["seed"])
 

@@ -181,8 +181,8 @@ def sweep_flops(size: Size, trace: Shape, kind: str) -> float:
 def plain_flops(size: Size, trace: Shape) -> float:
     """One kind by one forward of 1 + S rows a cell, with logits at every token, as the authors' code has them."""
     rows = 1 + trace.samples
-    one = size.layers * forward_flops(size, rows, trace.tokens, trace.tokens) + logit_flops(size, rows * trace.tokens)
-    return trace.tokens * size.layers * one
+    blocks = size.layers * forward_flops(size, rows, trace.tokens, trace.tokens)
+    return trace.tokens * size.layers * (blocks + logit_flops(size, rows * trace.tokens))
 
 
 def recorded_bytes(size: Size, trace: Shape, item: int = 4) -> float:

@@ -97,7 +97,7 @@ def trace_row(lm: LanguageModel, shape: Shape, kind: str, repetitions: int) -> R
         "seconds": statistics.median(spent for spent, _ in times),
         "least": min(spent for spent, _ in times),
         "greatest": max(spent for spent, _ in times),
-        "forwards": statistics.median(spent / one for spent, one in times),
+        "forwards": statistics.median(spent / forward for spent, forward in times),
         "mb": peak / 1e6,
         "expected_mb": sweep_bytes(size, shape, kind, lm.dtype.itemsize) / 1e6,
     }

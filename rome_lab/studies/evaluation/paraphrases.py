@@ -38,7 +38,7 @@ def paraphrase_scores(
     Returns: DataFrame: case, paraphrase, opens (whether it begins with the subject), log_p_target, log_p_true (of the whole
         texts), won (100 where the target is the more probable one, otherwise 0).
     """
-    (chosen,) = (one.settled(lm) for one in methods_of(method))
+    (chosen,) = (each.settled(lm) for each in methods_of(method))
     optima = Optima(lm, store, progress)
     rows: list[dict] = []
     for case in tqdm(list(cases), desc="paraphrases", unit="case", disable=not progress):
