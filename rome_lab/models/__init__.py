@@ -12,7 +12,8 @@ Batching, text_bytes            as many texts together as fit, halved where memo
 Change, side_by_side            what a method does to a model, a row of a batch each
 Question, score, Score          log probabilities of given continuations under changes
 generate, continue_randomly     texts that the model writes, under changes or as it is
-choose_products                 how float32 matrix products are computed
+choose_products                 how float32 matrix products are computed; product_error measures what that costs
+difference                      which fields of two models' configurations differ, in words
 freed_memory_kept               where freed memory goes, and freed_memory_given_back
 device_of                       where a module computes
 Workers                         machines of a Dask cluster
