@@ -16,7 +16,7 @@ from urllib.error import URLError
 
 import pytest
 
-from rome_lab.facts import records as datasets
+from rome_lab.facts import published_sets as datasets
 from rome_lab.facts.published_sets import PUBLISHED, https_only, published_file
 from rome_lab.facts.sources import load_facts
 
