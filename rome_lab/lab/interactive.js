@@ -51,22 +51,22 @@ class Panel {
     const { tokens } = view.picture;
     const layers = trace.layers.length;
     this.box = make("section", "rl-panel", parent);
-    this.box.style.setProperty("--layers", layers);
-    const title = make("h4", "", this.box, trace.title);
+    make("h4", "", this.box, trace.title);
     const scroll = make("div", "rl-scroll", this.box);
     this.grid = make("div", "rl-grid", scroll, "", {
       role: "grid", "aria-label": `${trace.title}: probability of ${trace.answer} by restored token and layer`,
       "aria-rowcount": tokens.length, "aria-colcount": layers, "data-lm-suppress-shortcuts": "true",
     });
-    this.grid.style.gridTemplateColumns = `minmax(0, max-content) repeat(${layers}, minmax(6px, 1fr))`;
+    this.grid.style.gridTemplateColumns = `minmax(0, max-content) repeat(${layers}, minmax(5px, 1fr))`;
+    this.grid.style.gridTemplateRows = `repeat(${tokens.length + 1}, 19px) auto`;
     make("div", "rl-frame", this.grid).style.gridArea = `1 / 2 / ${tokens.length + 1} / -1`;
     tokens.forEach((word, token) => this.addRow(word, token, layers));
     this.addAxis(tokens.length, layers);
-    this.label = make("div", "rl-label", this.box);
+    this.label = make("div", "rl-label", this.grid);
+    this.label.style.gridArea = `${tokens.length + 2} / 2 / auto / -1`;
     this.addBar();
     this.marks = Object.fromEntries(["column", "echo", "reach", "run"].map((x) => [x, make("div", `rl-mark rl-${x}`, this.grid)]));
     Object.values(this.marks).forEach((mark) => (mark.hidden = true));
-    title.id = `${view.id}-${index}`;
     this.listen();
   }
 
@@ -79,9 +79,9 @@ class Panel {
     this.cells.push(Array.from({ length: layers }, (_, layer) => {
       const p = this.trace.p[token][layer];
       const about = facts(this.view.picture, this.trace, token, layer);
-      const said = about.pairs.slice(0, 3).map((pair) => pair.join(" ")).join(", ");
+      const numbers = about.pairs.slice(0, 3).map((pair) => pair.join(" ")).join(", ");
       const cell = make("div", p === null ? "rl-cell rl-empty" : "rl-cell", row, "", {
-        role: "gridcell", tabindex: "-1", "aria-label": `${about.word}, ${about.name}: ${said}`, "aria-selected": "false",
+        role: "gridcell", tabindex: "-1", "aria-label": `${about.word}, ${about.name}: ${numbers}`, "aria-selected": "false",
       });
       cell.style.gridArea = `${token + 1} / ${layer + 2}`;
       if (p !== null) cell.style.backgroundColor = colour(this.trace, p);
@@ -192,11 +192,13 @@ class Panel {
 
 class View {
   constructor(model, el) {
-    Object.assign(this, { model, picture: model.get("picture"), id: `rl-${Math.random().toString(36).slice(2)}` });
+    Object.assign(this, { model, picture: model.get("picture") });
     this.root = make("div", "rl-show", el);
     const prompt = make("div", "rl-prompt", this.root, `${this.picture.prompt} \u2026 `);
     make("span", "", prompt, [...new Set(this.picture.traces.map((trace) => trace.answer))].join(" / "));
     const panels = make("div", "rl-panels", this.root);
+    const most = Math.max(...this.picture.traces.map((trace) => trace.layers.length));
+    panels.style.cssText = `--layers: ${most}; --panels: ${this.picture.traces.length}`;
     this.panels = this.picture.traces.map((trace, index) => new Panel(this, trace, index, panels));
     make("div", "rl-hint", this.root,
       "* subject. Point at a cell or move with the arrow keys; click or Enter shows what its three runs say.");
@@ -216,21 +218,21 @@ class View {
     const about = facts(this.picture, panel.trace, token, layer);
     this.tip.replaceChildren();
     make("code", "", make("div", "rl-name", this.tip), about.word).after(` ${about.name}`);
-    const list = make("dl", "", this.tip);
-    for (const [name, value] of about.pairs) make("dt", "", list, name), make("dd", "", list, value);
+    const list = make("div", "rl-facts", this.tip);
+    for (const pair of about.pairs) pair.forEach((text, i) => make("span", i ? "rl-value" : "rl-what", list, text));
     if (about.remark) make("div", "rl-remark", this.tip, about.remark);
-    const [first] = panel.trace.layers[layer];
-    this.showTip(panel.cells[token][layer].getBoundingClientRect(), panel.cells[token][first].getBoundingClientRect().left);
+    const [cell, run, grid] = [panel.cells[token][layer], panel.marks.run, panel.grid].map((x) => x.getBoundingClientRect());
+    this.showTip(cell, run.left, grid.bottom);
   }
 
-  // Above the cell or left of it, where it hides nothing that the restoration reaches, or else below; within the window.
-  showTip(cell, left) {
+  // Where it hides nothing that the restoration reaches: above the cell, left of the run, or below the grid; in the window.
+  showTip(cell, left, bottom) {
     this.tip.showPopover?.();
     const { offsetWidth: width, offsetHeight: height } = this.tip;
     const place = (x, most) => `${Math.max(4, Math.min(most - 4, x))}px`;
     const above = cell.top - height - 8;
     const beside = above < 4 && left - width - 8 >= 4;
-    const top = above >= 4 ? above : beside ? cell.top - height / 2 : cell.bottom + 8;
+    const top = above >= 4 ? above : beside ? cell.top - height / 2 : Math.min(bottom, cell.bottom + 160) + 8;
     this.tip.style.left = place(beside ? left - width - 8 : cell.left - width / 2, window.innerWidth - width);
     this.tip.style.top = place(top, window.innerHeight - height);
   }
@@ -254,12 +256,12 @@ class View {
   }
 
   ask(panel, token, layer) {
-    this.asked = { trace: panel.index, token, layer };
+    this.question = { trace: panel.index, token, layer };
     const about = facts(this.picture, panel.trace, token, layer);
     this.heading = `${panel.trace.title}: ${about.word}, ${about.name}`;
     if (!this.picture.has_model) return this.open().append(sentence("To see what the runs say, give the model: rl.show(trace, lm)."));
     this.open().append(sentence("Asking the model \u2026"));
-    this.model.send({ ask: "answers", ...this.asked });
+    this.model.send({ ask: "answers", ...this.question });
   }
 
   open() {
@@ -274,18 +276,18 @@ class View {
 
   close() {
     this.point(null);
-    const { asked } = this;
-    if (this.answers.contains(document.activeElement)) this.panels[asked.trace].focus(asked.token, asked.layer);
+    const { question } = this;
+    if (this.answers.contains(document.activeElement)) this.panels[question.trace].focus(question.token, question.layer);
     this.answers.hidden = true;
-    this.asked = null;
+    this.question = null;
   }
 
   receive(message) {
-    const { asked } = this; // what comes late for another cell is not shown
-    if (!asked || ["trace", "token", "layer"].some((name) => asked[name] !== message[name])) return;
+    const { question } = this; // what comes late for another cell is not shown
+    if (!question || ["trace", "token", "layer"].some((name) => question[name] !== message[name])) return;
     const box = this.open();
     if (message.error) return box.append(sentence(message.error, "rl-error"));
-    const trace = this.picture.traces[asked.trace];
+    const trace = this.picture.traces[question.trace];
     const runs = make("div", "rl-runs", box);
     for (const [name, title] of Object.entries(RUNS)) {
       const run = message.answers[name];

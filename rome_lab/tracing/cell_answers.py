@@ -159,7 +159,7 @@ def module_held(runs: Runs, trace: Trace, token: int, layer: int, samples: slice
 
 def run_answers(lm: LanguageModel, logits: torch.Tensor, answer_id: int, n: int) -> RunAnswers:
     """What the rows (S, V) of one run say, in the mean."""
-    p = logits.double().softmax(-1).mean(0)  # (V,)
+    p = logits.softmax(-1).cpu().double().mean(0)  # (V,)
     best, ids = p.topk(min(n, len(p)))
     tokens = (lm.tokenizer.decode([i]) for i in ids.tolist())
     rank = 1 + int((p > p[answer_id]).sum())

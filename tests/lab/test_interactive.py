@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib
 
@@ -20,6 +22,7 @@ from test_plots import TOKENS, make_trace, mesh_of
 from test_tracing import telling_model
 from traitlets import TraitError
 
+import rome_lab
 from rome_lab.lab import plots
 from rome_lab.lab.interactive import TracePicture, show
 from rome_lab.lab.jobs import Job, wait_for_job
@@ -97,6 +100,12 @@ def test_a_png_and_text_stand_in_for_the_widget() -> None:
     assert data["text/plain"] == "TracePicture('The Eiffel Tower is in the 0', state, mlp, attn)"
     image = plt.imread(io.BytesIO(base64.b64decode(data["image/png"])))
     assert image.shape[1] > 3 * image.shape[0] and image.std() > 0.1
+
+
+def test_the_public_name_and_the_packaged_files() -> None:
+    assert rome_lab.show is show
+    settings = tomllib.loads(Path(rome_lab.__file__).parents[1].joinpath("pyproject.toml").read_text())
+    assert {"interactive.js", "interactive.css"} <= set(settings["tool"]["setuptools"]["package-data"]["rome_lab.lab"])
 
 
 def test_script_and_style_are_inline_and_load_nothing() -> None:

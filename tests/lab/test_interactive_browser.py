@@ -244,15 +244,15 @@ def test_a_screen_reader_finds_a_grid_with_names(page: Page) -> None:
 
 @pytest.mark.parametrize("how", ["preference", "theme"])
 def test_dark_mode_has_light_text_and_the_same_colours_in_the_cells(page: Page, how: str) -> None:
-    theme = ":root {--jp-ui-font-color1: #fff; --jp-ui-font-color2: #bbb; --jp-layout-color1: #212121}"
+    theme = ":root {--jp-ui-font-color1: #fff; --jp-ui-font-color2: #bbb; --jp-layout-color1: #222}"
     if how == "preference":
         page.emulate_media(color_scheme="dark")
     picture = open_picture(page, show(made_traces()), theme if how == "theme" else "")
     if how == "theme":
-        page.evaluate("document.body.dataset.jpThemeLight = 'false'")
+        page.evaluate("document.body.dataset.jpThemeLight = 'false'; document.body.style.background = '#111'")
     cell(picture, 0, 3, 2).click()
     cell(picture, 0, 3, 4).hover()
-    texts = (".rl-panel h4", ".rl-token", ".rl-hint", ".rl-key", ".rl-tip dd", ".rl-answers p", ".rl-prompt span")
+    texts = (".rl-panel h4", ".rl-token", ".rl-hint", ".rl-key", ".rl-value", ".rl-answers p", ".rl-prompt span")
     for place in texts:
         colour = picture.locator(place).first.evaluate("x => getComputedStyle(x).color")
         assert max(int(x) for x in colour[4:-1].split(", ")) > 160, place
