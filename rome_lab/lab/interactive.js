@@ -2,6 +2,7 @@
 
 const KINDS = { state: "state", mlp: "MLP outputs", attn: "attention outputs" };
 const RUNS = { clean: "Clean run", corrupted: "Corrupted run", restored: "Restored run" };
+const HINT = "* subject. Point at a cell or move with the arrow keys; click or Enter shows what its three runs say.";
 const MOVES = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], Home: [0, -1e9], End: [0, 1e9] };
 
 function make(tag, name, parent, text = "", attributes = {}) {
@@ -62,8 +63,7 @@ class Panel {
     make("div", "rl-frame", this.grid).style.gridArea = `1 / 2 / ${tokens.length + 1} / -1`;
     tokens.forEach((word, token) => this.addRow(word, token, layers));
     this.addAxis(tokens.length, layers);
-    this.label = make("div", "rl-label", this.grid);
-    this.label.style.gridArea = `${tokens.length + 2} / 2 / auto / -1`;
+    make("div", "rl-label", this.grid, trace.layer_label).style.gridArea = `${tokens.length + 2} / 1 / auto / -1`;
     this.addBar();
     this.marks = Object.fromEntries(["column", "echo", "reach", "run"].map((x) => [x, make("div", `rl-mark rl-${x}`, this.grid)]));
     Object.values(this.marks).forEach((mark) => (mark.hidden = true));
@@ -200,8 +200,7 @@ class View {
     const most = Math.max(...this.picture.traces.map((trace) => trace.layers.length));
     panels.style.cssText = `--layers: ${most}; --panels: ${this.picture.traces.length}`;
     this.panels = this.picture.traces.map((trace, index) => new Panel(this, trace, index, panels));
-    make("div", "rl-hint", this.root,
-      "* subject. Point at a cell or move with the arrow keys; click or Enter shows what its three runs say.");
+    this.hint = make("div", "rl-hint", this.root);
     this.answers = make("div", "rl-answers", this.root, "", { role: "region", "aria-live": "polite", "aria-label": "Answers" });
     this.answers.hidden = true;
     this.answers.addEventListener("keydown", (event) => event.key === "Escape" && (this.close(), event.stopPropagation()));
@@ -245,9 +244,9 @@ class View {
 
   showChosen() {
     const [layer, selected] = [this.model.get("layer"), this.model.get("selected")];
+    this.hint.textContent = (layer === null ? "" : `Dashed: layer ${layer}. `) + HINT;
     for (const panel of this.panels) {
       panel.marks.column.hidden = true;
-      panel.label.textContent = panel.trace.layer_label + (layer === null ? "" : `; dashed: ${layer}`);
       if (layer !== null) panel.place("column", 0, layer, panel.cells.length, layer + 1);
       panel.ticks.forEach((tick, x) => tick.classList.toggle("rl-chosen", x === layer));
       panel.cells.flat().forEach((cell) => cell.setAttribute("aria-selected", "false"));

@@ -179,12 +179,13 @@ def test_the_axis_of_layers_chooses_a_layer_and_python_too(page: Page) -> None:
     widget = show(made_traces())
     picture = open_picture(page, widget)
     picture.locator(".rl-tick").nth(7).click()
-    expect(picture.locator(".rl-label").first).to_have_text("layer; dashed: 7")
+    expect(picture.locator(".rl-hint")).to_contain_text("Dashed: layer 7.")
     assert (widget.selected, widget.layer) == (None, 7)
     page.evaluate("model.set('layer', 4)")
-    expect(picture.locator(".rl-label").first).to_have_text("layer; dashed: 4")
+    expect(picture.locator(".rl-hint")).to_contain_text("Dashed: layer 4.")
     assert marked(picture, 2, "column") == (0, 4, len(TOKENS), 5)
     page.evaluate("model.set('layer', null)")
+    expect(picture.locator(".rl-hint")).not_to_contain_text("Dashed")
     assert marked(picture, 2, "column") is None
 
 
