@@ -19,7 +19,7 @@ from rome_lab.models import (
     Batching,
     LanguageModel,
     at_least_float32,
-    enough_memory,
+    enough_room,
     output_changed,
     run_block,
     suited_attention,
@@ -67,7 +67,7 @@ class CellAnswers:
 
 
 @torch.no_grad()
-@enough_memory("answers_at")
+@enough_room("answers_at")
 def answers_at(lm: LanguageModel, trace: Trace, token: int, layer: int, n: int = 5) -> CellAnswers:
     """The n most probable next tokens in the clean, the corrupted and the restored run of one cell (B.1, B.2).
 
