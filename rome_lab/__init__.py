@@ -16,7 +16,7 @@ from rome_lab.editing import (
 )
 from rome_lab.evaluation import evaluate
 from rome_lab.facts import Fact, known_facts, load_facts
-from rome_lab.lab import plot_history, plots
+from rome_lab.lab import plot_history, plots, show
 from rome_lab.models import LanguageModel, choose_products, load_model
 from rome_lab.tracing import FixedNoise, GaussianNoise, Trace, Traces, causal_trace, claims, trace_facts
 
@@ -48,5 +48,6 @@ __all__ = [
     "plots",
     "rome",
     "rome_many",
+    "show",
     "trace_facts",
 ]

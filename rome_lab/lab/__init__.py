@@ -4,6 +4,7 @@ plots                                     the paper's figures, and the parts tha
 save_figure, save_table, plot_history     a figure or a table as files; how the optimisation of v* went
 panel_figure, new_axes, finish, layer_ticks, shared_legend, colour_bar, token_names    parts of drawings
 COLOURS, FONT_SIZE, COLUMN_WIDTH          what they look like
+show, TracePicture                        traces that one can point at and click
 record_values, run_notebook               values for the executed copy of a notebook; running one from Python
 EditRequest, ten_facts, fact_of           edits to try, and a fact that was typed in
 try_edit, try_facts, for_people           make edits, look at what they do, undo them; the table of several made short
@@ -11,6 +12,7 @@ Panel, wait_for_job                       all that by hand; returns once the pan
 """
 
 from rome_lab.lab.batch import record_values, run_notebook
+from rome_lab.lab.interactive import TracePicture, show
 from rome_lab.lab.jobs import wait_for_job
 from rome_lab.lab.panel import Panel
 from rome_lab.lab.plots import (

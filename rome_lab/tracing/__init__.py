@@ -12,6 +12,7 @@ columns_of, READ_TOGETHER           what a sweep does, for those who count its o
 """
 
 from rome_lab.tracing.averaging import BUCKETS, Traces, buckets
+from rome_lab.tracing.cell_answers import CellAnswers, RunAnswers, answers_at, restored_layers
 from rome_lab.tracing.corruption import FixedNoise, GaussianNoise
 from rome_lab.tracing.many_facts import trace_facts
 from rome_lab.tracing.one_fact import causal_trace

@@ -87,10 +87,10 @@ class UnknownFactError(ValueError):
 
 @enough_room("causal_trace")
 def run_clean_and_corrupted(
-    lm: LanguageModel, prompt: str | Fact, subject: str | None, settings: TraceSettings
+    lm: LanguageModel, prompt: str | Fact | Prompt, subject: str | None, settings: TraceSettings
 ) -> Runs:
     """Record the clean run and the S corrupted runs, together where they fit."""
-    read = read_prompt(lm, prompt, subject)
+    read = prompt if isinstance(prompt, Prompt) else read_prompt(lm, prompt, subject)
     begin, end = read.subject_range
     settings = replace(settings, corruption=settings.corruption.measured(lm))
     shape = (settings.samples, end - begin, lm.embedding.weight.shape[1])

@@ -1,0 +1,210 @@
+"""Traces that one can touch, in a notebook.
+
+    show(trace, lm)               one trace; with a model, a click on a cell shows what its three runs say
+    show([states, mlp, attn])     several traces of one prompt side by side, with one range of colours
+
+The picture's numbers and colours come from Python, so that it agrees with `plots.heatmap`; interactive.js draws them.
+Where scripts do not run, the heatmaps stand in as a PNG.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.resources import files
+
+import anywidget
+import matplotlib.pyplot as plt
+import numpy as np
+import traitlets
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from rome_lab.base import visible
+from rome_lab.lab.jobs import check_idle
+from rome_lab.lab.plots import COLUMN_WIDTH, heatmap, shared_limits
+from rome_lab.models import LanguageModel
+from rome_lab.tracing import KINDS, CellAnswers, RunAnswers, Trace, answers_at, restored_layers
+
+COLOURS = 512  # as many as `heatmap` tells apart
+RESOLUTION = 200  # dots an inch, of the PNG that stands in
+
+
+def show(
+    trace: Trace | Sequence[Trace], lm: LanguageModel | None = None, *, titles: Sequence[str] = ()
+) -> TracePicture:
+    """An interactive picture of a trace, or of several traces of one prompt side by side with linked colour scales.
+
+    Pointing at a cell, or moving there with the arrow keys, gives its numbers, and outlines what its run restores and
+    which cells that can reach. A click, or Enter, asks the model for the most probable next tokens of the cell's three runs.
+
+    Args:
+        lm: the model that was traced, as it is now; without it a click shows no answers.
+        titles: one for each trace, such as ("before the edit", "after it"); by default what is restored.
+
+    Returns: a widget; its traits `selected`, (token, layer), and `layer` follow the clicks and can be observed and set.
+
+    Raises:
+        TypeError: what is given is no Trace, or no LanguageModel.
+        ValueError: no trace at all, traces of different prompts or tokens, or another number of titles.
+    """
+    traces = (trace,) if isinstance(trace, Trace) else tuple(trace) if isinstance(trace, Sequence) else (trace,)
+    check_traces(traces)
+    if lm is not None and not isinstance(lm, LanguageModel):
+        raise TypeError(f"show: the model is a {type(lm).__name__}; give the LanguageModel that was traced, or None.")
+    if titles and len(titles) != len(traces):
+        raise ValueError(
+            f"show: there are {len(titles)} titles and {len(traces)} traces; give a title for each, or none."
+        )
+    return TracePicture(traces, lm, titles)
+
+
+def check_traces(traces: Sequence[Trace]) -> None:
+    """Raise where these are not traces of one prompt that can stand side by side."""
+    if not traces:
+        raise ValueError("show: there is no trace in the list; give causal_trace(...), or a list of several.")
+    for trace in traces:
+        if not isinstance(trace, Trace):
+            raise TypeError(f"show: given is a {type(trace).__name__}; expected a Trace, which causal_trace returns.")
+        if trace.label not in KINDS or trace.p_restored.shape[:-1] != (len(trace.tokens),):
+            raise ValueError(f"show: traces of kind {trace.label!r} have no picture; expected {', '.join(KINDS)}.")
+        if np.isnan(trace.p_restored).all():
+            raise ValueError("show: the trace has no restored runs; restore at least one token.")
+    first = traces[0]
+    for other in traces[1:]:
+        if other.prompt != first.prompt:
+            raise ValueError(
+                f"show: the traces are of different prompts, {first.prompt!r} and {other.prompt!r}; show each by itself."
+            )
+        if other.tokens != first.tokens:
+            raise ValueError(
+                "show: the traces cut the prompt into different tokens, as different models do; show each by itself."
+            )
+
+
+class TracePicture(anywidget.AnyWidget):
+    """The widget that `show` returns.
+
+    Attributes:
+        selected: (token, layer) of the cell that was clicked last, or None.
+        layer: of that cell, or of a click on the axis of layers; marked in the picture.
+        picture: what interactive.js draws.
+    """
+
+    selected = traitlets.Tuple(traitlets.Int(), traitlets.Int(), default_value=None, allow_none=True).tag(sync=True)
+    layer = traitlets.Int(default_value=None, allow_none=True).tag(sync=True)
+    picture = traitlets.Dict().tag(sync=True)
+    _esm = traitlets.Unicode().tag(sync=True)
+    _css = traitlets.Unicode().tag(sync=True)
+
+    def __init__(self, traces: Sequence[Trace], lm: LanguageModel | None = None, titles: Sequence[str] = ()) -> None:
+        self.traces, self.lm, self.titles = tuple(traces), lm, tuple(titles)
+        super().__init__()
+        self.picture = self.described()
+        self.on_msg(self.answer_click)
+
+    @traitlets.default("_esm")
+    def _script(self) -> str:
+        return files("rome_lab.lab").joinpath("interactive.js").read_text("utf-8")
+
+    @traitlets.default("_css")
+    def _style(self) -> str:
+        return files("rome_lab.lab").joinpath("interactive.css").read_text("utf-8")
+
+    def figure(self) -> Figure:
+        """The heatmaps of all traces in one figure of matplotlib, with linked colour scales."""
+        count, height = len(self.traces), 0.6 + 0.15 * len(self.traces[0].tokens)
+        figure = Figure(figsize=(COLUMN_WIDTH * count, height), layout="constrained")
+        limits = shared_limits(*self.traces)
+        for number, (trace, ax) in enumerate(zip(self.traces, np.ravel(figure.subplots(1, count)), strict=True)):
+            heatmap(trace, ax, **limits)
+            if self.titles:
+                ax.set_title(self.titles[number], fontsize=ax.title.get_fontsize())
+        return figure
+
+    def png(self) -> bytes:
+        """The figure, for where scripts do not run."""
+        picture = io.BytesIO()
+        with plt.rc_context({"savefig.bbox": "tight", "savefig.pad_inches": 0.02}):
+            self.figure().savefig(picture, format="png", dpi=RESOLUTION)
+        return picture.getvalue()
+
+    def answers(self, token: int, layer: int, trace: int = 0) -> CellAnswers:
+        """What the three runs of a cell say, see `answers_at`; of which trace, where there are several.
+
+        Raises:
+            ValueError: there is no model, no such trace or cell, or the trace is not of the model as it is now.
+            RuntimeError: the model is busy.
+        """
+        if self.lm is None:
+            raise ValueError("show: this picture has no model to ask; write rl.show(trace, lm).")
+        if trace not in range(len(self.traces)):
+            raise ValueError(f"show: there is no trace {trace!r}; there are {len(self.traces)}, counted from 0.")
+        check_idle(self.lm)
+        return answers_at(self.lm, self.traces[trace], token, layer)
+
+    def answer_click(self, widget: TracePicture, message: object, buffers: object) -> None:
+        """Answer the browser's {"ask": "answers", "trace", "token", "layer"} with the runs, or with a sentence."""
+        if not isinstance(message, dict) or message.get("ask") != "answers":
+            return
+        cell = {name: message.get(name) for name in ("trace", "token", "layer")}
+        try:
+            self.send(cell | {"answers": for_browser(self.answers(cell["token"], cell["layer"], cell["trace"]))})
+        except (ValueError, RuntimeError, MemoryError) as error:
+            self.send(cell | {"error": " ".join(str(error).split())})
+
+    def described(self) -> dict[str, object]:
+        """All that the browser draws."""
+        axes = self.figure().axes[: len(self.traces)]  # those of the colour bars follow
+        return {
+            "prompt": self.traces[0].prompt,
+            "tokens": [drawn(token) for token in self.traces[0].tokens],
+            "traces": [described(*pair) for pair in zip(self.traces, axes, strict=True)],
+            "has_model": self.lm is not None,
+        }
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(dict.fromkeys(trace.label for trace in self.traces))
+        return f"TracePicture({self.traces[0].prompt!r}, {kinds})"
+
+    def _repr_mimebundle_(self, **options: object) -> tuple[dict[str, object], dict[str, object]]:
+        data, metadata = super()._repr_mimebundle_(**options)
+        still = base64.b64encode(self.png()).decode()
+        return data | {"image/png": still}, metadata
+
+
+def described(trace: Trace, ax: Axes) -> dict[str, object]:
+    """One trace for the browser; the colours are read from its heatmap in `ax`."""
+    mesh = ax.collections[0]
+    low, high = mesh.get_clim()
+    return {
+        "kind": trace.kind,
+        "title": ax.get_title(),
+        "layer_label": ax.get_xlabel(),
+        "answer": drawn(trace.answer.strip() or trace.answer),
+        "subject": list(trace.subject_range),
+        "p_clean": trace.p_clean,
+        "p_corrupted": trace.p_corrupted,
+        "samples": trace.samples,
+        "p": [[p if np.isfinite(p) else None for p in row] for row in trace.p_restored.tolist()],
+        "layers": [list(ends) for ends in restored_layers(trace)],
+        "limits": [low, high],
+        "colours": [to_hex(colour) for colour in mesh.cmap(np.arange(COLOURS))],
+    }
+
+
+def for_browser(cell: CellAnswers) -> dict[str, object]:
+    """The three runs, with tokens as they are drawn."""
+
+    def run(answers: RunAnswers) -> dict[str, object]:
+        return asdict(answers) | {"top": [[drawn(token.strip() or token), p] for token, p in answers.top]}
+
+    return {name: run(getattr(cell, name)) for name in ("clean", "corrupted", "restored")}
+
+
+def drawn(token: str) -> str:
+    """A token's text as the browser shows it, where a dollar sign begins no mathematics."""
+    return visible(token).replace(r"\$", "$")
