@@ -82,8 +82,8 @@ def compare_methods(
 ) -> pd.DataFrame:
     """The metrics of each method of `choices`, whose values under the names `by` tell it from the others.
 
-    Methods of the ROME family share v* where they differ in neither layer nor settings, so trying keys or covariances is
-    cheap.
+    Methods of the ROME family share v* where they differ in neither layer nor settings, and start from the same key (see
+    `EditSettings.start`), so trying keys or covariances is cheap.
 
     Returns: DataFrame: the columns `by`, metric, mean, ci_low, ci_high, n.
     """

@@ -77,17 +77,14 @@ def test_the_best_is_the_first_with_the_highest_mean():
     assert best(found, "ES")["configuration"].tolist() == ["x"]
 
 
-def test_a_sweep_finds_v_star_once_for_all_keys_and_covariances(tiny, monkeypatch):
+@pytest.mark.parametrize(("keys", "times"), [(("averaged", "both", "all"), 1), (("bare", "both"), 2)])
+def test_a_sweep_finds_v_star_once_for_all_keys_of_one_start_and_covariances(tiny, monkeypatch, keys, times):
     found = []
     real = Optima.optimise
     monkeypatch.setattr(Optima, "optimise", lambda *args: found.append(args[1]) or real(*args))
-    choices = {
-        (key, n): MeasuredRome(layer=1, settings=EDITING, key=key, tokens=n)
-        for key in ("bare", "both")
-        for n in (300, 600)
-    }
+    choices = {(key, n): MeasuredRome(layer=1, settings=EDITING, key=key, tokens=n) for key in keys for n in (300, 600)}
     table = compare_methods(tiny, CASES, choices, ["key", "tokens"], **OPTIONS)
-    assert len(found) == len(CASES)
+    assert len(found) == times * len(CASES)
     assert set(zip(table["key"], table["tokens"], strict=True)) == set(choices)
     assert set(table["n"]) == {len(CASES)}
     assert table[table["metric"] == "NM"]["mean"].nunique() == len(choices)

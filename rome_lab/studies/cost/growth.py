@@ -231,7 +231,7 @@ def prompt_of_length(lm: LanguageModel, length: int) -> tuple[str, str]:
     """A prompt of exactly this many tokens, cut from the sentences of embedded facts, and its first word."""
     if length > lm.context_length:
         raise ValueError(f"growth: a prompt of {length} tokens is more than {lm.name} reads, {lm.context_length}.")
-    for text in sentences():
+    for text in embedded_texts():
         offsets = lm.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
         prompt = text[: offsets[length - 1][1]] if len(offsets) >= length else ""
         if prompt.strip() and len(lm.tokenizer(prompt)["input_ids"]) == length:
@@ -239,7 +239,7 @@ def prompt_of_length(lm: LanguageModel, length: int) -> tuple[str, str]:
     raise ValueError(f"growth: found no prompt of {length} tokens of {lm.name}; give another length.")
 
 
-def sentences() -> Iterator[str]:
+def embedded_texts() -> Iterator[str]:
     """Long texts, each of which begins with another embedded fact."""
     sentences = [f"{fact.prompt} {fact.object}." for fact in load_facts("embedded")[:SENTENCES]]
     for first in range(len(sentences)):
