@@ -26,7 +26,7 @@ from tqdm import tqdm
 from rome_lab import Fact, GaussianNoise, LanguageModel, evaluate, load_model, trace_facts
 from rome_lab.base.store import Store
 from rome_lab.editing.edit import Edit
-from rome_lab.evaluation import evaluating as evaluation
+from rome_lab.evaluation import bench as evaluation
 from rome_lab.models.process import choose_products, products
 from rome_lab.models.workers import Workers
 from rome_lab.tracing import many_facts as collection
