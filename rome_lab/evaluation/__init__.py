@@ -1,13 +1,13 @@
 """Is an edit good? Cases that judge it, metrics, methods side by side.
 
-    evaluate, methods_of, known_pool          a table: a row a case and method; the methods meant; facts to keep
-    remarks, story, reference_corpus          what was remarked on, one case in words, texts for RS
-    Case, Cases                               one request with the prompts that judge it, and a sequence of them
-    load_cases, known_cases, set_apart        cases of a source, those a model knows, those to search on and to report
-    METRICS, S_OF, summarise                  what each metric is, and means over cases with intervals
-    JudgeSettings, SCORES_ONLY, damage        how cases are judged; what a change does elsewhere
-    Bench, judged_or_why, questions_of        where rows are made, for studies that make their own
-    names_touched, spared                     what requests touch, and a case without neighbours that are edited
+evaluate, methods_of, known_pool          a table: a row a case and method; the methods meant; facts to keep
+remarks, story, reference_corpus          what was remarked on, one case in words, texts for RS
+Case, Cases                               one request with the prompts that judge it, and a sequence of them
+load_cases, known_cases, set_apart        cases of a source, those a model knows, those to search on and to report
+METRICS, S_OF, summarise                  what each metric is, and means over cases with intervals
+JudgeSettings, SCORES_ONLY, damage        how cases are judged; what a change does elsewhere
+Bench, judged_or_why, questions_of        where rows are made, for studies that make their own
+names_touched, spared                     what requests touch, and a case without neighbours that are edited
 """
 
 from rome_lab.evaluation.bench import Bench, judged_or_why
