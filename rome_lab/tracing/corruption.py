@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from rome_lab.base import seed_from
@@ -120,7 +121,7 @@ def embedding_std(lm: LanguageModel) -> float:
     """
     text = [f"{fact.prompt} {fact.object}." for fact in load_facts("embedded")]
     ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
-    tokens, counts = torch.tensor(list(chain.from_iterable(ids))).unique(return_counts=True)
+    tokens, counts = map(torch.from_numpy, np.unique(list(chain.from_iterable(ids)), return_counts=True))
     rows = lm.embedding(tokens.to(lm.device)).cpu().double()  # (different tokens, D)
     lm.check_finite(rows, "embedding_std")
     weight = (counts / counts.sum(dtype=torch.float64))[:, None] / rows.shape[1]
