@@ -8,7 +8,9 @@ continuation_ids, question      with which tokens a text goes on
 completions                     how probable a model finds texts behind prompts, and whether it would say them
 known_among, object_token       which facts it would begin to complete, and by which token
 template_of                     a prompt with "{}" for its subject
-open_set, read_each             records of a set or file, as RecordForm says what they state
+open_set, read_each             records of a set or file, as RecordForm says what they state; identity_by tells them apart
+read_counterfact, read_zsre     the fact that a record of these sets states
+embedded_records, text_at       rows of the project's own files; the text at a place in a record, which is Parsed JSON
 """
 
 from rome_lab.facts.completion import completions, known_among, object_token

@@ -29,7 +29,7 @@ from rome_lab.lab.plots import COLUMN_WIDTH, heatmap, shared_limits
 from rome_lab.models import LanguageModel
 from rome_lab.tracing import KINDS, CellAnswers, RunAnswers, Trace, answers_at, restored_layers
 
-COLOURS = 512  # as many as `heatmap` tells apart
+COLOUR_STEPS = 512  # as many as `heatmap` tells apart
 RESOLUTION = 200  # dots an inch, of the PNG that stands in
 
 
@@ -192,7 +192,7 @@ def described(trace: Trace, ax: Axes) -> dict[str, object]:
         "p": [[p if np.isfinite(p) else None for p in row] for row in trace.p_restored.tolist()],
         "layers": [list(ends) for ends in restored_layers(trace)],
         "limits": [low, high],
-        "colours": [to_hex(colour) for colour in mesh.cmap(np.arange(COLOURS))],
+        "colours": [to_hex(colour) for colour in mesh.cmap(np.arange(COLOUR_STEPS))],
     }
 
 

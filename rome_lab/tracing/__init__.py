@@ -3,12 +3,14 @@
 causal_trace, trace_facts           one fact; many, kept in a store
 Trace, Traces, KINDS                what comes of them: probabilities by token and layer; means over facts, with intervals
 GaussianNoise, FixedNoise           what makes a corrupted run corrupted
+answers_at                          what the model says in the three runs of one cell: CellAnswers, a RunAnswers each
 BUCKETS, buckets                    where in a prompt a token stands
 claims                              the paper's claims, put to the test
 strongest, strongest_places         peaks, read off the averages
 beside_paper                        our numbers and the paper's in shares, so that models compare
 trace_random_weights                the same of a model that has learnt nothing
-columns_of, READ_TOGETHER           what a sweep does, for those who count its operations
+columns_of, restored_layers         which layers a column restores; READ_TOGETHER texts' logits are made at once:
+                                    what a sweep does, for those who count its operations
 """
 
 from rome_lab.tracing.averaging import BUCKETS, Traces, buckets
