@@ -20,6 +20,11 @@ OTHER = Fact("Marie Curie", "{} was born in", "Warsaw")
 THIRD = Fact("Japan", "The capital of {} is", "Tokyo")
 ONE = [(FACT, "Rome")]
 SEVERAL = [(FACT, "the city of Rome"), (OTHER, "Tokyo"), (THIRD, "Microsoft")]
+# Gemma2 computes its norms, and GPT-J its attention scores, in float32, whatever the weights are. So the gradient through
+# them is rounded to float32 too, and otherwise where texts share a padded batch than where each is run alone: in GPT-J it
+# differs by 5e-9 while the losses are equal. Four steps over 40 random GPT-J make of that up to 3e-10 in the losses and 2e-7
+# in the change; with its attention made to compute in float64, twelve of them differ by 5e-16 and 1e-14.
+TOLERANCES = {"gemma2": 1e-5, "gptj": 1e-6}
 
 
 def mean_loss(lm, requests):
@@ -53,11 +58,6 @@ def plain_loop(lm, requests, tuning):
     return (delta.T if lm.memory_is_transposed(tuning.layer) else delta), losses
 
 
-# Gemma2's norms and GPT-J's attention scores are computed in float32, whatever the weights are, so that another batch gives
-# other roundings there: of GPT-J's gradient 5e-9 of its length, where GPT-2 and Llama have 5e-16.
-FLOAT32_INSIDE = {"gemma2": 1e-5, "gptj": 1e-7}
-
-
 @pytest.mark.parametrize("requests", [ONE, SEVERAL], ids=["one", "several"])
 @pytest.mark.parametrize("bound", [None, 2e-3])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -68,7 +68,7 @@ def test_fine_tuning_by_suffixes_is_that_of_the_whole_model(family, bound, reque
     tuning = Tuning(layer=1, learning_rate=1e-3, steps=4, bound=bound)
     tuned = fine_tune(lm, requests, tuning)
     delta, losses = plain_loop(other, requests, tuning)
-    tolerance = FLOAT32_INSIDE.get(family, 1e-11)
+    tolerance = TOLERANCES.get(family, 1e-11)
     assert tuned.losses == pytest.approx(losses, rel=tolerance)
     assert float((tuned.delta - delta).norm() / delta.norm()) < tolerance
 

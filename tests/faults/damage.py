@@ -16,7 +16,7 @@ from rome_lab.editing.settings import EditSettings
 from rome_lab.facts.published_sets import digest_of, published_file
 from rome_lab.models import embedded
 from tests.faults.outcome import Outcome, Setting
-from tests.faults.work import WORK, load, results, said
+from tests.faults.work import WORK, load, one_thread, results, said
 from tests.tiny import known
 
 SLOW = 6  # a store is damaged this many times less often than a single file, since the work is done again each time
@@ -83,7 +83,8 @@ def damage_store(setting: Setting, lm, kind: str) -> Outcome:
                 shutil.copyfile(setting.chance.choice(sorted(path.parent.iterdir())), f"{path}.moved")
                 os.replace(f"{path}.moved", path)
         try:
-            found = WORK[kind](lm, setting.model, folder)
+            with one_thread():
+                found = WORK[kind](lm, setting.model, folder)
             outcome.expect(found == expected, f"{folder.name}: the results differ from those of whole files")
         except Exception as error:
             outcome.expect(False, f"{folder.name}: {said(error)}")

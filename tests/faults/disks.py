@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rome_lab.base.store import Json
 from tests.faults.outcome import Outcome, Setting
-from tests.faults.work import ROOT, WORK, load, said
+from tests.faults.work import ROOT, WORK, load, one_thread, said
 
 NOBODY = 65534
 ROOMS = 5  # sizes of what is left of a disk, between nothing and what the work needs
@@ -77,7 +77,8 @@ def main(disk: str, model: str, given: str, left: str) -> None:
 def attempt(lm, model: str, folder: Path, kind: str) -> tuple[Json, str]:
     """What the work gives, and the error that ends it, of which one is empty."""
     try:
-        return json.loads(json.dumps(WORK[kind](lm, model, folder))), ""
+        with one_thread():
+            return json.loads(json.dumps(WORK[kind](lm, model, folder))), ""
     except Exception as error:
         return None, said(error)
 

@@ -2,6 +2,7 @@
 
 prepare(scratch, name)           the model that all work is done on, as something that `load_model` takes
 WORK[kind](lm, model, folder)    does the work, all its caches in `folder`; returns its results as JSON
+with one_thread():               as the processes of tasks have it, for work that is done in this process
 Task(kind, model, ...)           the same in a process of its own, which can be killed
 at_once(tasks)                   several tasks, whose work begins at one moment
 """
@@ -72,6 +73,17 @@ def quieten() -> None:
 
 def load(model: str) -> LanguageModel:
     return load_model(model, device="cpu")
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Within the context PyTorch has one thread: with another number of them a product may be summed in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def bits(array: np.ndarray) -> str:

@@ -28,7 +28,8 @@ EXPECTED = Path(__file__).parents[1] / "expected"
 ACCEPT = os.environ.get("ROME_LAB_ACCEPT", "0") not in ("", "0")
 
 TOLERANCE = 1e-3  # absolute, of probabilities; layers and numbers of facts are whole and so have to agree
-# Edits go through text that the model samples, and one other token, as another processor may draw, moves all of them.
+# Edits go through text that the model samples, and one other token moves all of them: as another processor may draw, or this
+# one with another number of threads (49 of 896 texts were others with one than with two).
 TOLERANCES = {"edit": 0.05, "edit_anatomy": 0.05} | dict.fromkeys(("evaluation", "many_edits", "search"), 5.0)  # in %
 SHOWN = 10  # differences that a failure lists; it counts the others
 # Random weights have effects near nothing, whose largest, and whose significance, is decided by rounding.

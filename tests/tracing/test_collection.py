@@ -98,8 +98,8 @@ def test_a_damaged_trace_is_made_again_with_a_warning(talker, tmp_path, caplog):
     assert "computed again" in caplog.text
 
 
-def trace_forever(folder, facts, seed):
-    torch.set_num_threads(1)
+def trace_forever(folder, facts, seed, threads):
+    torch.set_num_threads(threads)  # those of the process that compares: with others sums may be rounded otherwise
     lm = tiny_model("llama", seed)
     for samples in range(1, 100):
         trace_facts(lm, facts, store=folder, progress=False, samples=samples)
@@ -109,8 +109,9 @@ def test_killed_at_any_moment_loses_at_most_the_fact_in_hand(tmp_path):
     seed = next(seed for seed in range(200) if len(known(tiny_model("llama", seed))) >= 4)
     lm = tiny_model("llama", seed)
     facts = known(lm)
+    arguments = (tmp_path, facts, seed, torch.get_num_threads())
     for pause in (0.3, 0.7, 1.5):
-        process = multiprocessing.get_context("spawn").Process(target=trace_forever, args=(tmp_path, facts, seed))
+        process = multiprocessing.get_context("spawn").Process(target=trace_forever, args=arguments)
         process.start()
         while not list(tmp_path.glob("trace/[!.]*.safetensors")) and process.is_alive():
             time.sleep(0.05)
