@@ -25,12 +25,13 @@ from tqdm import tqdm
 
 from rome_lab import Fact, GaussianNoise, LanguageModel, evaluate, load_model, trace_facts
 from rome_lab.base.store import Store
+from rome_lab.base.versions import code_version
 from rome_lab.editing.edit import Edit
 from rome_lab.evaluation import bench as evaluation
+from rome_lab.models import workers
 from rome_lab.models.process import choose_products, products
 from rome_lab.models.workers import Workers
 from rome_lab.tracing import many_facts as collection
-from rome_lab.tracing import runs as tracing
 
 CASES = [case(i, subject) for i, subject in enumerate(SUBJECTS[:4])]
 TRACING = {"progress": False, "samples": 2}
@@ -229,22 +230,23 @@ def test_a_worker_with_another_model_of_that_name_is_refused(client, tmp_path):
     lm = saved(tiny_model("llama"), tmp_path / "model")
     shutil.rmtree(tmp_path / "model")
     tiny_model("llama", seed=1).save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"is not the client's model, .* other weights \(\w+, not \w+\); give all"):
+    with pytest.raises(ValueError, match=r"is not the client's model, .* other model \(\w+, not \w+\); give all"):
         trace_facts(lm, [Fact("Paris", TEMPLATE, "Rome")], client=client, **TRACING)
 
 
-def number_tracing(numerics):
-    tracing.TRACE_NUMERICS = numerics
+def give_code(version):
+    """On a worker: another version of its code, or, with None, its own."""
+    workers.code_version = code_version if version is None else lambda module: version
 
 
 def test_a_worker_with_another_rome_lab_is_refused(client, tmp_path):
-    lm, ours = saved(talkative_model(), tmp_path / "model"), tracing.TRACE_NUMERICS
-    client.run(number_tracing, -1)
+    lm = saved(talkative_model(), tmp_path / "model")
+    client.run(give_code, "older")
     try:
-        with pytest.raises(ValueError, match=rf"other NUMERICS of rome_lab.tracing.runs \(-1, not {ours}\); give all"):
+        with pytest.raises(ValueError, match=rf"other code \(older, not {code_version('rome_lab')}\); give all"):
             trace_facts(lm, known(lm), client=client, **TRACING)
     finally:
-        client.run(number_tracing, ours)
+        client.run(give_code, None)
     assert len(trace_facts(lm, known(lm)[:1], ("state",), client=client, **TRACING)) == 1
 
 
