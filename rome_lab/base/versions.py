@@ -10,7 +10,6 @@ is of the syntax trees, so that comments, docstrings, messages of errors and the
 from __future__ import annotations
 
 import ast
-import copy
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -47,7 +46,7 @@ def code_version(module: str) -> str:
     """
     digest = hashlib.sha256()
     for name in modules_behind(module):
-        digest.update(f"{name}\n{bare(tree_of(name))}\n".encode())
+        digest.update(f"{name}\n{bare_code(name)}\n".encode())
     return digest.hexdigest()
 
 
@@ -91,14 +90,21 @@ def is_module(name: str) -> bool:
 
 
 @cache
+def source_of_module(module: str) -> str:
+    """The text of a module; of a package, that of its front door."""
+    return Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
+
+
+@cache
 def tree_of(module: str) -> ast.Module:
-    """The syntax tree of a module; of a package, that of its front door."""
-    return ast.parse(Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8"))
+    """The syntax tree of a module."""
+    return ast.parse(source_of_module(module))
 
 
-def bare(tree: ast.Module) -> str:
-    """The code of a tree without docstrings, what is raised, and what is logged: words for people, not results."""
-    return ast.unparse(Bare().visit(copy.deepcopy(tree)))
+@cache
+def bare_code(module: str) -> str:
+    """The code of a module without docstrings, what is raised, and what is logged: words for people, not results."""
+    return ast.unparse(Bare().visit(ast.parse(source_of_module(module))))
 
 
 class Bare(ast.NodeTransformer):

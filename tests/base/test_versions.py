@@ -36,7 +36,8 @@ def version_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
     monkeypatch.syspath_prepend(tmp_path)
 
     def forget() -> None:
-        for function in (code_version, versions.is_module, versions.defined_in, tree_of):
+        caches = (code_version, versions.is_module, versions.defined_in, tree_of)
+        for function in (*caches, versions.source_of_module, versions.bare_code):
             function.cache_clear()
         for name in [name for name in sys.modules if name.split(".")[0] == "a_house"]:
             del sys.modules[name]
