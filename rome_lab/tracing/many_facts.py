@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from rome_lab.base import Basket, Json, Record, Store, code_version, opened
 from rome_lab.facts import Fact, read_prompt
-from rome_lab.models import LanguageModel, Workers
+from rome_lab.models import LanguageModel
 from rome_lab.tracing.averaging import Traces
 from rome_lab.tracing.corruption import Corruption
 from rome_lab.tracing.one_fact import restore
@@ -22,6 +22,8 @@ from rome_lab.tracing.trace import KINDS, Trace
 
 if TYPE_CHECKING:
     from distributed import Client
+
+    from rome_lab.models import Workers
 
 
 logger = logging.getLogger(__name__)

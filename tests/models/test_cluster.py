@@ -267,7 +267,7 @@ def test_what_workers_made_and_the_store_lost_is_not_silently_made_again(lm, cli
 def test_a_model_that_exists_in_memory_only_is_refused(lm, tiny, client, monkeypatch):
     with pytest.raises(ValueError, match="tiny-llama, which was not loaded by load_model.*save_pretrained"):
         trace_facts(tiny, [Fact("Paris", TEMPLATE, "Rome")], client=client, **TRACING)
-    monkeypatch.setattr(lm, "edits", [object.__new__(Edit)])
+    monkeypatch.setattr(lm.overlay, "changes", [object.__new__(Edit)])
     with pytest.raises(ValueError, match="talker, which has edits in force.*save_pretrained"):
         judged(lm, ["none"], client=client)
 

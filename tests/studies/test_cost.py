@@ -68,7 +68,7 @@ def test_what_is_recorded_is_counted_to_the_byte() -> None:
         lm = tiny_model(family)
         shape = shape_of(lm, samples=3, window=2)
         recording = run_clean_and_corrupted(lm, *EIFFEL, TraceSettings(GaussianNoise(std=0.1), samples=3)).recording
-        tensors = [getattr(recording, name) for name in ("states", "attn", "mlp", "keys", "values")]
+        tensors = [getattr(recording, name) for name in ("states", "attn", "mlp", "attention_keys", "attention_values")]
         assert recorded_bytes(size_of(lm.model), shape) == sum(x.nbytes for several in tensors for x in several)
 
 
