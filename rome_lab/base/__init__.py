@@ -8,7 +8,7 @@ code_version                which code a result rests on, and package_versions w
 write_atomically            a file, whole or not at all; explained, check_writable, user_cache
 seed_from, uniform          random numbers that depend on what they are for, and on nothing else
 check_text, check_whole     arguments refused in a sentence
-mean_ci, MeanCI             a mean over facts with its 95% interval
+mean_ci, MeanCI             a mean over facts, or cases, with its 95% interval
 mentions, holds, place_of   names in texts, and visible, texts made safe to draw
 OneLine                     results that show themselves in one line
 """

@@ -1,4 +1,4 @@
-"""Means over facts with their 95% intervals: `mean_ci`, the one place where an interval is computed."""
+"""Means over facts, cases or whatever is sampled, with their 95% intervals: `mean_ci`, the one place where an interval is computed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from scipy import stats
 
 
 class MeanCI(NamedTuple):
-    """A mean over facts with its 95% confidence interval, and the number of facts; arrays of one shape."""
+    """A mean with its 95% confidence interval, and the number of facts (or cases) behind it; arrays of one shape."""
 
     mean: np.ndarray
     ci_low: np.ndarray

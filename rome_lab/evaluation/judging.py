@@ -4,6 +4,7 @@ judge_case(lm, case, changes, settings)   the metrics of `METRICS` for one case,
 judge_all(lm, sheets)                     those of several cases, each under a change of its own
 damage(lm, change, settings)              nll and known of one change, whatever the case
 questions_of(lm, case, ...)               what is asked about one change
+marks_of, marks_of_damage, generation_marks    the metrics, computed from the answers: where a new one goes
 """
 
 from __future__ import annotations

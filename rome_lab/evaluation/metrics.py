@@ -31,7 +31,8 @@ class Metric:
         definition: what it is, by case.
         unit: "%" is for shares, probabilities and similarities; differences of them are percentage points.
         whole: "whole target": a probability is the product over all tokens of the target; "per token": a mean over them.
-        forced: whether the model reads the target itself (teacher forcing) instead of what it would have said.
+        forced: whether the model reads the target itself (teacher forcing) instead of what it would have said;
+            False exactly where `whole` is "text".
         better: which values are the better ones.
     """
 

@@ -3,7 +3,7 @@
 plots                                     the paper's figures, and the parts that all drawings share
 save_figure, save_table, plot_history     a figure or a table as files; how the optimisation of v* went
 panel_figure, new_axes, finish, layer_ticks, shared_legend, colour_bar, token_names    parts of drawings
-COLOURS, FONT_SIZE, COLUMN_WIDTH          what they look like
+COLOURS, FONT_SIZE, COLUMN_WIDTH          what lines and text look like; the colours of heatmaps are COLOUR_MAPS in plots
 show, TracePicture                        traces that one can point at and click
 record_values, run_notebook               values for the executed copy of a notebook; running one from Python
 EditRequest, ten_facts, fact_of           edits to try, and a fact that was typed in

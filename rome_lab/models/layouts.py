@@ -17,7 +17,7 @@ class Layout:
         blocks: path from the model to the list of its blocks.
         attn, mlp: paths from a block to the modules whose outputs are added to the residual stream.
         memory: path from a block to the matrix that ends its MLP: W of Appendix A, whose input is the key k.
-        tail: paths from the model to what stands between the last block and the output embeddings.
+        tail: paths from the model to what stands between the last block and the output embeddings; a later one may be None.
     """
 
     family: str
@@ -33,7 +33,7 @@ class Layout:
         return self.memory.rpartition(".")[0]
 
 
-# The first layout all of whose paths exist is taken, so a layout comes before the ones whose paths it also has.
+# The first that fits is taken, so the more specific one comes first: a Gemma2 model also fits the entry of Llama.
 LAYOUTS = (
     Layout("GPT-2", "transformer.h", "attn", "mlp", "mlp.c_proj", ("transformer.ln_f",)),
     Layout("GPT-J", "transformer.h", "attn", "mlp", "mlp.fc_out", ("transformer.ln_f",)),

@@ -1,4 +1,4 @@
-"""Trace many facts: `trace_facts`, resumable through a store of results on disk."""
+"""Trace many facts: `trace_facts`, resumable through a store on disk; `TracePlan.inputs` is what a trace is stored under."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class TracePlan:
         of_fact = {
             **self.common,
             "what": "trace",
-            "code": code_version(restore.__module__),
+            "code": code_version(restore.__module__),  # of what makes a trace, not of what stores it
             "prompt": fact.prompt,
             "subject": fact.subject,
             "object": fact.object,
