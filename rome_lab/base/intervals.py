@@ -1,4 +1,4 @@
-"""Means over facts, cases or whatever is sampled, with their 95% intervals: `mean_ci`, the one place where an interval is computed."""
+"""Means over facts, or cases, with their 95% intervals: `mean_ci`, the one place where an interval is computed."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@
 The parts that drawings elsewhere share: `panel_figure`, `new_axes`, `finish`, `layer_ticks`, `shared_legend`, `colour_bar`,
 `token_names`, `COLOURS`, `FONT_SIZE`, `COLUMN_WIDTH`.
 
-Colours (`COLOUR_MAPS`): white is no effect; the kind's own colour is above it, and its opposite below, at the same distance equally
-strong. The scale always reaches as far as the data, on both sides. For lines with a shared scale make the axes with
+Colours (`COLOUR_MAPS`): white is no effect; the kind's own colour is above it, and its opposite below, at the same distance
+equally strong. The scale always reaches as far as the data, on both sides. For lines with a shared scale make the axes with
 `plt.subplots(..., sharey=True)`.
 """
 
