@@ -30,7 +30,7 @@ PARAMETERS_evaluation := $(JUDGED) -p n_cases $(N_CASES)
 PARAMETERS_many_edits := $(JUDGED) -p sizes "[$(EDITS)]" -p least $(N_CASES_EACH) -p chains $(CHAINS)
 PARAMETERS_edit_anatomy := -p model $(MODEL) -p seed $(SEED) -p figures $(FIGURES)
 PARAMETERS_cost := -p model $(MODEL) -p dtype $(DTYPE) -p seed $(SEED) -p figures $(FIGURES)
-PARAMETERS_search := $(COMMON) -p known_only $(KNOWN_ONLY) -p n_search $(N_SEARCH) -p configurations $(CONFIGURATIONS)
+PARAMETERS_search := $(COMMON) -p known_only $(KNOWN_ONLY) -p n_search $(N_SEARCH) -p c_text $(C_TEXT) -p configurations $(CONFIGURATIONS)
 SOURCES := $(shell find rome_lab -name '*.py' -o -name '*.csv')
 NUMBERS := 1 2 3 7
 

@@ -1,6 +1,6 @@
 """The room of search.ipynb: settings searched for on cases that are not the ones reported; scores only, no texts.
 
-search_settings(lm, cases)              every configuration of `SEARCH`, all methods with equal effort
+search_settings(lm, cases)              every configuration of `SEARCH`, with equal effort; configurations_of: a few
 best(found)                             the best of each method
 sweep_layers(lm, cases, layers)         ROME at several layers, with each choice of the key
 sweep_tokens(lm, cases, tokens)         with C of several numbers of tokens, and of other text
@@ -22,7 +22,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from rome_lab.base import Json, Store, canonical_json
-from rome_lab.editing import KEYS, METHODS, SEARCH, Factor, FolderText, Method, Optima, Rome, covariances
+from rome_lab.editing import KEYS, METHODS, SEARCH, Factor, FolderText, Method, Optima, Rome, covariances, measured_on
 from rome_lab.evaluation import SCORES_ONLY, Case, JudgeSettings, evaluate, summarise
 from rome_lab.lab import FONT_SIZE
 from rome_lab.models import LanguageModel
@@ -94,13 +94,25 @@ def compare_methods(
     return summarise(pd.concat([table.drop(columns="method"), named], axis=1), by)
 
 
+def configurations_of(n: int, c_text: str = "sampled") -> dict[str, list[Method]]:
+    """Method -> its first n configurations of `SEARCH`, those of ROME with C measured on this text."""
+    return {name: [measured_on(method, c_text) for method in several[:n]] for name, several in SEARCH.items()}
+
+
 def sweep_layers(
-    lm: LanguageModel, cases: Iterable[Case], layers: Iterable[int], store: Store | str | Path | None = None
+    lm: LanguageModel,
+    cases: Iterable[Case],
+    layers: Iterable[int],
+    c_text: str = "sampled",
+    store: Store | str | Path | None = None,
 ) -> pd.DataFrame:
-    """The metrics of ROME by layer and key, everything else as published; layers that the model has not are left out."""
+    """The metrics of ROME by layer and key, everything else as published; layers that the model has not are left out.
+
+    Args: c_text: text that C is measured on, see `measured_on`.
+    """
     layers = [layer for layer in layers if layer < lm.n_layers]
-    covariances(lm, layers)  # in one pass over the text
-    rome = as_published(lm)
+    rome = as_published(lm, c_text)
+    covariances(lm, layers, rome.source)  # in one pass over the text
     choices = {(layer, key): replace(rome, layer=layer, key=key) for layer in layers for key in KEYS}
     return compare_methods(lm, cases, choices, ["layer", "key"], store=store)
 
@@ -109,16 +121,19 @@ def sweep_tokens(
     lm: LanguageModel,
     cases: Iterable[Case],
     tokens: Iterable[int],
+    c_text: str = "sampled",
     texts: str | None = None,
     store: Store | str | Path | None = None,
 ) -> pd.DataFrame:
     """The metrics of ROME by the number of tokens and the text that C is measured on, everything else as published.
 
-    Args: texts: a folder of text files to measure C on, beside text sampled from the model.
+    Args:
+        c_text: the text, see `measured_on`.
+        texts: a folder of other text files to measure C on, beside it.
     """
-    rome = as_published(lm)
+    rome = as_published(lm, c_text)
     chosen = {"layer": rome.layer, "key": rome.key, "settings": rome.settings}
-    sources = {"sampled": rome.source} | ({"folder": FolderText(texts)} if texts else {})
+    sources = {Path(c_text).name: rome.source} | ({"folder": FolderText(texts)} if texts else {})
     choices = {
         (n, name): MeasuredRome(**chosen, source=source, tokens=n)
         for n in sorted(tokens)
@@ -128,18 +143,22 @@ def sweep_tokens(
 
 
 def sweep_changes(
-    lm: LanguageModel, cases: Iterable[Case], n: int, store: Store | str | Path | None = None
+    lm: LanguageModel,
+    cases: Iterable[Case],
+    n: int,
+    c_text: str = "sampled",
+    store: Store | str | Path | None = None,
 ) -> pd.DataFrame:
     """The metrics of ROME with its defaults ("as it is"), and with each of the first n of `OTHER_SETTINGS`."""
-    rome = METHODS["rome"].settled(lm)
+    rome = measured_on(METHODS["rome"].settled(lm), c_text)
     changes = {"as it is": {}} | dict(list(OTHER_SETTINGS.items())[:n])
     choices = {(name,): replace(rome, settings=replace(rome.settings, **change)) for name, change in changes.items()}
     return compare_methods(lm, cases, choices, ["change"], store=store)
 
 
-def as_published(lm: LanguageModel) -> Rome:
+def as_published(lm: LanguageModel, c_text: str = "sampled") -> Rome:
     """ROME at the layer and with the key of the model's defaults, with the published weight decay."""
-    rome = METHODS["rome"].settled(lm)
+    rome = measured_on(METHODS["rome"].settled(lm), c_text)
     return replace(rome, settings=replace(rome.settings, weight_decay=PUBLISHED_DECAY))
 
 
