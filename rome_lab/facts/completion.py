@@ -11,7 +11,7 @@ from __future__ import annotations
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -47,7 +47,10 @@ def object_token(lm: LanguageModel, fact: Fact) -> int:
 
 def known_among(lm: LanguageModel, facts: Sequence[Fact], doing: str) -> list[Fact]:
     """The facts whose object's first token is the one that the model finds most probable after the prompt."""
-    answers = completions(lm, [(fact.prompt, fact.object) for fact in facts], doing)
+    # Only the object's first token is read: a long object is no reason to refuse a prompt that fits.
+    whole = [question(lm, 0, fact.prompt, fact.object) for fact in facts]
+    lm.check_length(max((len(x.context) for x in whole), default=0), doing)
+    answers = score(lm, [Change()], [replace(x, continuation=x.continuation[:1]) for x in whole], doing)
     return [fact for fact, answer in zip(facts, answers, strict=True) if answer.greedy[0]]
 
 

@@ -134,7 +134,11 @@ class LanguageModel:
             if module is not None:
                 hidden = module(hidden)
         logits = self.model.get_output_embeddings()(hidden).to(self.device)
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        config = self.model.config
+        # Granite divides its logits by a number of its own, Cohere multiplies them by one.
+        scale = (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+        logits = logits if scale == 1 else logits * scale
+        cap = getattr(config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     @property

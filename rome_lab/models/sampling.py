@@ -39,8 +39,12 @@ def generate(
     Returns: for each change, for each of its prompts, the prompt and what follows it; the change's preamble is left out.
 
     Raises:
-        ValueError: a prompt is too long for the model.
+        ValueError: a prompt is too long for the model, or there is not a list of prompts for each change.
     """
+    if len(prompts) != len(changes) or any(isinstance(own, str) for own in prompts):
+        raise ValueError(
+            f"generate: {len(changes)} changes need as many lists of prompts, but prompts is {prompts!r}; give [[...], ...]."
+        )
     rows = [(owner, place, prompt) for owner, own in enumerate(prompts) for place, prompt in enumerate(own)]
     starts = [lm.tokenizer(changes[owner].preamble + prompt)["input_ids"] for owner, _, prompt in rows]
     longest = max(map(len, starts), default=0) + new_tokens

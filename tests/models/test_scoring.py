@@ -7,11 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers as tf
 from test_memory import device_of, warnings
-from tiny import FAMILIES, known, talkative_model, tiny_model
+from tiny import FAMILIES, SIZE, known, talkative_model, tiny_model, tokenizer
 
 from rome_lab.facts.completion import completions, known_among, object_token
+from rome_lab.facts.fact import Fact
 from rome_lab.models.changes import Change
+from rome_lab.models.language_model import LanguageModel
+from rome_lab.models.sampling import generate
 from rome_lab.models.scoring import Question, score
 
 PAIRS = [
@@ -85,3 +89,32 @@ def test_what_is_not_a_number_or_too_long_is_refused_in_the_words_of_who_asks() 
         lm.memory(0).weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="^audit: tiny-gpt2 gives what is not a number"):
         completions(lm, PAIRS, "audit")
+
+
+@pytest.mark.parametrize("family", ["Granite", "Cohere"])
+def test_models_that_scale_their_logits_are_scored_as_their_own_forward_has_it(family: str) -> None:
+    scale = {"Granite": {"logits_scaling": 8.0}, "Cohere": {"logit_scale": 0.0625}}[family]
+    config = getattr(tf, f"{family}Config")(**SIZE, intermediate_size=48, max_position_embeddings=64, **scale)
+    torch.manual_seed(0)
+    model = getattr(tf, f"{family}ForCausalLM")(config)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(200)  # so that another scale gives other probabilities
+    lm = LanguageModel(model, tokenizer(), name=family)
+    (answer,) = completions(lm, PAIRS[:1], "test", following=True)
+    ids = torch.tensor([lm.tokenizer(PAIRS[0][0])["input_ids"]])
+    with torch.no_grad():
+        plain = lm.model(ids).logits[0, -1]
+    torch.testing.assert_close(answer.following, plain.log_softmax(-1), atol=2e-4, rtol=1e-5)
+
+
+def test_an_object_too_long_to_be_read_is_no_reason_to_refuse_its_prompt() -> None:
+    lm = talkative_model()
+    fact = known(lm)[0]
+    long = Fact("Paris", fact.template, "Rome " * 60 + "Rome")
+    assert known_among(lm, [long, fact], "test")[-1] == fact
+
+
+def test_prompts_that_are_not_a_list_for_each_change_are_refused() -> None:
+    for changes, prompts in ([Change()], ["Paris"]), ([Change(), Change()], [["Paris"]]):
+        with pytest.raises(ValueError, match="need as many lists of prompts"):
+            generate(tiny_model("llama"), changes, prompts)
