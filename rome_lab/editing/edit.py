@@ -194,9 +194,13 @@ class Edit:
             self.check_constraint(lm, doing, loaded)
 
     def check_constraint(self, lm: LanguageModel, doing: str, loaded: str) -> None:
-        """Raise a ValueError where W_hat k* = v* would not hold, as it did where the edit was made."""
-        W = lm.weight(self.layer)
-        error = self.measured_error(precise(W) + self.delta.to(precise(W)))
+        """Raise a ValueError where W_hat k* = v* would hold neither beside the edits in force nor without them.
+
+        Where the edit was made it did hold, with the edits that were in force then.
+        """
+        original = lm.overlay.original(self.layer)
+        W = original.T if lm.memory_is_transposed(self.layer) else original
+        error = min(self.measured_error(precise(x) + self.delta.to(precise(x))) for x in (W, lm.weight(self.layer)))
         if error > max(2 * self.constraint_error, TOLERANCE, 4 * torch.finfo(W.dtype).eps):
             raise ValueError(
                 f"{doing}: the {self} is for another model than {loaded}: there W_hat k* misses v* by {error:.1e} of its "

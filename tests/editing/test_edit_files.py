@@ -124,6 +124,20 @@ def test_a_file_of_before_is_read_and_applied_to_its_own_model_with_a_warning(tm
         assert other.fingerprint() == before and not other.edits
 
 
+def test_files_of_before_that_were_made_apart_are_in_force_together(tmp_path, edit) -> None:
+    other = make(tiny_model("llama"), OTHER)
+    first, second = (load_edit(former_file(x, tmp_path / f"{x.target}.safetensors")) for x in (edit, other))
+    for order in ((first, second), (second, first)):
+        lm = tiny_model("llama")
+        before = lm.fingerprint()
+        for former in order:
+            former.apply(lm)
+        assert lm.edits == list(order)
+        for former in order:
+            former.undo(lm)
+        assert lm.fingerprint() == before
+
+
 def logits_with(edit) -> torch.Tensor:
     lm = tiny_model("llama")
     with edit.applied(lm):
