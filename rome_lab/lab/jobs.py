@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 from typing import ClassVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
@@ -31,7 +31,8 @@ class Job(threading.Thread):
         RuntimeError: another job runs on the model.
     """
 
-    latest: ClassVar[WeakKeyDictionary[LanguageModel, Job]] = WeakKeyDictionary()  # begun on each model
+    # Begun on each model; by reference only, since a job holds its model, which would then never be freed.
+    latest: ClassVar[WeakKeyDictionary[LanguageModel, ref[Job]]] = WeakKeyDictionary()
 
     def __init__(
         self, lm: LanguageModel, work: Callable[[], str], ended: Callable[[str | Exception, list[str]], None]
@@ -40,8 +41,14 @@ class Job(threading.Thread):
         check_idle(lm)
         self.lm, self.work, self.ended = lm, work, ended
         self.stopping, self.done = threading.Event(), threading.Event()
-        self.latest[lm] = self
+        self.latest[lm] = ref(self)
         self.start()
+
+    @classmethod
+    def of(cls, lm: LanguageModel) -> Job | None:
+        """The job that was last begun on the model, as long as anything holds it; one that runs is held."""
+        job = cls.latest.get(lm)
+        return job and job()
 
     def run(self) -> None:
         notes, library = WarningNotes(), logging.getLogger("rome_lab")
@@ -81,11 +88,11 @@ class WarningNotes(logging.Handler):
 
 def check_idle(lm: LanguageModel) -> None:
     """Raise a RuntimeError where a job runs on the model."""
-    if (job := Job.latest.get(lm)) and not job.done.is_set():
+    if (job := Job.of(lm)) and not job.done.is_set():
         raise RuntimeError(f"{lm.name} is busy; wait until that is done, or press Stop.")
 
 
 def wait_for_job(lm: LanguageModel) -> None:
     """Return once no job runs on the model."""
-    if job := Job.latest.get(lm):
+    if job := Job.of(lm):
         job.join()

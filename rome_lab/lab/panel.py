@@ -114,7 +114,7 @@ class Panel:
 
     def stop(self) -> None:
         """Stop what is being done on the model."""
-        if job := Job.latest.get(self.lm):
+        if job := Job.of(self.lm):
             job.stop()
 
     def ended(self, result: str | Exception, notes: list[str]) -> None:

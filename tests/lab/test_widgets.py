@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -257,3 +259,12 @@ def test_an_error_while_a_chosen_fact_is_filled_in_is_said_in_the_panel(tiny) ->
     panel.form.chosen.value = 0
     assert "comparison: tiny-llama gives what is not a number" in said(panel)
     assert panel.form.subject.value == FACT.subject, "the fields are as they were"
+
+
+def test_a_model_is_freed_after_its_last_job(tiny) -> None:
+    lm = model_of_long_texts()
+    held, job = weakref.ref(lm), Job(lm, lambda: "", lambda result, notes: None)
+    job.join()
+    del lm, job
+    gc.collect()
+    assert held() is None
