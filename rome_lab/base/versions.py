@@ -18,7 +18,15 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-PACKAGE = "rome_lab"
+PACKAGE, HOUSE = "rome_lab", Path(__file__).parents[1]
+# Read when rome_lab is imported, not when a version is first asked for: files may have changed by then under a kernel that
+# goes on with the code that it has, and its results must not be kept as those of the new code.
+AS_IMPORTED = {
+    ".".join((PACKAGE, *path.relative_to(HOUSE).with_suffix("").parts)).removesuffix(".__init__"): path.read_text(
+        "utf-8"
+    )
+    for path in HOUSE.rglob("*.py")
+}
 # Modules that say where results are kept, how a model is brought here, and how much goes together: none of it is in a
 # result but what the identity of the model says anyway.
 INDIFFERENT = frozenset(
@@ -92,7 +100,8 @@ def is_module(name: str) -> bool:
 @cache
 def source_of_module(module: str) -> str:
     """The text of a module; of a package, that of its front door."""
-    return Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
+    text = AS_IMPORTED.get(module)
+    return Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8") if text is None else text
 
 
 @cache

@@ -16,7 +16,7 @@ from rome_lab.facts import Fact, read_prompt
 from rome_lab.models import LanguageModel
 from rome_lab.tracing.averaging import Traces
 from rome_lab.tracing.corruption import Corruption
-from rome_lab.tracing.one_fact import restore
+from rome_lab.tracing.one_fact import trace_of_kind
 from rome_lab.tracing.runs import TraceSettings, UnknownFactError, run_clean_and_corrupted
 from rome_lab.tracing.trace import KINDS, Trace
 
@@ -117,7 +117,7 @@ class TracePlan:
         of_fact = {
             **self.common,
             "what": "trace",
-            "code": code_version(restore.__module__),  # of what makes a trace, not of what stores it
+            "code": code_version(trace_of_kind.__module__),  # of what makes a trace, not of what stores it
             "prompt": fact.prompt,
             "subject": fact.subject,
             "object": fact.object,
@@ -139,8 +139,7 @@ def trace_fact(lm: LanguageModel, fact: Fact, store: Store, plan: TracePlan) -> 
         record = store.load(inputs)
         if record is None:
             runs = runs or run_clean_and_corrupted(lm, fact, None, plan.settings)
-            kind, severed = KINDS[label]
-            trace = restore(runs, kind, severed, [runs.prompt.subject_range[1] - 1] if severed else None)
+            trace = trace_of_kind(runs, label)
             store.save(inputs, *trace_record(trace))
         else:
             trace = trace_from_record(record)

@@ -66,6 +66,12 @@ def causal_trace(
     return restore(runs, kind, severed)
 
 
+def trace_of_kind(runs: Runs, label: str) -> Trace:
+    """The trace of one of `KINDS` that `trace_facts` keeps: severed ones at the last subject token only (Figure 3)."""
+    kind, severed = KINDS[label]
+    return restore(runs, kind, severed, [runs.prompt.subject_range[1] - 1] if severed else None)
+
+
 @torch.no_grad()
 @enough_room("causal_trace")
 def restore(runs: Runs, kind: str, severed: str | None = None, tokens: Collection[int] | None = None) -> Trace:

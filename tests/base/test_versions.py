@@ -147,3 +147,11 @@ def test_every_kind_of_stored_result_carries_a_version() -> None:
 
 def test_a_package_that_is_not_installed_has_no_version() -> None:
     assert package_versions(["torch", "no-such-package"])["no-such-package"] is None
+
+
+def test_the_code_is_that_which_was_imported_whatever_the_files_say_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = code_version("rome_lab.tracing.one_fact")
+    for function in (code_version, versions.source_of_module, versions.bare_code, tree_of):
+        function.cache_clear()
+    monkeypatch.setattr(Path, "read_text", lambda *args, **kwargs: pytest.fail("read again"))
+    assert code_version("rome_lab.tracing.one_fact") == before
