@@ -19,7 +19,7 @@ from transformers import Cache
 
 from rome_lab.facts.fact import Fact
 from rome_lab.facts.prompts import continuation_ids, question
-from rome_lab.models import Batching, Change, LanguageModel, Score, last_logits_only, score, text_bytes
+from rome_lab.models import Batching, Change, LanguageModel, Question, Score, last_logits_only, score, text_bytes
 
 
 def completions(
@@ -35,7 +35,11 @@ def completions(
 
     Raises: ValueError: they are too long for the model together, or it gives what is not a number.
     """
-    questions = [question(lm, 0, prompt, text) for prompt, text in pairs]
+    return answers_of(lm, [question(lm, 0, prompt, text) for prompt, text in pairs], doing, following)
+
+
+def answers_of(lm: LanguageModel, questions: Sequence[Question], doing: str, following: bool = False) -> list[Score]:
+    """What the model as it is makes of questions, having refused those that it cannot read; see `completions`."""
     lm.check_length(max((len(x.text) for x in questions), default=0), doing)
     return score(lm, [Change()], questions, doing, following)
 
@@ -47,10 +51,9 @@ def object_token(lm: LanguageModel, fact: Fact) -> int:
 
 def known_among(lm: LanguageModel, facts: Sequence[Fact], doing: str) -> list[Fact]:
     """The facts whose object's first token is the one that the model finds most probable after the prompt."""
-    # Only the object's first token is read: a long object is no reason to refuse a prompt that fits.
-    whole = [question(lm, 0, fact.prompt, fact.object) for fact in facts]
-    lm.check_length(max((len(x.context) for x in whole), default=0), doing)
-    answers = score(lm, [Change()], [replace(x, continuation=x.continuation[:1]) for x in whole], doing)
+    questions = [question(lm, 0, fact.prompt, fact.object) for fact in facts]
+    # Only the object's first token counts: a long object is no reason to refuse a prompt that fits.
+    answers = answers_of(lm, [replace(x, continuation=x.continuation[:1]) for x in questions], doing)
     return [fact for fact, answer in zip(facts, answers, strict=True) if answer.greedy[0]]
 
 

@@ -12,7 +12,7 @@ Batching, text_bytes            as many texts together as fit, halved where memo
 Change, side_by_side            what a method does to a model, a row of a batch each
 Question, score, Score          log probabilities of given continuations under changes
 generate, continue_randomly     texts that the model writes, under changes or as it is
-choose_products                 how float32 matrix products are computed; product_error measures what that costs
+choose_products                 how float32 matrix products are computed: precisions, and what they cost by product_error
 difference                      which fields of two models' configurations differ, in words
 freed_memory_kept               where freed memory goes, and freed_memory_given_back
 device_of                       where a module computes
@@ -38,7 +38,13 @@ from rome_lab.models.identity import difference
 from rome_lab.models.language_model import LanguageModel
 from rome_lab.models.layouts import find_layout
 from rome_lab.models.loading import check_hub, load_model
-from rome_lab.models.process import choose_products, freed_memory_given_back, freed_memory_kept, product_error
+from rome_lab.models.process import (
+    choose_products,
+    freed_memory_given_back,
+    freed_memory_kept,
+    precisions,
+    product_error,
+)
 from rome_lab.models.sampling import continue_randomly, generate
 from rome_lab.models.scoring import Question, Score, score
 from rome_lab.models.weights import device_of

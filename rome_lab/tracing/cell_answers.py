@@ -21,6 +21,7 @@ from rome_lab.models import (
     at_least_float32,
     enough_room,
     output_changed,
+    precisions,
     run_block,
     suited_attention,
     text_bytes,
@@ -168,8 +169,7 @@ def run_answers(lm: LanguageModel, logits: torch.Tensor, answer_id: int, n: int)
 
 def rounding(lm: LanguageModel) -> float:
     """How far two ways of computing one probability may lie apart."""
-    products = {torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision}
-    exact = lm.dtype in (torch.float32, torch.float64) and not products & {"bf16", "tf32"}
+    exact = lm.dtype in (torch.float32, torch.float64) and not {"bf16", "tf32"} & {*precisions()}
     return 1e-4 if exact else 5e-2
 
 
