@@ -34,7 +34,7 @@ PARAMETERS_search := $(COMMON) -p known_only $(KNOWN_ONLY) -p n_search $(N_SEARC
 SOURCES := $(shell find rome_lab -name '*.py' -o -name '*.csv')
 NUMBERS := 1 2 3 7
 
-.PHONY: help setup figures anatomy evaluate search cost bench faults lab test lint accept clean
+.PHONY: help setup figures anatomy evaluate search cost bench faults lab test lint accept numbers clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -106,6 +106,9 @@ lint: .venv/ready ## check the code's style, and that imports go one way
 
 accept: .venv/ready ## take the notebooks' present numbers as the ones that tests expect
 	ROME_LAB_ACCEPT=1 $(BIN)/python -m pytest -q tests/house/test_notebooks.py
+
+numbers: .venv/ready ## put right the numbers of the README and of docs/, from the committed tables that they name
+	$(BIN)/python docs/number_sources.py --write
 
 clean: ## remove executed notebooks and cached results (not figures, not .venv)
 	rm -rf runs results
