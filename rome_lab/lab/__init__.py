@@ -6,12 +6,14 @@ panel_figure, new_axes, finish, layer_ticks, shared_legend, colour_bar, token_na
 COLOURS, FONT_SIZE, COLUMN_WIDTH          what lines and text look like; the colours of heatmaps are COLOUR_MAPS in plots
 show, TracePicture                        traces that one can point at and click
 record_values, run_notebook               values for the executed copy of a notebook; running one from Python
+draw_figures, facts_to_show               all figures of tracing at once; the facts that Figure 1 shows one by one
 EditRequest, ten_facts, fact_of           edits to try, and a fact that was typed in
 try_edit, try_facts, for_people           make edits, look at what they do, undo them; the table of several made short
 Panel, wait_for_job                       all that by hand; returns once the panel's work on a model is done
 """
 
 from rome_lab.lab.batch import record_values, run_notebook
+from rome_lab.lab.growing import draw_figures, facts_to_show
 from rome_lab.lab.interactive import TracePicture, show
 from rome_lab.lab.jobs import wait_for_job
 from rome_lab.lab.panel import Panel

@@ -3,6 +3,8 @@
 From Python: `run_notebook`. In a notebook: `record_values(model=lm.name, n_facts=120)` hands values over to the
 executed copy. The executed copy is runs/<name>.ipynb, written only when every cell has succeeded; `metadata.rome_lab`
 in it says what produced it. Of a run that failed or was interrupted, runs/<name>.failed.ipynb is kept for reading.
+`one_kernel` runs several notebooks in one process. Where no folder of figures is given, those made with other parameters
+are not overwritten: see `rome_lab.lab.folders`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,12 +26,15 @@ import yaml
 from IPython.display import display
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
 from nbclient.exceptions import DeadKernelError
+from nbclient.util import run_sync
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError, strip_color
 from papermill.execute import ERROR_MARKER_TAG
 
 from rome_lab.base import Json, canonical_json, check_writable, package_versions, write_atomically
+from rome_lab.lab.folders import folder_of_figures, note_parameters
 from rome_lab.lab.parameters import fit_parameters, read_parameters
 
 MIME = "application/vnd.rome_lab+json"
@@ -36,6 +42,16 @@ RUN_PACKAGES = ("rome_lab", "torch", "transformers", "numpy")
 INJECTED = "injected-parameters"  # papermill's own tag
 # Bars that are widgets would be seen neither in the terminal nor, without a kernel, in the executed copy.
 PLAIN_BARS = "import tqdm.auto, tqdm.std; tqdm.auto.tqdm, tqdm.auto.trange = tqdm.std.tqdm, tqdm.std.trange; del tqdm"
+
+
+# What a notebook leaves behind in its kernel, beside what it holds in memory.
+FRESH = """
+import matplotlib.pyplot as plt, pandas as pd
+plt.close("all")
+pd.reset_option("^display")
+get_ipython().reset(new_session=True)
+__import__("gc").collect()
+"""
 
 
 class NotebookError(RuntimeError):
@@ -66,14 +82,34 @@ def record_values(**values: Json) -> None:
     display({"text/plain": f"recorded: {shown}", MIME: plain}, raw=True)
 
 
+@contextmanager
+def one_kernel() -> Iterator[ThisInterpreter]:
+    """Within the context `run_notebook(..., kernel=...)` runs each notebook in the same process, which imports once.
+
+    Before each but the first the variables, figures and pandas' options that the last one left are cleared.
+    """
+    kernel = ThisInterpreter()
+    try:
+        yield kernel
+    finally:
+        if kernel.has_kernel:
+            run_sync(kernel.shutdown_kernel)(now=True)
+
+
 def run_notebook(
-    path: str | Path, parameters: Mapping[str, object] | None = None, runs: str | Path = "runs", progress: bool = True
+    path: str | Path,
+    parameters: Mapping[str, object] | None = None,
+    runs: str | Path = "runs",
+    progress: bool = True,
+    kernel: ThisInterpreter | None = None,
 ) -> Path:
     """Execute a notebook in the current directory with the running interpreter; returns the executed copy's path.
 
     Args:
-        parameters: values that replace the notebook's own; text is converted to the declared type.
+        parameters: values that replace the notebook's own; text is converted to the declared type. Without `figures` among
+            them, what other parameters made is not overwritten.
         progress: show a bar over the cells, and what the notebook itself writes to stderr, such as its own bars.
+        kernel: of `one_kernel`; one of its own by default.
 
     Raises:
         FileNotFoundError, ValueError: no such notebook, an unknown parameter, or a value that does not fit.
@@ -81,7 +117,11 @@ def run_notebook(
         NotebookError: a cell failed, or the kernel died.
     """
     path, runs = Path(path), Path(runs)
-    notebook, about = prepare(path, parameters or {})
+    parameters = dict(parameters or {})
+    notebook, about = prepare(path, parameters)
+    if "figures" in about["parameters"] and "figures" not in parameters:
+        parameters["figures"] = folder_of_figures(path.stem, about["parameters"])
+        notebook, about = prepare(path, parameters)
     target, failed = runs / f"{path.stem}.ipynb", runs / f"{path.stem}.failed.ipynb"
     if target.resolve() == path.resolve():
         raise ValueError(f"run_notebook: the executed copy would replace {path} itself; choose another runs folder.")
@@ -91,7 +131,7 @@ def run_notebook(
         executed = Path(scratch) / "executed.ipynb"
         nbformat.write(notebook, executed)
         try:
-            execute(executed, bar=path.stem if progress else None)
+            execute(executed, path.stem if progress else None, kernel)
         except (PapermillExecutionError, RuntimeError) as error:
             keep(executed, failed, about, start)
             raise NotebookError(f"{failure(executed, path, error)}\n\nAll cells so far are in {failed}.") from error
@@ -100,6 +140,7 @@ def run_notebook(
             raise KeyboardInterrupt(f"{path}: interrupted; all cells so far are in {failed}.") from None
         keep(executed, target, about, start)
     failed.unlink(missing_ok=True)
+    note_parameters(path.stem, about["parameters"])
     return target
 
 
@@ -134,13 +175,15 @@ def read_notebook(path: Path) -> NotebookNode:
         raise ValueError(f"{path} is not a notebook ({reason}); give the path of an .ipynb file.") from None
 
 
-def execute(executed: Path, bar: str | None) -> None:
+def execute(executed: Path, bar: str | None, shared: ThisInterpreter | None) -> None:
     """Run the notebook in place; papermill saves it after every cell. Under a bar, its own bars and warnings are shown.
 
     Raises:
         PapermillExecutionError, RuntimeError: not every cell has run and succeeded.
     """
-    kernel = {"kernel_name": "python3", "language": "python", "kernel_manager_class": ThisInterpreter}
+    kernel = {"kernel_name": "python3", "language": "python", "kernel_manager_class": ThisInterpreter, "km": shared}
+    if shared and shared.has_kernel:
+        NotebookClient(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(FRESH)]), km=shared).execute()
     shown = {"progress_bar": {"desc": bar}, "stderr_file": sys.stderr} if bar else {"progress_bar": False}
     try:
         notebook = papermill.execute_notebook(executed, executed, coalesce_streams=True, **shown, **kernel)

@@ -2,9 +2,10 @@
 
     heatmap(trace)                  one fact: p_restored by token and layer (Figure 1a-c)
     average_heatmap(average, kind)  mean effect by bucket and layer (Figures 1 and 2)
-    facts_and_average(...)          heatmaps of several facts and of the average, a row each (Figure 1)
     lines(average, kind)            mean effects with 95% intervals (Figure 7)
     severed_lines(average)          effect at the last subject token, ordinary and severed (Figure 3)
+    facts_and_average(...)          Figure 1 whole: heatmaps of several facts and of the average, a row each
+    average_heatmaps(...), severed_and_gaps(...), average_lines(...)    Figures 2, 3 and 7 whole
     plot_history(edit)              how the optimisation of v* went
     shared_limits(*data)            vmin and vmax with which compared heatmaps share their colour scale
     cell_table(trace)               the numbers of a heatmap, as a table
@@ -119,23 +120,51 @@ def average_heatmap(
     return finish(ax, layer_ticks())
 
 
-def facts_and_average(singles: Sequence[Sequence[Trace]], average: pd.DataFrame, note: str) -> Figure:
+def facts_and_average(singles: Sequence[Sequence[Trace]], average: pd.DataFrame | None, note: str) -> Figure:
     """Figure 1: a row of heatmaps for each fact, with one colour scale, and a row of averages; a column a kind.
 
     Args: singles: of each fact, its traces of state, MLP and attention. note: stands above the figure.
     """
-    heights = [*(1 + len(traces[0].tokens) for traces in singles), 7]
+    heights = [*(1 + len(traces[0].tokens) for traces in singles), *([] if average is None else [7])]
     size = (7, 0.16 * sum(heights))
-    figure, axes = panel_figure(len(heights), 3, size, note, height_ratios=heights, sharey="row")
+    figure, axes = panel_figure(len(heights), 3, size, note, height_ratios=heights, sharey="row", squeeze=False)
     for traces, row in zip(singles, axes, strict=False):
         for trace, ax in zip(traces, row, strict=True):
             heatmap(trace, ax, **shared_limits(*traces))
-    for kind, ax in zip(dict.fromkeys(average["kind"]), axes[-1], strict=True):
-        average_heatmap(average, kind, ax, **shared_limits(average))
+    if average is not None:
+        for kind, ax in zip(dict.fromkeys(average["kind"]), axes[-1], strict=True):
+            average_heatmap(average, kind, ax, **shared_limits(average))
     for ax in axes.flat:
         ax.label_outer()  # tokens are named once a row, layers once a column
-    for ax in axes[1:-1].flat:
+    for ax in axes[1 : len(singles)].flat:
         ax.set_title("")
+    return figure
+
+
+def average_heatmaps(average: pd.DataFrame, note: str) -> Figure:
+    """Figure 2: mean effects by bucket and layer, a panel a kind, all with one colour scale."""
+    kinds = list(dict.fromkeys(average["kind"]))
+    figure, axes = panel_figure(len(kinds), 1, (COLUMN_WIDTH, 0.1 + 1.5 * len(kinds)), note)
+    for kind, ax in zip(kinds, axes, strict=True):
+        average_heatmap(average, kind, ax, **shared_limits(average))
+    return figure
+
+
+def severed_and_gaps(average: pd.DataFrame, gaps: pd.DataFrame, note: str) -> Figure:
+    """Figure 3: the effect at the last subject token, ordinary and severed, and beside it what severing takes away."""
+    figure, axes = panel_figure(1, 2, (7, 2.4), note, sharey=True)
+    severed_lines(average, axes[0], title="Effect of restoring one state")
+    severed_lines(gaps, axes[1], title="What severing takes away")
+    return figure
+
+
+def average_lines(average: pd.DataFrame, note: str) -> Figure:
+    """Figure 7: mean effects with their 95% intervals, a line a bucket and a panel a kind."""
+    kinds = list(dict.fromkeys(average["kind"]))
+    figure, axes = panel_figure(1, len(kinds), (7, 2.4), note, sharey=True)
+    for kind, ax in zip(kinds, axes, strict=True):
+        lines(average, kind, ax, legend=False)
+    shared_legend(figure, columns=6)
     return figure
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ def trace_facts(
     seed: int = 0,
     max_rows: int | None = None,
     client: Client | None = None,
+    each: Callable[[Trace], object] | None = None,
 ) -> Traces:
     """Trace every fact, each kind from the same clean and corrupted runs; what the store holds is not traced again.
 
@@ -53,6 +54,7 @@ def trace_facts(
         progress: show a bar over the facts.
         corruption, samples, window, seed, max_rows: as in `causal_trace`.
         client: of a Dask cluster, whose workers trace what the store does not hold; see `rome_lab.models.workers`.
+        each: called with every trace as soon as it is there, those of the store among them.
 
     Returns: Traces, in the order of the facts. Facts that `lm` does not know are left out, with a warning.
 
@@ -86,7 +88,10 @@ def trace_facts(
     for fact in tqdm(facts, desc="tracing", unit="fact", disable=not progress or client is not None):
         if fact not in unknown:
             try:
-                traces += trace_fact(lm, fact, store, plan)
+                for trace in trace_fact(lm, fact, store, plan):
+                    traces.append(trace)
+                    if each:
+                        each(trace)
             except UnknownFactError as error:
                 unknown[fact] = str(error)
     if unknown:
@@ -132,9 +137,9 @@ class TracePlan:
         }
 
 
-def trace_fact(lm: LanguageModel, fact: Fact, store: Store, plan: TracePlan) -> list[Trace]:
+def trace_fact(lm: LanguageModel, fact: Fact, store: Store, plan: TracePlan) -> Iterator[Trace]:
     """The traces of one fact, from the store where it has them, else made, and saved there."""
-    traces, runs = [], None
+    runs = None
     for label, inputs in plan.inputs(lm, fact).items():
         record = store.load(inputs)
         if record is None:
@@ -143,8 +148,7 @@ def trace_fact(lm: LanguageModel, fact: Fact, store: Store, plan: TracePlan) -> 
             store.save(inputs, *trace_record(trace))
         else:
             trace = trace_from_record(record)
-        traces.append(trace)
-    return traces
+        yield trace
 
 
 def trace_on_workers(workers: Workers, facts: Sequence[Fact], plan: TracePlan, progress: bool) -> dict[Fact, str]:
@@ -171,7 +175,7 @@ def trace_there(lm: LanguageModel, task: tuple[Fact, tuple[str, ...]], store: St
     """On a worker: trace some kinds of one fact into the store; returns why the model does not know it, or None."""
     fact, kinds = task
     try:
-        trace_fact(lm, fact, store, replace(plan, kinds=kinds))
+        list(trace_fact(lm, fact, store, replace(plan, kinds=kinds)))
     except UnknownFactError as reason:
         return str(reason)
     return None

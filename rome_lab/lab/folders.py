@@ -1,0 +1,58 @@
+"""Which folder figures go to: never over those that other parameters made.
+
+A folder of figures holds `parameters.json`: for each notebook the parameters that made what is there. A first try of another
+size, or of another model, goes to a folder below it that is named after what differs, such as figures/n_facts=12.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from rome_lab.base import Json, write_atomically
+
+NOTE = "parameters.json"
+PLACES = ("figures", "results", "device")  # parameters that what is drawn does not depend on
+LONGEST = 80  # characters of a folder's name
+
+
+def folder_of_figures(notebook: str, parameters: Mapping[str, Json]) -> str:
+    """The folder for what `notebook` draws with these parameters: its own `figures`, or one below it.
+
+    Raises: ValueError: the folder's note cannot be read.
+    """
+    folder = Path(str(parameters["figures"]))
+    made = parameters_of(folder).get(notebook)
+    if made is None:
+        return str(folder)
+    differing = {name: value for name, value in drawn_with(parameters).items() if made.get(name, value) != value}
+    words = (f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in differing.items())
+    name = re.sub(r"[^\w.=,+-]+", "-", ",".join(words))[:LONGEST]
+    return str(folder / name) if differing else str(folder)
+
+
+def note_parameters(notebook: str, parameters: Mapping[str, Json]) -> None:
+    """Note in the folder of figures, where there is one, what made this notebook's."""
+    folder = Path(str(parameters.get("figures", "")))
+    if "figures" in parameters and folder.is_dir():
+        made = dict(sorted((parameters_of(folder) | {notebook: drawn_with(parameters)}).items()))
+        text = json.dumps(made, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(folder / NOTE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def parameters_of(folder: Path) -> dict[str, dict[str, Json]]:
+    """Notebook -> the parameters that made what the folder holds of it."""
+    note = folder / NOTE
+    if not note.exists():
+        return {}
+    try:
+        return json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{note} cannot be read ({error}); remove it, or choose another folder for figures.") from None
+
+
+def drawn_with(parameters: Mapping[str, Json]) -> dict[str, Json]:
+    """What the figures depend on, as JSON gives it back."""
+    return json.loads(json.dumps({name: value for name, value in parameters.items() if name not in PLACES}))

@@ -1,0 +1,172 @@
+"""All figures of tracing at once: a first picture soon, pictures that grow with the facts, one bar over all of it.
+
+The facts are traced here, each once, into the store; the notebooks then find their traces there and draw the figures. Until
+then pictures of what there is so far are in runs/growing, each replaced whole.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import psutil
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from rome_lab.base import write_atomically
+from rome_lab.facts import Fact, known_facts, load_facts, read_prompt
+from rome_lab.lab.batch import one_kernel, prepare, run_notebook
+from rome_lab.lab.plots import average_heatmaps, average_lines, facts_and_average, severed_and_gaps
+from rome_lab.models import LanguageModel, load_model
+from rome_lab.tracing import KINDS, Trace, Traces, columns_of, trace_facts
+
+TRACED = ("claims", "figure_1", "figure_2", "figure_3", "figure_7")
+"""The notebooks whose numbers are traces, by name."""
+SHOWN = ("state", "mlp", "attn")  # kinds that figures 1, 2 and 7 show
+BAR = "{desc}{percentage:3.0f}% |{bar}| {elapsed} < {remaining}"
+DRAWING = 0.05  # share of the time that goes to pictures which are drawn again later
+
+
+def facts_to_show(
+    lm: LanguageModel, facts: Iterable[Fact], subjects: Sequence[str], known: Iterable[Fact], store: str, seed: int = 0
+) -> list[Fact]:
+    """Facts for Figure 1: those about `subjects` that `lm` knows, then the first of `known`, as many as there are subjects.
+
+    Args: store, seed: as in `known_facts`.
+    """
+    about = [fact for fact in facts if fact.subject in subjects]
+    wished = known_facts(lm, about, n=None, seed=seed, store=store, progress=False) if about else []
+    return list(dict.fromkeys([*wished, *known]))[: len(subjects)]
+
+
+def draw_figures(
+    notebooks: str | Path, parameters: Mapping[str, object], runs: str | Path = "runs", progress: bool = True
+) -> Path:
+    """Trace what the notebooks of `TRACED` show, and run them; returns the folder of their figures.
+
+    Args:
+        notebooks: the folder that holds them.
+        parameters: as `run_notebook` takes them; every one of these notebooks must have them.
+        runs: folder of the executed copies, and of the growing pictures.
+
+    Raises: what `run_notebook` raises, `load_model` and `trace_facts`.
+    """
+    paths = [Path(notebooks) / f"{name}.ipynb" for name in TRACED]
+    used = [prepare(path, parameters)[1]["parameters"] for path in paths][TRACED.index("figure_1")]
+    results, seed = used["results"], used["seed"]
+    lm = load_model(used["model"], used["device"], used["dtype"])
+    start_up = time.time() - psutil.Process().create_time()
+    facts = load_facts(used["dataset"])
+    settings = {"samples": used["samples"], "window": used["window"], "seed": seed, "store": results, "progress": False}
+    with tqdm(desc="figures", unit="", disable=not progress, bar_format=BAR, smoothing=0.1) as bar:
+        pictures = Growing(Path(runs) / "growing", lm, bar, used["window"])
+        # The first picture does not wait until the known facts are found.
+        first = facts_to_show(lm, facts, used["examples"], [], results, seed)[:1]
+        pictures.expect(first, SHOWN)
+        if first:
+            pictures.trace_shown(first, settings)
+        known = known_facts(lm, facts, n=used["n_facts"], seed=seed, store=results, progress=False)
+        shown = facts_to_show(lm, facts, used["examples"], known, results, seed)
+        pictures.expect([fact for fact in shown if fact not in first], SHOWN)
+        pictures.expect(known, tuple(KINDS))
+        pictures.expect_seconds(len(TRACED) * start_up / 2)
+        pictures.trace_shown(shown, settings)
+        bar.set_description("tracing")
+        trace_facts(lm, known, tuple(KINDS), each=pictures.add, **settings)
+        with one_kernel() as kernel:
+            for path in paths:
+                bar.set_description(path.stem)
+                executed = run_notebook(path, parameters, runs, progress=False, kernel=kernel)
+                bar.update((bar.total - bar.n) / (len(paths) - paths.index(path)))
+        bar.set_description("figures")
+    return executed
+
+
+@dataclass(eq=False)
+class Growing:
+    """Pictures of the traces so far, drawn again where they have grown enough, and the bar over all work.
+
+    Attributes:
+        folder: where the pictures are.
+        shown: the traces of the facts that Figure 1 shows one by one; averaged: those of the facts behind the averages.
+    """
+
+    folder: Path
+    lm: LanguageModel
+    bar: tqdm
+    window: int
+    shown: list[Trace] = field(default_factory=list)
+    averaged: list[Trace] = field(default_factory=list)
+    begun: float = field(default_factory=time.monotonic)
+    drawing: float = 0.0  # seconds that pictures have taken
+
+    def expect(self, facts: Iterable[Fact], kinds: Sequence[str]) -> None:
+        """Count the traces of these facts to the work that lies ahead."""
+        for fact in facts:
+            prompt = read_prompt(self.lm, fact)
+            steps = (self.steps(kind, len(prompt.ids), prompt.subject_range) for kind in kinds)
+            self.bar.total = (self.bar.total or 0) + sum(steps)
+
+    def expect_seconds(self, seconds: float) -> None:
+        """Count so much time to the work that lies ahead, at the speed so far."""
+        speed = self.bar.n / (time.monotonic() - self.begun)
+        self.bar.total += seconds * speed
+        self.bar.refresh()
+
+    def steps(self, label: str, n_tokens: int, subject_range: tuple[int, int]) -> int:
+        """How many tokens go through a block for one sample of the noise: what a trace's time is proportional to."""
+        kind, severed = KINDS[label]
+        begin, end = subject_range
+        tokens = [end - 1] if severed else range(begin, n_tokens)
+        layers = sum(self.lm.n_layers - column.depth for column in columns_of(kind, self.lm.n_layers, self.window))
+        return layers * sum(n_tokens - token for token in tokens)
+
+    def trace_shown(self, facts: Sequence[Fact], settings: Mapping[str, object]) -> None:
+        """Trace what Figure 1 shows one by one, and draw it."""
+        self.shown = []
+        for fact in facts:
+            self.bar.set_description(f"tracing {fact.subject}")
+            self.shown += trace_facts(self.lm, [fact], SHOWN, each=self.count, **settings)
+            self.draw()
+
+    def count(self, trace: Trace) -> None:
+        """Move the bar on by the work of a trace."""
+        self.bar.update(self.steps(trace.label, len(trace.tokens), trace.subject_range))
+
+    def add(self, trace: Trace) -> None:
+        """Take one more trace of the facts behind the averages; `KINDS` come in their order, fact by fact."""
+        self.count(trace)
+        self.averaged.append(trace)
+        if len(self.averaged) % len(KINDS) == 0:
+            spent = time.monotonic() - self.begun
+            if self.drawing < DRAWING * spent:
+                self.draw()
+
+    def draw(self) -> None:
+        """Draw what there is."""
+        begin = time.monotonic()
+        is_first = not any(self.folder.glob("figure_1.png"))
+        n_facts = len(self.averaged) // len(KINDS)
+        traces = Traces(self.averaged) if n_facts > 1 else None
+        average = traces and traces.average()
+        note = f"{self.lm.name}, {f'{n_facts} known facts' if traces else 'single facts'} so far"
+        of_kinds = None if average is None else average[average["kind"].isin(SHOWN)]
+        singles = [self.shown[i : i + len(SHOWN)] for i in range(0, len(self.shown), len(SHOWN))]
+        self.save("figure_1", facts_and_average(singles, of_kinds, note))
+        if traces:
+            gaps = pd.concat([traces.gap("state", "severed-attn"), traces.gap("state", "severed-mlp")])
+            self.save("figure_2", average_heatmaps(of_kinds, note))
+            self.save("figure_3", severed_and_gaps(average, gaps, note))
+            self.save("figure_7", average_lines(of_kinds, note))
+        if is_first:
+            self.bar.write(f"The first picture is {self.folder / 'figure_1.png'}; it and others grow with the facts.")
+        self.drawing += time.monotonic() - begin
+
+    def save(self, name: str, figure: Figure) -> None:
+        """Put one picture in its place, whole."""
+        write_atomically(self.folder / f"{name}.png", lambda path: figure.savefig(path, format="png", dpi=150))
+        plt.close(figure)
