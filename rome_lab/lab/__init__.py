@@ -8,6 +8,7 @@ show, TracePicture                        traces that one can point at and click
 record_values, run_notebook               values for the executed copy of a notebook; running one from Python
 EditRequest, ten_facts, fact_of           edits to try, and a fact that was typed in
 try_edit, try_facts, for_people           make edits, look at what they do, undo them; the table of several made short
+report                                    a page about one fact in one model, as one file of HTML
 Panel, wait_for_job                       all that by hand; returns once the panel's work on a model is done
 """
 
@@ -30,5 +31,6 @@ from rome_lab.lab.plots import (
     shared_legend,
     token_names,
 )
+from rome_lab.lab.reporting import report
 from rome_lab.lab.trials import EditRequest, for_people, ten_facts, try_edit, try_facts
 from rome_lab.lab.typed_facts import fact_of
