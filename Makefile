@@ -34,7 +34,7 @@ PARAMETERS_search := $(COMMON) -p known_only $(KNOWN_ONLY) -p n_search $(N_SEARC
 SOURCES := $(shell find rome_lab -name '*.py' -o -name '*.csv')
 NUMBERS := 1 2 3 7
 
-.PHONY: help setup figures anatomy evaluate search cost bench faults lab test lint accept numbers clean
+.PHONY: help setup figures anatomy evaluate search cost bench faults lab test lint accept numbers site clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -107,8 +107,15 @@ lint: .venv/ready ## check the code's style, and that imports go one way
 accept: .venv/ready ## take the notebooks' present numbers as the ones that tests expect
 	ROME_LAB_ACCEPT=1 $(BIN)/python -m pytest -q tests/house/test_notebooks.py
 
+site: .venv/site ## build these pages, the notebooks as they were run last and the reference as a site, in site/html
+	$(BIN)/python docs/build_site.py site
+
+.venv/site: requirements-site.txt | .venv/ready
+	$(BIN)/pip install --quiet -r requirements-site.txt
+	touch $@
+
 numbers: .venv/ready ## put right the numbers of the README and of docs/, from the committed tables that they name
 	$(BIN)/python docs/number_sources.py --write
 
-clean: ## remove executed notebooks and cached results (not figures, not .venv)
-	rm -rf runs results
+clean: ## remove executed notebooks, cached results and the site (not figures, not .venv)
+	rm -rf runs results site

@@ -41,9 +41,11 @@ ROOT = Path(__file__).parents[1]
 PIECE = re.compile(r"^#{1,6} [^\n]*$|^<!-- (?P<kind>numbers|cells)\n(?P<body>.*?)-->$", re.MULTILINE | re.DOTALL)
 CODE = r"^```.*?^```$|<!--.*?-->|``[^`]+``|`[^`]+`"
 ADDRESSES = r"!\[[^]]*\]|\]\([^)]*\)|<[^>\n]+>|https?://\S+"
-NAMES = r"\b(?:Figures?|Tables?|Python|arXiv|Eqn) [\d.]+(?:(?:, | and )\d+)*|\b95%|\b(?:19|20)\d\d\b"
+NAMES = (
+    r"\b(?:Figures?|Tables?|Python|arXiv|Eqn|[Ii]ssue) [\d.]+(?:(?:, | and )\d+)*|^ *\d+\.(?= )|\b95%|\b(?:19|20)\d\d\b"
+)
 NO_TEXT = re.compile(rf"^#{{1,6}} [^\n]*|{CODE}|{ADDRESSES}|{NAMES}|\\\W", re.MULTILINE | re.DOTALL)
-NUMBER = re.compile(r"(?<![\w.])(?<![A-Za-z_)]-)(?<![A-Za-z]\d-)\d+(?:,\d{3})*(?:\.\d+)?(?!\w)(?!-\w)")
+NUMBER = re.compile(r"(?<![\w.])(?<![A-Za-z_)]-)(?<![A-Za-z]\d-)(?:(?<=[\s(])-)?\d+(?:,\d{3})*(?:\.\d+)?(?!\w)(?!-\w)")
 FILTERS = re.compile(r"""\s*((?:\w+=(?:"[^"]*"|'[^']*'|[^\s"'{]+)\s*)*)(.*)""")
 
 

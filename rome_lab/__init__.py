@@ -16,7 +16,7 @@ from rome_lab.editing import (
 )
 from rome_lab.evaluation import evaluate
 from rome_lab.facts import Fact, known_facts, load_facts
-from rome_lab.lab import plot_history, plots, show
+from rome_lab.lab import plot_history, plots, report, show
 from rome_lab.models import LanguageModel, choose_products, load_model
 from rome_lab.tracing import FixedNoise, GaussianNoise, Trace, Traces, causal_trace, claims, trace_facts
 
@@ -46,6 +46,7 @@ __all__ = [
     "load_model",
     "plot_history",
     "plots",
+    "report",
     "rome",
     "rome_many",
     "show",

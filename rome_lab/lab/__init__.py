@@ -9,10 +9,13 @@ record_values, run_notebook               values for the executed copy of a note
 draw_figures, facts_to_show               all figures of tracing at once; the facts that Figure 1 shows one by one
 EditRequest, ten_facts, fact_of           edits to try, and a fact that was typed in
 try_edit, try_facts, for_people           make edits, look at what they do, undo them; the table of several made short
+report                                    a page about one fact in one model, as one file of HTML
+run_command                               the command line, with a command for each of these
 Panel, wait_for_job                       all that by hand; returns once the panel's work on a model is done
 """
 
 from rome_lab.lab.batch import record_values, run_notebook
+from rome_lab.lab.command import run_command
 from rome_lab.lab.growing import draw_figures, facts_to_show
 from rome_lab.lab.interactive import TracePicture, show
 from rome_lab.lab.jobs import wait_for_job
@@ -32,5 +35,6 @@ from rome_lab.lab.plots import (
     shared_legend,
     token_names,
 )
+from rome_lab.lab.reporting import report
 from rome_lab.lab.trials import EditRequest, for_people, ten_facts, try_edit, try_facts
 from rome_lab.lab.typed_facts import fact_of

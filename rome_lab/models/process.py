@@ -15,9 +15,9 @@ import ctypes
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 
@@ -27,7 +27,8 @@ KEPT_BYTES = 256 * 2**20  # bytes: more than the vectors of a trace of the embed
 LEAST_BYTES = 128 * 2**10  # bytes: glibc's own thresholds at first
 RAISED_BYTES = 32 * 2**20  # bytes: the most that glibc raises them to by itself, as pieces of that size are freed
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in glibc's malloc.h
-threshold_in_force: ContextVar[int | None] = ContextVar("threshold_in_force", default=None)
+contexts = 0  # of `threshold`, in all threads
+changing = threading.Lock()  # held by who changes that number
 
 
 @contextmanager
@@ -51,25 +52,31 @@ def freed_memory_given_back() -> Iterator[None]:
 
 @contextmanager
 def threshold(size: int) -> Iterator[None]:
-    """Within the context, glibc keeps up to so many bytes of freed memory; of several contexts the outermost decides.
+    """Within the context, glibc keeps up to so many bytes of freed memory; of several contexts the first one decides.
 
-    After it what was kept goes back, and the thresholds are where glibc itself takes them once large pieces have been
-    freed: it tells nobody what they were before. Where the user has set them in the environment, they are left alone.
+    There is one allocator for all threads, so that their contexts count together. After the last of them what was kept
+    goes back, and the thresholds are where glibc itself takes them once large pieces have been freed: it tells nobody what
+    they were before. Where the user has set them in the environment, they are left alone.
     """
     is_set = "MMAP_THRESHOLD" in " ".join((*os.environ, os.environ.get("GLIBC_TUNABLES", ""))).upper()
-    if threshold_in_force.get() is not None or is_set or not (library := glibc()):
+    if is_set or not (library := glibc()):
         yield
         return
-    token = threshold_in_force.set(size)
+    global contexts
+    with changing:
+        contexts += 1
+        if contexts == 1:
+            library.mallopt(TRIM_THRESHOLD, size)
+            library.mallopt(MMAP_THRESHOLD, size)
     try:
-        library.mallopt(TRIM_THRESHOLD, size)
-        library.mallopt(MMAP_THRESHOLD, size)
         yield
     finally:
-        threshold_in_force.reset(token)
-        library.mallopt(TRIM_THRESHOLD, 2 * RAISED_BYTES)
-        library.mallopt(MMAP_THRESHOLD, RAISED_BYTES)
-        library.malloc_trim(0)
+        with changing:
+            contexts -= 1
+            if not contexts:
+                library.mallopt(TRIM_THRESHOLD, 2 * RAISED_BYTES)
+                library.mallopt(MMAP_THRESHOLD, RAISED_BYTES)
+                library.malloc_trim(0)
 
 
 def give_back_freed_memory() -> None:

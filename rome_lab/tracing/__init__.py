@@ -5,7 +5,7 @@ Trace, Traces, KINDS                what comes of them: probabilities by token a
 GaussianNoise, FixedNoise           what makes a corrupted run corrupted
 answers_at                          what the model says in the three runs of one cell: CellAnswers, a RunAnswers each
 BUCKETS, buckets                    where in a prompt a token stands
-claims                              the paper's claims, put to the test
+claims, claims_at_fact              the paper's claims, put to the test over many facts; what one fact says of them
 strongest, strongest_places         peaks, read off the averages
 beside_paper                        our numbers and the paper's in shares, so that models compare
 trace_random_weights                the same of a model that has learnt nothing
@@ -18,7 +18,7 @@ from rome_lab.tracing.cell_answers import CellAnswers, RunAnswers, answers_at, r
 from rome_lab.tracing.corruption import FixedNoise, GaussianNoise
 from rome_lab.tracing.many_facts import trace_facts
 from rome_lab.tracing.one_fact import causal_trace
-from rome_lab.tracing.paper_claims import claims
+from rome_lab.tracing.paper_claims import claims, claims_at_fact
 from rome_lab.tracing.readings import beside_paper, strongest, strongest_places, trace_random_weights
 from rome_lab.tracing.sweep import READ_TOGETHER, columns_of
 from rome_lab.tracing.trace import KINDS, Trace

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from rome_lab.base import check_whole
-from rome_lab.facts import Prompt
+from rome_lab.facts import Prompt, continuation_ids
 from rome_lab.models import (
     Batching,
     LanguageModel,
@@ -27,6 +27,7 @@ from rome_lab.models import (
     text_bytes,
 )
 from rome_lab.tracing.corruption import GaussianNoise
+from rome_lab.tracing.one_fact import following
 from rome_lab.tracing.runs import Runs, TraceSettings, run_clean_and_corrupted
 from rome_lab.tracing.sweep import Column, columns_of
 from rome_lab.tracing.trace import Trace
@@ -89,7 +90,7 @@ def answers_at(lm: LanguageModel, trace: Trace, token: int, layer: int, n: int =
             f"{n_layers} layers, counted from 0."
         )
     settings = TraceSettings(GaussianNoise(std=trace.noise_std), trace.samples, trace.window, trace.seed)
-    runs = run_clean_and_corrupted(lm, same_prompt(lm, trace), None, settings)
+    runs = same_answer(run_clean_and_corrupted(lm, same_prompt(lm, trace), None, settings), trace)
     column = columns_of(trace.kind, n_layers, trace.window)[layer]
     logits = [runs.recording.logits[:1], runs.recording.logits[1:], restored_logits(runs, trace, token, column)]
     clean, corrupted, restored = (run_answers(lm, rows, runs.answer_id, n) for rows in logits)
@@ -120,6 +121,15 @@ def same_prompt(lm: LanguageModel, trace: Trace) -> Prompt:
             f"answers_at: {lm.name} has {lm.n_layers} layers and the trace {trace.p_restored.shape[1]}; {RETRACE}."
         )
     return prompt
+
+
+def same_answer(runs: Runs, trace: Trace) -> Runs:
+    """The runs, following the trace's answer where that is another token than the model's own; as they are where none is."""
+    lm, text = runs.lm, trace.answer
+    ids = [runs.answer_id, *lm.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    ids += continuation_ids(lm, runs.prompt.text, text)[:1] if text.strip() else []
+    token = next((i for i in ids if lm.tokenizer.decode([i]) == text), runs.answer_id)
+    return following(runs, token)
 
 
 def restored_logits(runs: Runs, trace: Trace, token: int, column: Column) -> torch.Tensor:

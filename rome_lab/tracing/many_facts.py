@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
-from rome_lab.base import Basket, Json, Record, Store, code_version, opened
+from rome_lab.base import Json, Record, Store, code_version, opened
 from rome_lab.facts import Fact, read_prompt
 from rome_lab.models import LanguageModel
 from rome_lab.tracing.averaging import Traces
@@ -59,13 +59,15 @@ def trace_facts(
     Returns: Traces, in the order of the facts. Facts that `lm` does not know are left out, with a warning.
 
     Raises:
-        ValueError: an unknown kind, no facts, or none that `lm` knows.
+        ValueError: a kind that is unknown or given twice, no facts, or none that `lm` knows.
         OSError: the store cannot be written; found before any work is done.
         RuntimeError: the cluster has failed, and what was finished is in the store; or the store loses what it is given.
     """
     kinds, facts = tuple(kinds), list(dict.fromkeys(facts))
     if others := set(kinds) - set(KINDS):
         raise ValueError(f"trace_facts: unknown kinds {sorted(others)}; choose from {', '.join(KINDS)}.")
+    if twice := sorted({kind for kind in kinds if kinds.count(kind) > 1}):
+        raise ValueError(f"trace_facts: the kinds {twice} are given more than once; name each once.")
     if not facts:
         raise ValueError("trace_facts: there are no facts to trace; known_facts(lm, facts) finds some.")
     store = opened(store)
@@ -73,16 +75,14 @@ def trace_facts(
         store.check_writable()
     settings = TraceSettings(corruption, samples, window, seed, max_rows)
     settings = replace(settings, corruption=settings.corruption.measured(lm))
-    described: dict[str, Json] = {"corruption": settings.corruption.describe(lm)}
     unknown: dict[Fact, str] = {}
     if client is None:
-        plan = TracePlan(kinds, settings, described | (lm.identity().key() if store else {}))
-        store = store or Basket()
+        plan = TracePlan(kinds, settings, described(lm, settings) | lm.identity().key() if store else {})
     else:
         from rome_lab.models import Workers  # needs dask.distributed, which is an optional extra
 
         workers = Workers(client, lm, store)
-        plan, store = TracePlan(kinds, settings, described | workers.key), workers.store
+        plan, store = TracePlan(kinds, settings, described(lm, settings) | workers.key), workers.store
         unknown = trace_on_workers(workers, facts, plan, progress)
     traces = []
     for fact in tqdm(facts, desc="tracing", unit="fact", disable=not progress or client is not None):
@@ -103,13 +103,18 @@ def trace_facts(
     return Traces(traces)
 
 
+def described(lm: LanguageModel, settings: TraceSettings) -> dict[str, Json]:
+    """The corruption as a part of the inputs of a stored trace."""
+    return {"corruption": settings.corruption.describe(lm)}
+
+
 @dataclass(frozen=True)
 class TracePlan:
     """What is traced of every fact.
 
     Attributes:
         kinds: labels of `KINDS`.
-        common: what the store's inputs of all traces have in common: the model, and the corruption.
+        common: what the store's inputs of all traces have in common: the model, and the corruption; of no use without one.
     """
 
     kinds: tuple[str, ...]
@@ -137,8 +142,12 @@ class TracePlan:
         }
 
 
-def trace_fact(lm: LanguageModel, fact: Fact, store: Store, plan: TracePlan) -> Iterator[Trace]:
-    """The traces of one fact, from the store where it has them, else made, and saved there."""
+def trace_fact(lm: LanguageModel, fact: Fact, store: Store | None, plan: TracePlan) -> Iterator[Trace]:
+    """The traces of one fact, from the store where it has them, else made, and saved there where there is one."""
+    if store is None:
+        runs = run_clean_and_corrupted(lm, fact, None, plan.settings)
+        yield from (trace_of_kind(runs, label) for label in plan.kinds)
+        return
     runs = None
     for label, inputs in plan.inputs(lm, fact).items():
         record = store.load(inputs)

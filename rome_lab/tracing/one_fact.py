@@ -5,15 +5,16 @@ The runs are those of `rome_lab.tracing.runs`; each token is swept by `rome_lab.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from rome_lab.facts import Fact
+from rome_lab.facts import Fact, continuation_ids
 from rome_lab.models import LanguageModel, enough_room, freed_memory_kept, suited_attention
 from rome_lab.tracing.corruption import Corruption
-from rome_lab.tracing.runs import Runs, TraceSettings, run_clean_and_corrupted
+from rome_lab.tracing.runs import Runs, TraceSettings, probability, run_clean_and_corrupted
 from rome_lab.tracing.sweep import Sweep, columns_of
 from rome_lab.tracing.trace import KINDS, Trace
 
@@ -30,6 +31,8 @@ def causal_trace(
     *,
     severed: str | None = None,
     max_rows: int | None = None,
+    answer: str | None = None,
+    callback: Callable[[Trace], None] | None = None,
 ) -> Trace:
     """Trace which hidden states carry a fact (B.1, B.2).
 
@@ -63,7 +66,14 @@ def causal_trace(
             "'attn', and severed 'mlp' or 'attn' only with kind 'state'."
         )
     runs = run_clean_and_corrupted(lm, prompt, subject, TraceSettings(corruption, samples, window, seed, max_rows))
-    return restore(runs, kind, severed)
+    if answer is not None:
+        runs = following(runs, continuation_ids(lm, runs.prompt.text, answer)[0])
+    return restore(runs, kind, severed, callback=callback)
+
+
+def following(runs: Runs, token: int) -> Runs:
+    """The same runs, but the probability that is followed is that of another token."""
+    return replace(runs, answer_id=token, p=probability(runs.recording.logits, token))
 
 
 def trace_of_kind(runs: Runs, label: str) -> Trace:
@@ -74,19 +84,18 @@ def trace_of_kind(runs: Runs, label: str) -> Trace:
 
 @torch.no_grad()
 @enough_room("causal_trace")
-def restore(runs: Runs, kind: str, severed: str | None = None, tokens: Collection[int] | None = None) -> Trace:
+def restore(
+    runs: Runs,
+    kind: str,
+    severed: str | None = None,
+    tokens: Collection[int] | None = None,
+    callback: Callable[[Trace], None] | None = None,
+) -> Trace:
     """The restored runs of all layers at `tokens`, all tokens by default; the rows of other tokens are NaN."""
     lm, prompt, settings = runs.lm, runs.prompt, runs.settings
     begin, end = prompt.subject_range
-    p_corrupted = float(runs.p[1:].mean())
     columns = columns_of(kind, lm.n_layers, settings.window)
-    p_restored = np.full((len(prompt.ids), lm.n_layers), np.nan)
-    with suited_attention(lm), freed_memory_kept():
-        for token in range(len(prompt.ids)) if tokens is None else tokens:
-            # Restoring a token left of the subject restores what never changed.
-            swept = Sweep(runs, token, kind, severed, columns)
-            p_restored[token] = p_corrupted if token < begin else swept.p_restored()
-    return Trace(
+    trace = Trace(
         kind=kind,
         severed=severed,
         prompt=prompt.text,
@@ -95,10 +104,18 @@ def restore(runs: Runs, kind: str, severed: str | None = None, tokens: Collectio
         tokens=prompt.tokens(lm),
         subject_range=(begin, end),
         p_clean=float(runs.p[0]),
-        p_corrupted=p_corrupted,
-        p_restored=p_restored,
+        p_corrupted=float(runs.p[1:].mean()),
+        p_restored=np.full((len(prompt.ids), lm.n_layers), np.nan),
         noise_std=runs.noise_std,
         samples=settings.samples,
         window=settings.window,
         seed=settings.seed,
     )
+    with suited_attention(lm), freed_memory_kept():
+        for token in range(len(prompt.ids)) if tokens is None else tokens:
+            # Restoring a token left of the subject restores what never changed.
+            swept = Sweep(runs, token, kind, severed, columns)
+            trace.p_restored[token] = trace.p_corrupted if token < begin else swept.p_restored()
+            if callback:
+                callback(replace(trace, p_restored=trace.p_restored.copy()))
+    return trace

@@ -1,4 +1,7 @@
-"""The paper's claims about where facts are kept, put to the test: `claims` returns one row a claim.
+"""The paper's claims about where facts are kept, put to the test.
+
+    claims(traces)             over many facts: a row a claim, with its interval and its verdict
+    claims_at_fact(traces)     at one fact, which has no interval
 
 Each claim is that one average indirect effect is larger than another in half of the model's layers. The halves are
 fixed beforehand and the effects are paired within the fact, so the verdict does not come from layers picked because
@@ -109,6 +112,39 @@ def claims(traces: Iterable[Trace], margin: float = 0.01) -> pd.DataFrame:
         raise ValueError(f"claims: margin {margin} is not a probability; give one from 0 up to, not including, 1")
     means = Traces(traces).fact_means()
     return pd.DataFrame([_row(claim, means, margin) for claim in CLAIMS]).astype({"peak_layer": "Int64"})
+
+
+def claims_at_fact(traces: Iterable[Trace], margin: float = 0.01) -> pd.DataFrame:
+    """The contrast of each claim at a single fact; of one fact there is no interval, and a claim is about many.
+
+    Args:    traces: of one fact, a kind each; the severed kinds serve the last claim. margin: as in `claims`.
+    Returns: DataFrame: claim; larger, smaller, mean indirect effects over the claim's layers at its two sites; effect, their
+             difference; tested_layers; verdict: "agrees" (effect > margin), "disagrees" (effect < -margin), "neither", or
+             "can't tell", for want of a trace, of the token or of layers.
+    Raises:  ValueError: the traces are of several facts; see also `Traces.fact_means`.
+    """
+    traces = Traces(traces)
+    if traces.n_facts > 1:
+        raise ValueError(f"claims_at_fact: these are traces of {traces.n_facts} facts; claims(traces) is about many.")
+    means = traces.fact_means()
+    return pd.DataFrame([_row_of_fact(claim, means, margin) for claim in CLAIMS])
+
+
+def _row_of_fact(claim: Claim, means: pd.DataFrame, margin: float) -> dict[str, object]:
+    layers = np.arange(len(means.columns))[_half(claim.half, len(means.columns))]
+    larger = effect = np.nan
+    if {claim.larger[0], claim.smaller[0]} <= set(means.index.unique("kind")) and len(layers):
+        larger = _effects(means, *claim.larger)[layers].iloc[0].mean(skipna=False)
+        effect = _contrast(claim, means)[layers].iloc[0].mean(skipna=False)
+    verdict = "agrees" if effect > margin else "disagrees" if effect < -margin else "neither"
+    return {
+        "claim": claim.sentence,
+        "larger": float(larger),
+        "smaller": float(larger - effect),
+        "effect": float(effect),
+        "tested_layers": _ranges(layers),
+        "verdict": "can't tell" if np.isnan(effect) else verdict,
+    }
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:

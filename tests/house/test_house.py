@@ -186,7 +186,11 @@ def test_a_module_has_a_docstring_and_is_short_enough_to_be_read(module):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md"])
+PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md"]
+PAGES += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_what_the_pages_name_is_there(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for path in re.findall(r"`([\w./]+\.(?:py|ipynb|csv))`", text):

@@ -80,3 +80,11 @@ def test_pages_hold_numbers_at_all():
     """A pattern that finds nothing would let everything pass."""
     assert len(re.findall(r"^<!-- (?:numbers|cells)$", PAGES["README.md"], re.MULTILINE)) >= 5
     assert Path(ROOT / "docs/number_sources.py").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_tests_that_a_page_names_are_there(page):
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", PAGES[page])
+    assert named or page != "docs/elsewhere.md"
+    for path, test in named:
+        assert f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), f"{path} has no {test}"

@@ -24,6 +24,7 @@ from rome_lab.lab.looks import (
 from rome_lab.lab.page import compared_page
 from rome_lab.lab.trials import EditRequest, for_people, make_edit, ten_facts, try_edit, try_facts
 from rome_lab.lab.typed_facts import best_known, fact_of
+from rome_lab.models.batching import Batching
 from rome_lab.models.language_model import LanguageModel
 
 REQUEST = EditRequest(FACT, "Rome", 1, FEW, tokens=256)
@@ -134,6 +135,25 @@ def test_trying_an_edit_leaves_the_model_as_it_was(tiny) -> None:
     table = try_facts(tiny, [REQUEST], progress=False)
     assert table.to_dict("records") == [row]
     assert try_facts(tiny, [], progress=False).empty
+
+
+def round_by_batch(lm: LanguageModel) -> None:
+    """From now on the last bits of the answers depend on how many texts go together, as they do in larger models."""
+    lm.embedding.register_forward_hook(lambda module, args, output: output * (1 + 2e-7 * len(output)))
+
+
+def test_an_edit_is_undone_also_where_fewer_texts_go_together_by_then_and_answers_round_otherwise(tiny) -> None:
+    round_by_batch(tiny)
+
+    def run_out(doing: str, done: float) -> None:
+        if doing.startswith("v*"):  # the answers before the edit are there
+            Batching.learned[tiny] = 1
+
+    fact = next(x for x in load_facts("embedded") if x.relation == "landmark_city")  # it has paraphrases
+    tried = try_edit(tiny, replace(REQUEST, fact=fact), run_out)
+    rounded = look_at(tiny, tried.probe).log_p
+    assert tried.restored
+    assert not torch.equal(rounded, tried.before.log_p) and torch.allclose(rounded, tried.before.log_p, atol=1e-4)
 
 
 def test_an_edit_can_be_tried_while_it_is_in_force(tiny) -> None:

@@ -11,13 +11,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_comparison import FACT, REQUEST, model_of_long_texts
+from test_comparison import FACT, REQUEST, model_of_long_texts, round_by_batch
 from tiny import LLAMA
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rome_lab.facts.sources import load_relations
 from rome_lab.lab.jobs import Job, Stopped, wait_for_job
+from rome_lab.lab.looks import look_at
 from rome_lab.lab.panel import Panel, sentence
+from rome_lab.models.batching import Batching
 from rome_lab.models.language_model import LanguageModel
 
 
@@ -60,9 +62,18 @@ def test_an_edit_is_made_shown_listed_and_undone_to_the_last_bit(tiny) -> None:
     assert [edit.target for edit in tiny.edits] == ["Rome"] and not torch.equal(logits(tiny), original)
     assert "Before the edit" in panel.result.value and "Now" in panel.result.value
     assert len(panel.edits.children) == 2
-    assert "Undone. The answers are bit for bit those before the edit." in press(panel, undo_button(panel))
+    assert "Undone. The weights are bit for bit those before the edit." in press(panel, undo_button(panel))
     assert tiny.fingerprint() == before and torch.equal(logits(tiny), original)
     assert "No edits in force" in panel.edits.children[0].value and len(panel.edits.children) == 1
+
+
+def test_that_an_edit_is_undone_is_said_also_where_fewer_texts_go_together_by_then(tiny) -> None:
+    round_by_batch(tiny)
+    panel = Panel(tiny, REQUEST)
+    press(panel, panel.edit_button)
+    Batching.learned[tiny] = 1  # byte
+    assert "The weights are bit for bit those before the edit." in press(panel, undo_button(panel))
+    assert not torch.equal(look_at(tiny, panel.probe).log_p, panel.before.log_p), "as the batches are smaller now"
 
 
 def test_edits_are_undone_in_any_order(tiny) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import threading
 
 import psutil
 import pytest
@@ -52,11 +53,29 @@ def test_memory_can_be_given_back_at_once_also_by_a_trace() -> None:
     with freed_memory_given_back():
         assert new_pages() > PAGES / 2
         with freed_memory_kept():
-            assert new_pages() > PAGES / 2, "the outermost decides"
+            assert new_pages() > PAGES / 2, "the first one decides"
     with freed_memory_kept(), freed_memory_kept():
         pass
     with freed_memory_kept():
         assert new_pages() < PAGES / 10
+
+
+def test_where_two_threads_keep_memory_it_is_kept_until_the_second_ends() -> None:
+    first_is_in, first_may_end = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with freed_memory_kept():
+            first_is_in.set()
+            first_may_end.wait(timeout=60)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    first_is_in.wait(timeout=60)
+    with freed_memory_kept():
+        first_may_end.set()
+        thread.join()
+        assert new_pages() < PAGES / 10
+    assert new_pages() > PAGES / 2
 
 
 def test_loading_a_model_asks_nothing_of_the_allocator_and_a_trace_only_while_it_lasts(tmp_path, monkeypatch) -> None:

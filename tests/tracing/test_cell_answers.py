@@ -142,3 +142,26 @@ def test_a_token_that_was_not_restored_has_answers_all_the_same() -> None:
     holey = trace.p_restored.copy()
     holey[3] = np.nan
     assert answers_at(lm, replace(trace, p_restored=holey), 3, 2) == answers_at(lm, trace, 3, 2)
+
+
+def test_another_answer_than_the_models_own_is_followed_in_all_runs() -> None:
+    lm = telling_model("gpt2")
+    trace = causal_trace(lm, *EIFFEL, "mlp", answer="Rome", **QUICK)
+    token = lm.tokenizer(EIFFEL[0] + " Rome")["input_ids"][len(trace.tokens)]
+    assert trace.answer == lm.tokenizer.decode([token])
+    for place, layer in ((2, 0), (len(trace.tokens) - 1, 2)):
+        clean, corrupted, restored = (float(p[token]) for p in all_probabilities(lm, trace, place, layer))
+        cell = answers_at(lm, trace, place, layer)
+        assert (trace.p_clean, trace.p_corrupted) == pytest.approx((clean, corrupted), abs=1e-6)
+        assert (cell.clean.p_answer, cell.corrupted.p_answer) == pytest.approx((clean, corrupted), abs=1e-6)
+        assert trace.p_restored[place, layer] == pytest.approx(restored, abs=1e-6)
+        assert cell.restored.p_answer == pytest.approx(restored, abs=1e-6) and cell.clean.rank > 1
+
+
+def test_rows_are_shown_as_they_come() -> None:
+    lm, parts = telling_model("llama"), []
+    whole = causal_trace(lm, *EIFFEL, "state", callback=parts.append, **QUICK)
+    assert [int(np.isfinite(part.p_restored).all(axis=1).sum()) for part in parts] == [*range(1, len(whole.tokens) + 1)]
+    for part in parts:
+        there = np.isfinite(part.p_restored)
+        assert np.array_equal(part.p_restored[there], whole.p_restored[there])

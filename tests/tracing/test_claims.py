@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from rome_lab.tracing.averaging import Traces
-from rome_lab.tracing.paper_claims import CLAIMS, claims, holm
+from rome_lab.tracing.paper_claims import CLAIMS, claims, claims_at_fact, holm
 from rome_lab.tracing.trace import KINDS, Trace
 
 SUBJECT_LAST, LAST = 2, 4
@@ -51,6 +51,32 @@ PAPER_LIKE = {
     ("severed-attn", SUBJECT_LAST): 0.12,
 }
 EXPECTED_EFFECTS = [0.15, 0.15, 0.4, 0.12, 0.15, 0.09]
+
+
+def test_one_fact_agrees_with_the_claims_where_the_paper_is_true_of_it():
+    table = claims_at_fact(make_traces(1, PAPER_LIKE, noise=0.001))
+    assert table["verdict"].tolist() == ["agrees"] * len(CLAIMS)
+    assert table["effect"].tolist() == pytest.approx(EXPECTED_EFFECTS, abs=0.01)
+    assert table["larger"].tolist() == pytest.approx([0.15, 0.15, 0.4, 0.15, 0.2, 0.12], abs=0.01)
+    assert (table["larger"] - table["smaller"]).tolist() == pytest.approx(table["effect"].tolist())
+    turned = claims_at_fact(make_traces(1, {key: -size for key, size in PAPER_LIKE.items()}, noise=0.001))
+    assert turned["verdict"].tolist() == ["disagrees"] * len(CLAIMS)
+    assert claims_at_fact(make_traces(1, noise=0.001))["verdict"].tolist() == ["neither"] * len(CLAIMS)
+
+
+def test_one_fact_means_over_facts_are_those_of_many():
+    many = make_traces(5, PAPER_LIKE)
+    each = [claims_at_fact(many[5 * fact : 5 * fact + 5])["effect"].to_numpy() for fact in range(5)]
+    assert np.mean(each, axis=0) == pytest.approx(claims(many)["effect"].to_numpy())
+
+
+def test_one_fact_says_nothing_where_a_trace_a_token_or_the_layers_are_wanting():
+    assert claims_at_fact(make_traces(1, PAPER_LIKE, kinds=("state",)))["verdict"].tolist()[3:] == ["can't tell"] * 3
+    assert claims_at_fact(make_traces(1, PAPER_LIKE, n_layers=1))["verdict"].eq("can't tell").all()
+    one_token = claims_at_fact(make_traces(1, PAPER_LIKE, subject_range=(2, 3)))
+    assert one_token["verdict"].tolist() == ["agrees", "can't tell", *["agrees"] * 4]
+    with pytest.raises(ValueError, match="traces of 2 facts"):
+        claims_at_fact(make_traces(2))
 
 
 def test_all_claims_hold_where_the_paper_is_true_and_the_effects_are_recovered():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import TEMPLATE, known, talkative_model, tiny_model
 
-from rome_lab import Fact, causal_trace, known_facts, trace_facts
+from rome_lab import Fact, GaussianNoise, causal_trace, known_facts, trace_facts
 from rome_lab.tracing import many_facts as collection
 from rome_lab.tracing.trace import KINDS
 
@@ -132,9 +132,27 @@ def test_facts_that_the_model_does_not_know_are_left_out_and_reported(talker, ca
     assert "does not know this fact" in caplog.text
 
 
+def test_a_corruption_that_cannot_be_described_serves_where_nothing_is_stored(talker, tmp_path):
+    class Undescribed(GaussianNoise):
+        def measured(self, lm):
+            return self
+
+        def describe(self, lm):
+            return {"corruption": self}  # no JSON
+
+    fact = known(talker)[0]
+    (trace,) = trace_facts(talker, [fact], ("state",), progress=False, samples=2, corruption=Undescribed(std=0.3))
+    alone = causal_trace(talker, fact, samples=2, corruption=GaussianNoise(std=0.3))
+    np.testing.assert_array_equal(trace.p_restored, alone.p_restored)
+    with pytest.raises(TypeError, match="JSON"):
+        trace_facts(talker, [fact], ("state",), tmp_path, progress=False, samples=2, corruption=Undescribed(std=0.3))
+
+
 def test_bad_input_is_refused_before_any_work(talker, tmp_path):
     with pytest.raises(ValueError, match="unknown kinds"):
         trace_facts(talker, known(talker), ("hidden",))
+    with pytest.raises(ValueError, match=r"the kinds \['mlp'\] are given more than once; name each once"):
+        trace_facts(talker, known(talker), ("mlp", "state", "mlp"))
     with pytest.raises(ValueError, match="no facts to trace"):
         trace_facts(talker, [])
     blocked = tmp_path / "file"

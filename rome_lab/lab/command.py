@@ -1,0 +1,187 @@
+"""The command line: `rome_lab figures | trace | edit | evaluate | report`, also as `python -m rome_lab`.
+
+A further command is a function that takes the parsed options, and its parser in `command_parser`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from rome_lab.base import package_versions
+from rome_lab.facts import Fact
+from rome_lab.lab.batch import main
+from rome_lab.lab.plots import cell_table, heatmap, save_figure
+from rome_lab.lab.reporting import report
+from rome_lab.lab.trials import EditRequest, try_edit
+from rome_lab.lab.typed_facts import fact_of
+from rome_lab.models import LanguageModel, load_model
+from rome_lab.tracing import KINDS, causal_trace
+
+FIGURES = ("claims", "figure_1", "figure_2", "figure_3", "figure_7")  # the first one does the tracing
+PROMPT = '"The Eiffel Tower is located in the city of" "Eiffel Tower"'
+IN_BATCH = "What else is given goes to `python -m rome_lab.batch`: -p NAME VALUE for other parameters, --runs, --quiet."
+
+
+def run_command(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 1 for a notebook that failed, 2 for bad input, 130 for Ctrl-C."""
+    parser = command_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not options.in_batch:
+        parser.error(f"{options.command} does not know {' '.join(rest)}; see rome_lab {options.command} --help")
+    options.rest = rest
+    try:
+        return options.run(options) or 0
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
+        print(f"rome_lab {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """All commands with their options, an example each."""
+    parser = argparse.ArgumentParser(
+        prog="rome_lab", description="Find where a language model keeps a fact, and change it."
+    )
+    parser.add_argument("--version", action="version", version=f"rome_lab {package_versions(['rome_lab'])['rome_lab']}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: object, about: str, example: str, in_batch: bool = False) -> argparse.ArgumentParser:
+        epilog = f"example: rome_lab {name} {example}" + (f"\n\n{IN_BATCH}" if in_batch else "")
+        layout = argparse.RawDescriptionHelpFormatter
+        one = commands.add_parser(name, help=about, description=about, epilog=epilog, formatter_class=layout)
+        one.set_defaults(run=run, in_batch=in_batch)
+        one.add_argument("--model", default="smollm2-135m", help="embedded, a hub id, or a folder (%(default)s)")
+        one.add_argument("--dtype", default="float32", help="or bfloat16, float16 (%(default)s)")
+        if not in_batch:
+            one.add_argument(
+                "prompt",
+                help='the beginning of a sentence, which stops right before the answer; "{}" may stand for the subject',
+            )
+            one.add_argument("subject", help="what the prompt is about")
+        return one
+
+    one = command(
+        "figures",
+        draw_figures,
+        "trace known facts; draw Figures 1, 2, 3 and 7 and the claims table",
+        "--n-facts 20 --figures mine",
+        True,
+    )
+    add_notebook_options(one, "n-facts", 20, "known facts to trace")
+
+    one = command("trace", trace_prompt, "trace one prompt; write a heatmap with its numbers", f"{PROMPT} --kind mlp")
+    one.add_argument("--kind", default="state", choices=list(KINDS), help="what is restored (%(default)s)")
+    one.add_argument("--samples", type=int, default=10, help="of the noise (%(default)s)")
+    one.add_argument("--out", type=Path, default=Path("trace"), help="name of the PDF, PNG and CSV (%(default)s)")
+
+    one = command(
+        "edit",
+        edit_prompt,
+        "make the model say something else; save the edit as a small file",
+        f"{PROMPT} Rome --out rome.safetensors",
+    )
+    one.add_argument("target", help="what the model is to say")
+    add_edit_options(one)
+    one.add_argument("--out", type=Path, default=Path("edit.safetensors"), help="where the edit goes (%(default)s)")
+
+    one = command(
+        "evaluate",
+        evaluate_methods,
+        "judge ROME beside other methods, and many edits in one model",
+        "--n-cases 25 --edits 1,3,10",
+        True,
+    )
+    add_notebook_options(one, "n-cases", 25, "known cases to judge")
+    one.add_argument(
+        "--edits", default="1,3,10", help="numbers of edits in one model (%(default)s); none to leave that out"
+    )
+
+    one = command(
+        "report",
+        write_report,
+        "write a page about one fact, with an edit where there is a target",
+        f"{PROMPT} --target Rome",
+    )
+    one.add_argument("--target", help="what the model is to say instead")
+    add_edit_options(one)
+    one.add_argument("--out", type=Path, default=Path("report.html"), help="where the page goes (%(default)s)")
+    return parser
+
+
+def add_notebook_options(one: argparse.ArgumentParser, number: str, default: int, about: str) -> None:
+    """What the commands that run notebooks share."""
+    one.add_argument(
+        "--dataset", default="embedded", help="known_1000, counterfact, zsre, or a CSV or JSON file (%(default)s)"
+    )
+    one.add_argument(f"--{number}", type=int, default=default, help=f"{about} (%(default)s)")
+    one.add_argument("--seed", type=int, default=0, help="of all that is chosen at random (%(default)s)")
+    one.add_argument("--figures", default="figures", help="folder for what is drawn (%(default)s)")
+
+
+def add_edit_options(one: argparse.ArgumentParser) -> None:
+    """What the commands that edit share."""
+    one.add_argument("--layer", type=int, help="whose MLP to change; by default the model's own")
+    one.add_argument("--tokens", type=int, help="how many to measure C on; fewer are quicker")
+
+
+def notebook_path(name: str) -> str:
+    """Of one of the project's notebooks, which come with the package.
+
+    Raises:
+        FileNotFoundError: the package is installed without them.
+    """
+    path = files("rome_lab") / "notebooks" / f"{name}.ipynb"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no notebook {path}; install rome_lab anew, with `pip install .` in its checkout."
+        )
+    return str(path)
+
+
+def run_notebooks(options: argparse.Namespace, names: Sequence[str], **values: object) -> int:
+    """Run notebooks one after the other, with the options that all of them know and these values."""
+    common = {name: getattr(options, name) for name in ("model", "dtype", "dataset", "seed", "figures")}
+    given = [part for name, value in (common | values).items() for part in ("-p", name, str(value))]
+    return main([*map(notebook_path, names), *given, *options.rest])
+
+
+def draw_figures(options: argparse.Namespace) -> int:
+    return run_notebooks(options, FIGURES, n_facts=options.n_facts)
+
+
+def evaluate_methods(options: argparse.Namespace) -> int:
+    status = run_notebooks(options, ["evaluation"], n_cases=options.n_cases)
+    if status or options.edits == "none":
+        return status
+    return run_notebooks(options, ["many_edits"], sizes=f"[{options.edits}]", least=10)
+
+
+def model_and_fact(options: argparse.Namespace) -> tuple[LanguageModel, Fact]:
+    lm = load_model(options.model, dtype=options.dtype)
+    return lm, fact_of(lm, options.subject, options.prompt)
+
+
+def trace_prompt(options: argparse.Namespace) -> None:
+    lm, fact = model_and_fact(options)
+    kind, severed = KINDS[options.kind]
+    trace = causal_trace(lm, fact.prompt, fact.subject, kind, samples=options.samples, severed=severed)
+    stem = options.out.with_suffix("") if options.out.suffix in (".pdf", ".png", ".csv") else options.out
+    save_figure(heatmap(trace).figure, cell_table(trace), stem)
+    print(trace, *(f"{stem}.{end}" for end in ("pdf", "png", "csv")), sep="\n")
+
+
+def edit_prompt(options: argparse.Namespace) -> None:
+    lm, fact = model_and_fact(options)
+    tried = try_edit(lm, EditRequest(fact, options.target, options.layer, tokens=options.tokens))
+    print(tried, tried.edit.save(options.out), sep="\n")
+
+
+def write_report(options: argparse.Namespace) -> None:
+    lm, fact = model_and_fact(options)
+    print(report(lm, fact, options.target, options.out, layer=options.layer, tokens=options.tokens))
