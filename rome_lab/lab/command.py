@@ -13,7 +13,8 @@ from pathlib import Path
 
 from rome_lab.base import package_versions
 from rome_lab.facts import Fact
-from rome_lab.lab.batch import main
+from rome_lab.lab.batch import NotebookError, main, parser, take_parameters
+from rome_lab.lab.growing import TRACED, draw_figures
 from rome_lab.lab.plots import cell_table, heatmap, save_figure
 from rome_lab.lab.reporting import report
 from rome_lab.lab.trials import EditRequest, try_edit
@@ -21,7 +22,6 @@ from rome_lab.lab.typed_facts import fact_of
 from rome_lab.models import LanguageModel, load_model
 from rome_lab.tracing import KINDS, causal_trace
 
-FIGURES = ("claims", "figure_1", "figure_2", "figure_3", "figure_7")  # the first one does the tracing
 PROMPT = '"The Eiffel Tower is located in the city of" "Eiffel Tower"'
 IN_BATCH = "What else is given goes to `python -m rome_lab.batch`: -p NAME VALUE for other parameters, --runs, --quiet."
 
@@ -35,6 +35,9 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
     options.rest = rest
     try:
         return options.run(options) or 0
+    except NotebookError as error:
+        print(error, file=sys.stderr)
+        return 1
     except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
         print(f"rome_lab {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -68,12 +71,12 @@ def command_parser() -> argparse.ArgumentParser:
 
     one = command(
         "figures",
-        draw_figures,
+        trace_and_draw,
         "trace known facts; draw Figures 1, 2, 3 and 7 and the claims table",
-        "--n-facts 20 --figures mine",
+        "--n-facts 100 --figures mine",
         True,
     )
-    add_notebook_options(one, "n-facts", 20, "known facts to trace")
+    add_notebook_options(one, "n-facts", 12, "known facts to trace")
 
     one = command("trace", trace_prompt, "trace one prompt; write a heatmap with its numbers", f"{PROMPT} --kind mlp")
     one.add_argument("--kind", default="state", choices=list(KINDS), help="what is restored (%(default)s)")
@@ -121,7 +124,7 @@ def add_notebook_options(one: argparse.ArgumentParser, number: str, default: int
     )
     one.add_argument(f"--{number}", type=int, default=default, help=f"{about} (%(default)s)")
     one.add_argument("--seed", type=int, default=0, help="of all that is chosen at random (%(default)s)")
-    one.add_argument("--figures", default="figures", help="folder for what is drawn (%(default)s)")
+    one.add_argument("--figures", help="folder for what is drawn; figures, or one below it where others are there")
 
 
 def add_edit_options(one: argparse.ArgumentParser) -> None:
@@ -144,15 +147,25 @@ def notebook_path(name: str) -> str:
     return str(path)
 
 
+def common_parameters(options: argparse.Namespace) -> dict[str, object]:
+    """The parameters that all notebooks know, of those given."""
+    values = {name: getattr(options, name) for name in ("model", "dtype", "dataset", "seed", "figures")}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def run_notebooks(options: argparse.Namespace, names: Sequence[str], **values: object) -> int:
     """Run notebooks one after the other, with the options that all of them know and these values."""
-    common = {name: getattr(options, name) for name in ("model", "dtype", "dataset", "seed", "figures")}
-    given = [part for name, value in (common | values).items() for part in ("-p", name, str(value))]
+    parameters = common_parameters(options) | values
+    given = [part for name, value in parameters.items() for part in ("-p", name, str(value))]
     return main([*map(notebook_path, names), *given, *options.rest])
 
 
-def draw_figures(options: argparse.Namespace) -> int:
-    return run_notebooks(options, FIGURES, n_facts=options.n_facts)
+def trace_and_draw(options: argparse.Namespace) -> None:
+    given, rest = take_parameters(options.rest)
+    batch = parser().parse_args([notebook_path(TRACED[0]), *rest])
+    parameters = common_parameters(options) | {"n_facts": options.n_facts} | given
+    executed = draw_figures(batch.notebooks[0].parent, parameters, batch.runs, not batch.quiet)
+    print(f"The notebooks as they were run are in {executed.parent}, such as {executed}.")
 
 
 def evaluate_methods(options: argparse.Namespace) -> int:
