@@ -30,6 +30,7 @@ ORDER = ("figure_1", "figure_2", "figure_3", "figure_7", "claims", "edit", "edit
 ROOMS = ("models", "facts", "tracing", "editing", "evaluation", "lab", "base")
 PROJECT = ("CHANGELOG", "CONTRIBUTING", "SECURITY", "benchmarks/README", "benchmarks/tracing", "benchmarks/growth")
 PROJECT += ("benchmarks/edit", "tests/faults/README")
+WIDGET = "application/vnd.jupyter.widget-view+json"
 MOST_MB = 50  # what a branch of pages should bear
 
 
@@ -115,7 +116,7 @@ def shown_notebook(name: str, runs: Path) -> NotebookNode:
     elif program(executed) != program(notebook):
         note = "This notebook has changed since it was run where this site was built, so its outputs are not here."
     else:
-        return with_note(executed, run_note(executed.metadata["rome_lab"]))
+        return with_note(without_widgets(executed, name), run_note(executed.metadata["rome_lab"]))
     pictures = [path.name for path in sorted((ROOT / "figures").glob(f"{name}*.png")) if owner(path.stem) == name]
     note += " What it made for this project:\n\n" if pictures else ""
     note += "\n\n".join(f"![{picture}](../figures/{picture})" for picture in pictures)
@@ -147,7 +148,21 @@ def with_note(notebook: NotebookNode, note: str) -> NotebookNode:
     notebook.cells[0].source = title
     after = [nbformat.v4.new_markdown_cell(rest.strip())] if rest.strip() else []
     notebook.cells[1:1] = [cell, *after]
-    notebook.metadata.pop("widgets", None)  # they would need a kernel; what they show has a picture
+    return notebook
+
+
+def without_widgets(notebook: NotebookNode, name: str) -> NotebookNode:
+    """A notebook whose widgets are pictures, of themselves or of the project's: they would need a kernel."""
+    notebook.metadata.pop("widgets", None)
+    picture = f"figures/{name}_notebook.png"
+    words = "*This works where a kernel runs: `make lab`.*"
+    words += f" It looks like this:\n\n![The notebook in use](../{picture})" if (ROOT / picture).is_file() else ""
+    for place, cell in reversed(list(enumerate(notebook.cells))):
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if data.pop(WIDGET, None) and not {"text/html", "image/png"} & data.keys():
+                cell.outputs = [other for other in cell.outputs if other is not output]
+                notebook.cells.insert(place + 1, nbformat.v4.new_markdown_cell(words))
     return notebook
 
 

@@ -26,7 +26,6 @@ nb_execution_mode = "off"  # what is shown comes from real runs, by make, and ne
 nb_merge_streams = True
 nb_output_stderr = "remove"  # bars
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # would come from a CDN
-nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]  # a picture stands in
 suppress_warnings = ["mystnb.unknown_mime_type"]  # of record_values, whose text is shown
 
 autodoc_typehints_format = "short"

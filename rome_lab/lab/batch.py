@@ -24,6 +24,7 @@ import nbformat
 import papermill
 import yaml
 from IPython.display import display
+from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
@@ -67,6 +68,19 @@ class ThisInterpreter(AsyncKernelManager):
         command = [sys.executable, "-m", "ipykernel_launcher", *options, "-f", "{connection_file}"]
         return KernelSpec(argv=command, display_name="Python 3", language="python")
 
+    in_use: AsyncKernelClient | None = None
+
+    def client(self, **options: object) -> AsyncKernelClient:
+        """One for each notebook; the last one's channels are closed, which is left to who owns the kernel."""
+        self.close_client()
+        self.in_use = super().client(**options)
+        return self.in_use
+
+    def close_client(self) -> None:
+        if self.in_use:
+            self.in_use.stop_channels()
+            self.in_use = None
+
 
 def record_values(**values: Json) -> None:
     """Called in a notebook: show `values`, and put them in the executed copy's metadata, under rome_lab.recorded.
@@ -92,6 +106,7 @@ def one_kernel() -> Iterator[ThisInterpreter]:
     try:
         yield kernel
     finally:
+        kernel.close_client()
         if kernel.has_kernel:
             run_sync(kernel.shutdown_kernel)(now=True)
 
@@ -120,8 +135,10 @@ def run_notebook(
     parameters = dict(parameters or {})
     notebook, about = prepare(path, parameters)
     if "figures" in about["parameters"] and "figures" not in parameters:
-        parameters["figures"] = folder_of_figures(path.stem, about["parameters"])
-        notebook, about = prepare(path, parameters)
+        folder = folder_of_figures(path.stem, about["parameters"])
+        if folder != about["parameters"]["figures"]:
+            parameters["figures"] = folder
+            notebook, about = prepare(path, parameters)
     target, failed = runs / f"{path.stem}.ipynb", runs / f"{path.stem}.failed.ipynb"
     if target.resolve() == path.resolve():
         raise ValueError(f"run_notebook: the executed copy would replace {path} itself; choose another runs folder.")

@@ -57,80 +57,84 @@ def command_parser() -> argparse.ArgumentParser:
     def command(name: str, run: object, about: str, example: str, in_batch: bool = False) -> argparse.ArgumentParser:
         epilog = f"example: rome_lab {name} {example}" + (f"\n\n{IN_BATCH}" if in_batch else "")
         layout = argparse.RawDescriptionHelpFormatter
-        one = commands.add_parser(name, help=about, description=about, epilog=epilog, formatter_class=layout)
-        one.set_defaults(run=run, in_batch=in_batch)
-        one.add_argument("--model", default="smollm2-135m", help="embedded, a hub id, or a folder (%(default)s)")
-        one.add_argument("--dtype", default="float32", help="or bfloat16, float16 (%(default)s)")
+        branch = commands.add_parser(name, help=about, description=about, epilog=epilog, formatter_class=layout)
+        branch.set_defaults(run=run, in_batch=in_batch)
+        branch.add_argument("--model", default="smollm2-135m", help="embedded, a hub id, or a folder (%(default)s)")
+        branch.add_argument("--dtype", default="float32", help="or bfloat16, float16 (%(default)s)")
         if not in_batch:
-            one.add_argument(
+            branch.add_argument(
                 "prompt",
                 help='the beginning of a sentence, which stops right before the answer; "{}" may stand for the subject',
             )
-            one.add_argument("subject", help="what the prompt is about")
-        return one
+            branch.add_argument("subject", help="what the prompt is about")
+        return branch
 
-    one = command(
+    branch = command(
         "figures",
         trace_and_draw,
         "trace known facts; draw Figures 1, 2, 3 and 7 and the claims table",
         "--n-facts 100 --figures mine",
         True,
     )
-    add_notebook_options(one, "n-facts", 12, "known facts to trace")
+    add_notebook_options(branch, "n-facts", 12, "known facts to trace")
 
-    one = command("trace", trace_prompt, "trace one prompt; write a heatmap with its numbers", f"{PROMPT} --kind mlp")
-    one.add_argument("--kind", default="state", choices=list(KINDS), help="what is restored (%(default)s)")
-    one.add_argument("--samples", type=int, default=10, help="of the noise (%(default)s)")
-    one.add_argument("--out", type=Path, default=Path("trace"), help="name of the PDF, PNG and CSV (%(default)s)")
+    branch = command(
+        "trace", trace_prompt, "trace one prompt; write a heatmap with its numbers", f"{PROMPT} --kind mlp"
+    )
+    branch.add_argument("--kind", default="state", choices=list(KINDS), help="what is restored (%(default)s)")
+    branch.add_argument("--samples", type=int, default=10, help="of the noise (%(default)s)")
+    branch.add_argument("--out", type=Path, default=Path("trace"), help="name of the PDF, PNG and CSV (%(default)s)")
 
-    one = command(
+    branch = command(
         "edit",
         edit_prompt,
         "make the model say something else; save the edit as a small file",
         f"{PROMPT} Rome --out rome.safetensors",
     )
-    one.add_argument("target", help="what the model is to say")
-    add_edit_options(one)
-    one.add_argument("--out", type=Path, default=Path("edit.safetensors"), help="where the edit goes (%(default)s)")
+    branch.add_argument("target", help="what the model is to say")
+    add_edit_options(branch)
+    branch.add_argument("--out", type=Path, default=Path("edit.safetensors"), help="where the edit goes (%(default)s)")
 
-    one = command(
+    branch = command(
         "evaluate",
         evaluate_methods,
         "judge ROME beside other methods, and many edits in one model",
         "--n-cases 25 --edits 1,3,10",
         True,
     )
-    add_notebook_options(one, "n-cases", 25, "known cases to judge")
-    one.add_argument(
+    add_notebook_options(branch, "n-cases", 25, "known cases to judge")
+    branch.add_argument(
         "--edits", default="1,3,10", help="numbers of edits in one model (%(default)s); none to leave that out"
     )
 
-    one = command(
+    branch = command(
         "report",
         write_report,
         "write a page about one fact, with an edit where there is a target",
         f"{PROMPT} --target Rome",
     )
-    one.add_argument("--target", help="what the model is to say instead")
-    add_edit_options(one)
-    one.add_argument("--out", type=Path, default=Path("report.html"), help="where the page goes (%(default)s)")
+    branch.add_argument("--target", help="what the model is to say instead")
+    add_edit_options(branch)
+    branch.add_argument("--out", type=Path, default=Path("report.html"), help="where the page goes (%(default)s)")
     return parser
 
 
-def add_notebook_options(one: argparse.ArgumentParser, number: str, default: int, about: str) -> None:
+def add_notebook_options(branch: argparse.ArgumentParser, number: str, default: int, about: str) -> None:
     """What the commands that run notebooks share."""
-    one.add_argument(
+    branch.add_argument(
         "--dataset", default="embedded", help="known_1000, counterfact, zsre, or a CSV or JSON file (%(default)s)"
     )
-    one.add_argument(f"--{number}", type=int, default=default, help=f"{about} (%(default)s)")
-    one.add_argument("--seed", type=int, default=0, help="of all that is chosen at random (%(default)s)")
-    one.add_argument("--figures", help="folder for what is drawn; figures, or one below it where others are there")
+    branch.add_argument(f"--{number}", type=int, default=default, help=f"{about} (%(default)s)")
+    branch.add_argument("--seed", type=int, default=0, help="of all that is chosen at random (%(default)s)")
+    branch.add_argument(
+        "--figures", help="folder for what is drawn; figures, or branch below it where others are there"
+    )
 
 
-def add_edit_options(one: argparse.ArgumentParser) -> None:
+def add_edit_options(branch: argparse.ArgumentParser) -> None:
     """What the commands that edit share."""
-    one.add_argument("--layer", type=int, help="whose MLP to change; by default the model's own")
-    one.add_argument("--tokens", type=int, help="how many to measure C on; fewer are quicker")
+    branch.add_argument("--layer", type=int, help="whose MLP to change; by default the model's own")
+    branch.add_argument("--tokens", type=int, help="how many to measure C on; fewer are quicker")
 
 
 def notebook_path(name: str) -> str:

@@ -1,0 +1,138 @@
+"""All figures in one go: pictures grow, one kernel serves several notebooks, nothing of other settings is overwritten."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+from tiny import known, talkative_model
+
+from rome_lab.lab.batch import one_kernel, run_notebook
+from rome_lab.lab.folders import folder_of_figures, note_parameters
+from rome_lab.lab.growing import Growing
+from rome_lab.tracing import KINDS, trace_facts
+
+ROOT = Path(__file__).parents[2]
+
+
+def notebook(path, *sources, parameters='figures: str = "figures"\nn_facts: int = 3\nseed: int = 0'):
+    cells = [new_code_cell(parameters, metadata={"tags": ["parameters"]}), *map(new_code_cell, sources)]
+    nbformat.write(new_notebook(cells=cells), path)
+    return path
+
+
+def outputs(path):
+    cells = nbformat.read(path, as_version=4).cells
+    return ["".join(output.get("text", "") for output in cell.get("outputs", [])) for cell in cells]
+
+
+def test_notebooks_of_one_kernel_share_a_process_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = 'import os, pandas\nprint(os.getpid(), "left" in globals(), pandas.options.display.max_rows)'
+    one = notebook(tmp_path / "one.ipynb", seen, "left = 1; pandas.options.display.max_rows = 7")
+    two = notebook(tmp_path / "two.ipynb", seen)
+    with one_kernel() as kernel:
+        first, second = (outputs(run_notebook(path, progress=False, kernel=kernel)) for path in (one, two))
+    alone = outputs(run_notebook(two, progress=False))
+    # What the first cell after the parameters saw: the same process, and nothing that the first notebook left.
+    assert first[1].split() == second[1].split()
+    assert second[1].split()[1:] == alone[1].split()[1:] == ["False", "60"]
+    assert alone[1].split()[0] != second[1].split()[0]
+    counts = [cell.execution_count for cell in nbformat.read("runs/two.ipynb", as_version=4).cells]
+    assert counts == [1, 2]
+
+
+def test_a_failure_in_a_shared_kernel_does_not_reach_the_next_notebook(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bad, good = notebook(tmp_path / "bad.ipynb", "1 / 0"), notebook(tmp_path / "good.ipynb", "print('well')")
+    with one_kernel() as kernel:
+        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+            run_notebook(bad, progress=False, kernel=kernel)
+        assert outputs(run_notebook(good, progress=False, kernel=kernel))[-1] == "well\n"
+
+
+WRITES = "import os; os.makedirs(figures, exist_ok=True); open(f'{figures}/drawn.txt', 'w').write(str(n_facts))"
+
+
+def test_figures_of_other_settings_go_to_a_folder_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = notebook(tmp_path / "draws.ipynb", WRITES)
+    run_notebook(path, progress=False)
+    run_notebook(path, {"n_facts": 1}, progress=False)
+    run_notebook(path, {"n_facts": 3}, progress=False)  # the same again
+    run_notebook(
+        path, {"n_facts": 2, "figures": "figures/n_facts=1"}, progress=False
+    )  # a folder that is named is taken
+    drawn = {str(file.parent): file.read_text() for file in sorted((tmp_path / "figures").rglob("drawn.txt"))}
+    assert drawn == {str(tmp_path / "figures"): "3", str(tmp_path / "figures/n_facts=1"): "2"}
+    assert json.loads((tmp_path / "figures/parameters.json").read_text()) == {"draws": {"n_facts": 3, "seed": 0}}
+
+
+def test_a_folder_is_named_after_what_differs(tmp_path):
+    made = {"figures": str(tmp_path), "model": "small", "n_facts": 100, "results": "here", "device": "cpu"}
+    note_parameters("claims", made)
+    assert folder_of_figures("claims", made | {"results": "there", "device": "cuda"}) == str(tmp_path)
+    assert folder_of_figures("figure_1", made | {"n_facts": 3}) == str(tmp_path)  # nothing of it is there
+    other = folder_of_figures("claims", made | {"n_facts": 3, "model": "org/it's large"})
+    assert other == str(tmp_path / "model=org-it-s-large,n_facts=3")
+
+
+def test_a_note_that_cannot_be_read_is_not_overwritten(tmp_path):
+    (tmp_path / "parameters.json").write_text("{")
+    with pytest.raises(ValueError, match=r"parameters\.json cannot be read .*remove it"):
+        folder_of_figures("claims", {"figures": str(tmp_path)})
+
+
+def test_committed_figures_say_what_made_them_and_a_first_try_leaves_them_alone():
+    made = json.loads((ROOT / "figures/parameters.json").read_text())
+    claims = pd.read_csv(ROOT / "figures/claims.csv")
+    assert made["claims"]["n_facts"] == claims["n_facts"].max()
+    for name in ("figure_1", "figure_2", "figure_3", "figure_7"):
+        first_try = made[name] | {"n_facts": 12, "figures": str(ROOT / "figures")}
+        assert folder_of_figures(name, first_try) == str(ROOT / "figures/n_facts=12")
+
+
+class Bar:
+    """Counts as tqdm does, and shows nothing."""
+
+    total, n = None, 0
+
+    def __init__(self):
+        self.lines = []
+
+    def update(self, steps):
+        self.n += steps
+
+    def set_description(self, text):
+        pass
+
+    def refresh(self):
+        pass
+
+    def write(self, text):
+        self.lines.append(text)
+
+
+def test_pictures_grow_and_the_bar_ends_where_the_work_does(tmp_path):
+    lm = talkative_model()
+    facts = known(lm)
+    bar = Bar()
+    growing = Growing(tmp_path, lm, bar, window=3)
+    settings = {"samples": 1, "window": 3, "progress": False}
+    growing.expect(facts[:1], ("state", "mlp", "attn"))
+    growing.expect(facts, tuple(KINDS))
+    growing.trace_shown(facts[:1], settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["figure_1.png"]
+    first = (tmp_path / "figure_1.png").read_bytes()
+    assert len(bar.lines) == 1
+    assert str(tmp_path / "figure_1.png") in bar.lines[0]
+    growing.drawing = -1e9  # never too dear
+    trace_facts(lm, facts, tuple(KINDS), each=growing.add, **settings)
+    assert {path.name for path in tmp_path.iterdir()} == {f"figure_{n}.png" for n in (1, 2, 3, 7)}
+    assert (tmp_path / "figure_1.png").read_bytes() != first
+    assert bar.n == bar.total
+    assert len(bar.lines) == 1
