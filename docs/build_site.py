@@ -107,20 +107,26 @@ def notebook_names() -> list[str]:
     return [name for name in ORDER if name in names] + sorted(names - set(ORDER))
 
 
+def last_run(name: str, runs: Path) -> NotebookNode | str:
+    """The copy of a notebook that was run last; or why it is not to be shown."""
+    copy = runs / f"{name}.ipynb"
+    executed = nbformat.read(copy, as_version=4) if copy.is_file() else None
+    if executed is None or "rome_lab" not in executed.metadata:
+        return "This notebook was not run where this site was built, so its outputs are not here."
+    if program(executed) != program(nbformat.read(ROOT / "notebooks" / copy.name, as_version=4)):
+        return "This notebook has changed since it was run where this site was built, so its outputs are not here."
+    return executed
+
+
 def shown_notebook(name: str, runs: Path) -> NotebookNode:
     """The copy of a notebook that was run last, with a note on its run; or, without outputs, the notebook itself."""
-    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-    executed = nbformat.read(runs / f"{name}.ipynb", as_version=4) if (runs / f"{name}.ipynb").is_file() else None
-    if executed is None:
-        note = "This notebook was not run where this site was built, so its outputs are not here."
-    elif program(executed) != program(notebook):
-        note = "This notebook has changed since it was run where this site was built, so its outputs are not here."
-    else:
+    executed = last_run(name, runs)
+    if not isinstance(executed, str):
         return with_note(without_widgets(executed, name), run_note(executed.metadata["rome_lab"]))
     pictures = [path.name for path in sorted((ROOT / "figures").glob(f"{name}*.png")) if owner(path.stem) == name]
-    note += " What it made for this project:\n\n" if pictures else ""
-    note += "\n\n".join(f"![{picture}](../figures/{picture})" for picture in pictures)
-    return with_note(notebook, note)
+    images = "\n\n".join(f"![{picture}](../figures/{picture})" for picture in pictures)
+    note = f"{executed} What it made for this project:\n\n{images}" if pictures else executed
+    return with_note(nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4), note)
 
 
 def owner(figure: str) -> str:
@@ -244,22 +250,18 @@ def reference_page() -> str:
         for name, thing in offered(room):
             if getattr(rl, name, None) is thing:
                 kind = "class" if inspect.isclass(thing) else "func"
-                sentence = re.sub(
-                    r"([*_|])", r"\\\1", (inspect.getdoc(thing) or "").split("\n\n")[0].replace("\n", " ")
-                )
+                sentence = (inspect.getdoc(thing) or "").split("\n\n")[0].replace("\n", " ")
+                sentence = re.sub(r"(`[^`]*`)|([*_|])", lambda match: match[1] or "\\" + match[2], sentence)
                 rows.append(f"| {{py:{kind}}}`rl.{name} <rome_lab.{room}.{name}>` | {sentence} |")
-    head = "# Reference\n\nWhat `import rome_lab as rl` offers; the rooms behind it have a page each.\n\n"
-    return f"{head}| | |\n| --- | --- |\n" + "\n".join(rows) + "\n"
+    head = "What `import rome_lab as rl` offers; the rooms behind it have a page each, `rl.plots` with `lab`."
+    return f"# Reference\n\n{head}\n\n| | |\n| --- | --- |\n" + "\n".join(rows) + "\n"
 
 
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "site").resolve()
     html = build(folder, ROOT / "runs")
     size = sum(path.stat().st_size for path in html.rglob("*") if path.is_file()) / 1e6
-    with_outputs = [
-        name for name in notebook_names() if "was not run" not in note_of(name) and "has changed" not in note_of(name)
-    ]
-    without = [name for name in notebook_names() if name not in with_outputs]
+    without = [name for name in notebook_names() if isinstance(last_run(name, ROOT / "runs"), str)]
     print(f"{html}/index.html: {size:.1f} MB.")
     if without:
         print(
@@ -269,11 +271,6 @@ def main() -> None:
         sys.exit(
             f"{size:.1f} MB is more than {MOST_MB} MB, which is much for a branch of pages; look for large outputs."
         )
-
-
-def note_of(name: str) -> str:
-    """The note that a notebook gets."""
-    return shown_notebook(name, ROOT / "runs").cells[1].source
 
 
 if __name__ == "__main__":

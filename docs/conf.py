@@ -9,7 +9,7 @@ author = "the authors of rome_lab"
 copyright = "the authors of rome_lab"
 html_title = "rome_lab"
 
-extensions = ["myst_nb", "sphinx.ext.autodoc"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.githubpages"]
 root_doc = "index"
 exclude_patterns: list[str] = []
 html_theme = "furo"

@@ -77,14 +77,18 @@ def tiny_model(family: str, seed: int = 0) -> LanguageModel:
     config = CONFIGS[family]()
     config.tie_word_embeddings = False
     torch.manual_seed(seed)
-    model = tf.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith("bias"):
-                weight.normal_(std=0.1)
-            elif weight.ndim == 2:
-                weight.mul_(next(factor for part, factor in SCALES.items() if part in name))
-    return LanguageModel(model, tokenizer(), name=f"tiny-{family}")
+    return LanguageModel(scaled_up(tf.AutoModelForCausalLM.from_config(config)), tokenizer(), name=f"tiny-{family}")
+
+
+@torch.no_grad()
+def scaled_up(model: tf.PreTrainedModel) -> tf.PreTrainedModel:
+    """The model, its biases drawn anew and its matrices scaled by `SCALES`."""
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            weight.normal_(std=0.1)
+        elif weight.ndim == 2:
+            weight.mul_(next(factor for part, factor in SCALES.items() if part in name))
+    return model
 
 
 TEMPLATE = "The city of {} is:\n"  # no space before what follows, since a tiny model rarely says one

@@ -1,4 +1,4 @@
-"""The fields of the editing notebook that say what to edit and how: `EditForm`."""
+"""The fields of the editing notebook that say what to trace and edit, and how: `EditForm`."""
 
 from __future__ import annotations
 
@@ -8,16 +8,39 @@ from dataclasses import replace
 import ipywidgets as w
 
 from rome_lab.editing import ENOUGH, KEYS, default_settings, key_size
-from rome_lab.facts import load_relations
+from rome_lab.facts import Fact, load_relations
 from rome_lab.lab.trials import EditRequest, ten_facts
-from rome_lab.lab.typed_facts import best_known, fact_of
+from rome_lab.lab.typed_facts import best_known, fact_of, of_others, paraphrased
 from rome_lab.models import LanguageModel
 
 TEN_LABEL = "ten facts to try"
+BY_WORDING = "that of its wording, if it is known"
+RESTORED = {
+    "MLP outputs": ("mlp",),
+    "states": ("state",),
+    "attention outputs": ("attn",),
+    "all three, side by side": ("state", "mlp", "attn"),
+}
+TIPS = {
+    "subject": "What the fact is about, as it stands in the prompt. Enter traces.",
+    "prompt": "Ends right before the word that the model is to say. Enter traces.",
+    "target": "What the model is to say instead. Enter edits.",
+    "layer": "Whose MLP to change; a click on a column of the trace chooses it, too.",
+    "restored": "Which piece of the clean run is put back.",
+    "window": "Layers whose MLP or attention outputs are put back together; states are put back one by one.",
+    "follow": "Whose probability is traced: of the word that the model says, or of the target.",
+    "relation_of_fact": "Brings paraphrases and neighbours to a fact in words of your own.",
+    "paraphrases": "Your own, one a line, with the subject in each; they take the place of the known ones.",
+    "others": "Other subjects, one a line, asked about in the same words; they take the place of the known neighbours.",
+    "steps": "Steps of Adam in the search for v*, the value with which the model says the target.",
+    "tokens": "Text on which it is measured how keys vary (C); more is slower and not better.",
+    "key": "Which keys of the subject get the new value; the README explains them.",
+}
+KEPT = ("subject", "prompt", "target", "layer", "steps", "tokens", "key", *list(TIPS)[4:10])
 
 
 class EditForm:
-    """The fields that say what to edit and how.
+    """The fields that say what to trace and edit, and how.
 
     Args:
         request: what they say at first.
@@ -33,15 +56,41 @@ class EditForm:
         self.relation = w.Dropdown(options=[TEN_LABEL, *self.relations], description="Relation")
         self.chosen = w.Dropdown(options=[("", -1)], description="Fact")
         self.subject = w.Text(request.fact.subject, description="Subject")
-        self.prompt = w.Textarea(request.fact.prompt, description="Prompt")
+        self.prompt = w.Textarea(request.fact.prompt, description="Prompt", rows=2)
         self.target = w.Combobox(value=request.target, description="Target", placeholder="what the model is to say")
+        self.layer = w.BoundedIntText(layer, min=0, max=lm.n_layers - 1, description="Layer")
+        self.restored = w.Dropdown(options=RESTORED, description="Restored")
+        self.window = w.BoundedIntText(10, min=1, max=1000, description="Window")
+        self.follow = w.Dropdown(options=["what the model says", "the target"], description="Followed")
+        self.relation_of_fact = w.Dropdown(options=[BY_WORDING, *self.relations], description="As relation")
+        self.paraphrases = w.Textarea(description="Paraphrases", placeholder="one a line", rows=2)
+        self.others = w.Textarea(description="Neighbours", placeholder="other subjects, one a line", rows=2)
         self.steps = w.BoundedIntText(self.settings.steps, min=1, max=1000, description="Adam steps")
         self.tokens = w.BoundedIntText(tokens, min=1, max=10**9, step=1024, description="Tokens for C")
         self.key = w.Dropdown(options=KEYS, value=self.settings.key, description="Key")
-        self.layer = w.IntSlider(layer, 0, lm.n_layers - 1, description="Layer", continuous_update=False)
+        for name, tip in TIPS.items():
+            getattr(self, name).tooltip = tip
         self.offer()
         self.relation.observe(lambda _: self.offer(), "value")
         self.chosen.observe(lambda _: self.fill(), "value")
+        self.widget = self.placed()
+
+    def placed(self) -> w.VBox:
+        """The fields in their places: what most need, and the rest folded away."""
+        groups = {
+            "Trace: what is restored, window": (self.restored, self.window, self.follow),
+            "Questions before and after": (self.relation_of_fact, self.paraphrases, self.others),
+            "Search settings of the edit": (self.steps, self.tokens, self.key),
+        }
+        folded = w.Accordion([w.VBox(fields) for fields in groups.values()], titles=tuple(groups), selected_index=None)
+        folded.add_class("rl-more")
+        basics = [self.relation, self.chosen, self.subject, self.prompt, self.target, self.layer]
+        for field in (*basics, *(field for fields in groups.values() for field in fields)):
+            field.style.description_width, field.layout.width = "90px", "auto"
+        self.target.add_class("rl-target")
+        box = w.VBox([*basics, folded])
+        box.add_class("rl-fields")
+        return box
 
     def offer(self) -> None:
         """List the facts of the chosen relation."""
@@ -62,6 +111,8 @@ class EditForm:
             self.refuse(error)
             return
         self.subject.value, self.prompt.value, self.target.value = fact.subject, fact.prompt, request.target
+        self.paraphrases.value = self.others.value = ""
+        self.relation_of_fact.value = BY_WORDING
         self.target.options = sorted({x.object for x in self.relations[fact.relation].facts} - {fact.object})
 
     def request(self) -> EditRequest:
@@ -71,5 +122,33 @@ class EditForm:
             ValueError: they name no fact.
         """
         settings = replace(self.settings, steps=self.steps.value, key=self.key.value)
-        fact = fact_of(self.lm, self.subject.value.strip(), " ".join(self.prompt.value.split()))
+        relation = None if self.relation_of_fact.value == BY_WORDING else self.relation_of_fact.value
+        fact = fact_of(self.lm, self.subject.value.strip(), " ".join(self.prompt.value.split()), relation)
         return EditRequest(fact, self.target.value.strip(), self.layer.value, settings, self.tokens.value)
+
+    def questions(self, fact: Fact) -> dict[str, tuple[Fact, ...]]:
+        """The questions of one's own, by the attribute of a Probe that they replace.
+
+        Raises:
+            ValueError: the subject is not in a paraphrase.
+        """
+        own = {
+            "paraphrases": paraphrased(fact, self.paraphrases.value.splitlines()),
+            "neighbours": of_others(self.lm, fact, self.others.value.splitlines()),
+        }
+        return {name: facts for name, facts in own.items() if facts}
+
+    @property
+    def answer(self) -> str | None:
+        """The text whose probability is traced; None for what the model says."""
+        return self.target.value.strip() if self.follow.value == "the target" else None
+
+    def wording(self) -> tuple[str, str]:
+        """Subject and prompt as they are typed, without asking the model."""
+        subject, prompt = self.subject.value.strip(), " ".join(self.prompt.value.split())
+        return subject, prompt if subject in prompt else prompt.replace("{}", subject, 1)
+
+    def take(self, other: EditForm) -> None:
+        """Say what another form says."""
+        for name in KEPT:
+            getattr(self, name).value = getattr(other, name).value

@@ -10,7 +10,9 @@ Where scripts do not run, the heatmaps stand in as a PNG.
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.resources import files
@@ -18,19 +20,22 @@ from importlib.resources import files
 import anywidget
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import traitlets
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from rome_lab.base import visible
+from rome_lab.editing import Edit
 from rome_lab.lab.jobs import check_idle
-from rome_lab.lab.plots import COLUMN_WIDTH, heatmap, shared_limits
+from rome_lab.lab.plots import COLUMN_WIDTH, cell_table, heatmap, shared_limits
 from rome_lab.models import LanguageModel
 from rome_lab.tracing import KINDS, CellAnswers, RunAnswers, Trace, answers_at, restored_layers
 
 COLOUR_STEPS = 512  # as many as `heatmap` tells apart
 RESOLUTION = 200  # dots an inch, of the PNG that stands in
+FILE_TYPES = {"png": "image/png", "pdf": "application/pdf", "csv": "text/csv"}
 
 
 def show(
@@ -92,19 +97,33 @@ class TracePicture(anywidget.AnyWidget):
         selected: (token, layer) of the cell that was clicked last, or None.
         layer: of that cell, or of a click on the axis of layers; marked in the picture.
         picture: what interactive.js draws.
+        saves: whether it offers its picture and numbers as files.
     """
 
     selected = traitlets.Tuple(traitlets.Int(), traitlets.Int(), default_value=None, allow_none=True).tag(sync=True)
     layer = traitlets.Int(default_value=None, allow_none=True).tag(sync=True)
     picture = traitlets.Dict().tag(sync=True)
+    saves = traitlets.Bool(True).tag(sync=True)
     _esm = traitlets.Unicode().tag(sync=True)
     _css = traitlets.Unicode().tag(sync=True)
 
-    def __init__(self, traces: Sequence[Trace], lm: LanguageModel | None = None, titles: Sequence[str] = ()) -> None:
-        self.traces, self.lm, self.titles = tuple(traces), lm, tuple(titles)
+    def __init__(
+        self,
+        traces: Sequence[Trace],
+        lm: LanguageModel | None = None,
+        titles: Sequence[str] = (),
+        edits: Sequence[Sequence[Edit]] | None = None,
+    ) -> None:
+        """Args: edits: those in force in each trace; by default a click asks the model as it is now."""
+        self.lm, self.edits = lm, edits
         super().__init__()
-        self.picture = self.described()
+        self.put(traces, titles)
         self.on_msg(self.answer_click)
+
+    def put(self, traces: Sequence[Trace], titles: Sequence[str] = ()) -> None:
+        """Draw these traces instead."""
+        self.traces, self.titles = tuple(traces), tuple(titles)
+        self.picture = self.described()
 
     @traitlets.default("_esm")
     def _script(self) -> str:
@@ -127,9 +146,22 @@ class TracePicture(anywidget.AnyWidget):
 
     def png(self) -> bytes:
         """The figure, for where scripts do not run."""
+        return self.file("png")
+
+    def file(self, suffix: str) -> bytes:
+        """The figure as "png" or "pdf", or its numbers, a row a cell, as "csv".
+
+        Raises: ValueError: another suffix.
+        """
+        if suffix == "csv":
+            names = self.titles or [trace.label for trace in self.traces]
+            tables = [cell_table(trace).assign(trace=name) for name, trace in zip(names, self.traces, strict=True)]
+            return pd.concat(tables).to_csv(index=False, lineterminator="\n").encode()
+        if suffix not in FILE_TYPES:
+            raise ValueError(f"show: a picture is saved as {', '.join(FILE_TYPES)}; given is {suffix!r}.")
         picture = io.BytesIO()
         with plt.rc_context({"savefig.bbox": "tight", "savefig.pad_inches": 0.02}):
-            self.figure().savefig(picture, format="png", dpi=RESOLUTION)
+            self.figure().savefig(picture, format=suffix, dpi=RESOLUTION)
         return picture.getvalue()
 
     def answers(self, token: int, layer: int, trace: int = 0) -> CellAnswers:
@@ -144,10 +176,19 @@ class TracePicture(anywidget.AnyWidget):
         if trace not in range(len(self.traces)):
             raise ValueError(f"show: there is no trace {trace!r}; there are {len(self.traces)}, counted from 0.")
         check_idle(self.lm)
-        return answers_at(self.lm, self.traces[trace], token, layer)
+        with contextlib.nullcontext() if self.edits is None else self.lm.overlay.only(self.edits[trace]):
+            return answers_at(self.lm, self.traces[trace], token, layer)
 
     def answer_click(self, widget: TracePicture, message: object, buffers: object) -> None:
-        """Answer the browser's {"ask": "answers", "trace", "token", "layer"} with the runs, or with a sentence."""
+        """Answer the browser's {"ask": "answers", "trace", "token", "layer"} with the runs, or with a sentence.
+
+        {"ask": "file", "suffix"} is answered with the file.
+        """
+        if isinstance(message, dict) and message.get("ask") == "file" and message.get("suffix") in FILE_TYPES:
+            suffix = message["suffix"]
+            name = "-".join(re.findall(r"\w+", self.traces[0].subject.lower())) or "trace"
+            data = base64.b64encode(self.file(suffix)).decode()
+            return self.send({"file": {"name": f"trace-{name}.{suffix}", "type": FILE_TYPES[suffix], "data": data}})
         if not isinstance(message, dict) or message.get("ask") != "answers":
             return
         cell = {name: message.get(name) for name in ("trace", "token", "layer")}
@@ -162,7 +203,7 @@ class TracePicture(anywidget.AnyWidget):
         return {
             "prompt": self.traces[0].prompt,
             "tokens": [drawn(token) for token in self.traces[0].tokens],
-            "traces": [described(*pair) for pair in zip(self.traces, axes, strict=True)],
+            "traces": [picture_of(*pair) for pair in zip(self.traces, axes, strict=True)],
             "has_model": self.lm is not None,
         }
 
@@ -176,7 +217,7 @@ class TracePicture(anywidget.AnyWidget):
         return data | {"image/png": still}, metadata
 
 
-def described(trace: Trace, ax: Axes) -> dict[str, object]:
+def picture_of(trace: Trace, ax: Axes) -> dict[str, object]:
     """One trace for the browser; the colours are read from its heatmap in `ax`."""
     mesh = ax.collections[0]
     low, high = mesh.get_clim()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import signal
 import threading
 from collections.abc import Callable
 from typing import ClassVar
@@ -84,6 +86,33 @@ class WarningNotes(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.thread == self.thread_ident:
             self.messages.append(record.getMessage())
+
+
+def stop_when_interrupted(attempts: int = 50) -> None:
+    """Let the kernel's interrupt stop jobs: between cells Jupyter ignores it, and a job runs between cells.
+
+    A handler that is set within a cell is gone at its end, so this waits for that; outside a kernel it does nothing.
+    """
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        return
+
+    def install(left: int) -> None:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, lambda number, frame: stop_all())
+        elif left:
+            loop.call_later(0.1, install, left - 1)
+
+    if threading.current_thread() is threading.main_thread():
+        loop.call_soon(install, attempts)
+
+
+def stop_all() -> None:
+    """Stop the jobs of all models."""
+    for job in [job() for job in Job.latest.values()]:
+        if job and not job.done.is_set():
+            job.stop()
 
 
 def check_idle(lm: LanguageModel) -> None:

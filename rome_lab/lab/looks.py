@@ -43,6 +43,15 @@ class Probe:
     paraphrases: tuple[Fact, ...]
     neighbours: tuple[Fact, ...]
 
+    @property
+    def questions(self) -> tuple[Fact, ...]:
+        """In the order of the rows of `Look.table`."""
+        return (self.fact, *self.paraphrases, *self.neighbours)
+
+    def same_as(self, other: Probe) -> bool:
+        """Whether looks with the one stand beside looks with the other."""
+        return (self.questions, self.target) == (other.questions, other.target)
+
 
 @dataclass(frozen=True, eq=False)
 class Look:
@@ -67,13 +76,19 @@ class Look:
         other = {"p_object": "p_target", "p_target": "p_object"}[column]
         return int((rows[column] > rows[other]).sum()), len(rows)
 
+    def mean(self, kind: str, column: str) -> float:
+        """Mean of p_object or p_target over the questions of one kind."""
+        return float(self.table.loc[self.table["kind"] == kind, column].mean())
+
 
 def probe_of(lm: LanguageModel, fact: Fact, target: str) -> Probe:
     """What to ask of the model about an edit.
 
-    Neighbours are the nearest embedded facts; those whose object is the target say nothing and are left out.
+    Neighbours are the nearest embedded facts of its relation, none where that is not known; those whose object is the
+    target say nothing and are left out.
     """
-    ordered = nearest_facts(fact, (x for x in load_facts("embedded") if x.object not in {target} - {fact.object}))
+    related = [x for x in load_facts("embedded") if x.relation == fact.relation]
+    ordered = nearest_facts(fact, (x for x in related if x.object not in {target} - {fact.object}))
     paraphrases = tuple(replace(fact, template=x) for x in fact.templates if x != fact.template)
     neighbours = known_among(lm, ordered[:CANDIDATES], "comparison")[:MOST_NEIGHBOURS]
     return Probe(fact, target, paraphrases, tuple(neighbours))

@@ -123,9 +123,9 @@ def make_edit(lm: LanguageModel, request: EditRequest, tell: Tell = lambda doing
     check_requests(lm, [(fact, target)], request.layer)
     layer = layer_to_edit(lm, [fact], request.layer)
     settings = request.settings or default_settings(lm).settings
-    measuring = f"Measuring C of layer {layer}, once for each layer"
 
     def seen(count: int, of: int) -> None:
+        measuring = f"Measuring how keys of layer {layer} vary (C), once for each layer"
         tell(f"{measuring}: {min(count, of):,} of {of:,} tokens", min(1.0, count / of))
         if count >= of:
             tell("Sampling the prefixes", 0.0)
@@ -134,7 +134,7 @@ def make_edit(lm: LanguageModel, request: EditRequest, tell: Tell = lambda doing
         number = int(row["step"])
         tell(f"v*: step {number} of {settings.steps}, P[target] {row['p_target']:.2f}", number / settings.steps)
 
-    tell(measuring, 0.0)
+    tell(f"Preparing the edit of layer {layer}", 0.0)
     given = {"tokens": request.tokens, "hparams": settings, "callback": step, "C_callback": seen}
     return rome(lm, fact, target, layer, progress=False, **given)
 

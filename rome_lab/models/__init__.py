@@ -2,9 +2,10 @@
 
 LanguageModel                   a model with its tokenizer and the places of its parts; edits lie over its weights
 load_model, check_hub           one by name: embedded, on a hub, or in a folder
-find_layout                     where a family has its parts
+Layout, find_layout             where a family has its parts; an UnfitModelError where a model has none
 record_run, Recording           one run of a whole model, and all that it left behind
-run_block, run_blocks           blocks on the last tokens of a recorded text; joined puts recordings together
+run_block, run_blocks           blocks on the last tokens of a recorded text; joined puts recordings together, and
+                                check_recording says whether parts give what the whole gave
 output_changed                  what a module says, changed within a context; last_token_only spares it tokens
 suited_attention, causal_mask   which attention a trace runs with, and its mask
 at_least_float32                of what is to be summed; last_logits_only spares the logits of other tokens
@@ -24,6 +25,7 @@ from rome_lab.models.blocks import (
     Recording,
     at_least_float32,
     causal_mask,
+    check_recording,
     joined,
     last_logits_only,
     last_token_only,
@@ -36,7 +38,7 @@ from rome_lab.models.blocks import (
 from rome_lab.models.changes import Change, side_by_side
 from rome_lab.models.identity import difference
 from rome_lab.models.language_model import LanguageModel
-from rome_lab.models.layouts import find_layout
+from rome_lab.models.layouts import Layout
 from rome_lab.models.loading import check_hub, load_model
 from rome_lab.models.process import (
     choose_products,
@@ -47,6 +49,7 @@ from rome_lab.models.process import (
 )
 from rome_lab.models.sampling import continue_randomly, generate
 from rome_lab.models.scoring import Question, Score, score
+from rome_lab.models.structure import UnfitModelError, find_layout
 from rome_lab.models.weights import device_of
 
 

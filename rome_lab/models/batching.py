@@ -21,7 +21,6 @@ import torch
 
 from rome_lab.models.language_model import LanguageModel
 from rome_lab.models.process import give_back_freed_memory
-from rome_lab.models.weights import device_of
 
 logger = logging.getLogger(__name__)
 
@@ -84,12 +83,12 @@ def text_bytes(lm: LanguageModel, length: int, cached: bool = False) -> int:
     Args:
         cached: count the keys and values of all layers too, and what drawing a token from the logits takes.
     """
-    config, memory = lm.model.config, lm.memory(0).weight
-    inside = 8 * length * sum(memory.shape) * memory.element_size()
+    config = lm.config
+    inside = 8 * length * lm.inner_width * lm.dtype.itemsize
     scores = 2 * 4 * config.num_attention_heads * length**2
     if not cached:
         return inside + scores + 2 * 4 * config.vocab_size
-    kept = 2 * lm.n_layers * length * config.hidden_size * memory.element_size()
+    kept = 2 * lm.n_layers * length * config.hidden_size * lm.dtype.itemsize
     return inside + scores + kept + 24 * config.vocab_size
 
 
@@ -118,7 +117,7 @@ class Batching:
     fitting: int = field(init=False)
 
     def __post_init__(self) -> None:
-        devices = {device_of(self.lm.memory(layer)) for layer in range(self.lm.n_layers)}
+        devices = {self.lm.device_at(layer) for layer in range(self.lm.n_layers)}
         self.fitting = int(SHARE * min(map(free_bytes, devices)) / self.bytes_each)
 
     @property

@@ -3,6 +3,7 @@
 record_run(lm, ids, change_embedding)       a Recording of all that one run left behind
 run_block(lm, layer, hidden, recording)     one block on a suffix, the recording's keys and values before it
 run_blocks, joined                          several blocks; several recordings as one
+check_recording(lm, recording, doing)       whether parts of a text give what the whole gave
 with output_changed(module, change)         what a module says passes through `change`
 with last_token_only(feed_forward)          an MLP is given the last token of each text only
 with suited_attention(lm)                   attention as it is fastest for the short texts of a trace
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +23,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from rome_lab.models.language_model import LanguageModel
+from rome_lab.models.layouts import LAYOUTS
+from rome_lab.models.process import precisions
+from rome_lab.models.tails import excess
 from rome_lab.models.weights import is_offloaded
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -45,7 +53,8 @@ def suited_attention(lm: LanguageModel) -> Iterator[None]:
         lm.model.set_attn_implementation(before)
 
 
-CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+BY_HEAD = ("alibi", "position_bias")
+"""Arguments that say something of every head and key, alike for all texts and queries."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,16 +87,18 @@ def record_run(
 
     def keep_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = named_arguments(module, args, kwargs)
-        states.append(given.pop("hidden_states"))
-        arguments.append({name: first_row(value) for name, value in given.items()})
+        states.append(given.pop(next(iter(given))))
+        arguments.append({name: of_one_row(name, value, len(ids)) for name, value in given.items()})
 
     shape = (*ids.shape, -1)
+    # Some families, Falcon is one, add to the output of a module in place.
+    copied = (lambda x: x) if lm.layout in LAYOUTS else torch.clone
     with contextlib.ExitStack() as hooks:
         hooks.enter_context(output_changed(lm.embedding, change_embedding))
         for layer, block in enumerate(lm.blocks):
             hooks.callback(block.register_forward_pre_hook(keep_input, with_kwargs=True).remove)
-            hooks.enter_context(output_changed(lm.attn(layer), lambda x: attn.append(x.view(shape))))
-            hooks.enter_context(output_changed(lm.mlp(layer), lambda x: mlp.append(x.view(shape))))
+            hooks.enter_context(output_changed(lm.attn(layer), lambda x: attn.append(copied(x.view(shape)))))
+            hooks.enter_context(output_changed(lm.mlp(layer), lambda x: mlp.append(copied(x.view(shape)))))
         hooks.enter_context(output_changed(lm.blocks[-1], lambda x: states.append(x)))
         cache = DynamicCache()
         logits = lm.model(input_ids=ids, past_key_values=cache, use_cache=True, **last_logits_only(lm.model)).logits
@@ -125,10 +136,49 @@ def run_block(
 
     cache = PrefixCache(prefix(recording.attention_keys), prefix(recording.attention_values))
     arguments = {
-        name: suffix_argument(lm, name, value, begin, length, cache)
+        name: suffix_argument(lm, name, value, begin, hidden, cache)
         for name, value in recording.arguments[layer].items()
     }
     return tensor_of(lm.blocks[layer](hidden, **arguments))
+
+
+@torch.no_grad()
+def check_recording(lm: LanguageModel, recording: Recording, doing: str) -> None:
+    """Raise a ValueError where the last tokens alone, or `lm.logits`, do not give what the whole run gave, for its row 0.
+
+    In a mixture of experts a router's near tie may go the other way where texts are put together otherwise; that is logged.
+    """
+    begin = recording.states[0].shape[1] // 2
+    first = torch.zeros(1, dtype=torch.long)
+    wrong = []
+    for layer, (given, returned) in enumerate(itertools.pairwise(recording.states)):
+        given, returned = given[:1, begin:], returned[:1, begin:]
+        try:
+            again = run_block(lm, layer, given, recording, first)
+        except (RuntimeError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"{doing}: block {layer} of {lm.name} does not run on a part of a text: {error}."
+            ) from error
+        gained = (returned - given.to(returned)).abs().max() + 1e-2 * returned.abs().max()
+        if not (again.to(returned) - returned).abs().max() <= relative_rounding(lm) * gained:
+            wrong.append(layer)
+    if dense := [layer for layer in wrong if layer not in lm.sparse]:
+        raise ValueError(
+            f"{doing}: block {dense[0]} of {lm.name} ({lm.layout.family}) makes something else of the last tokens of a text "
+            "alone than in the whole text, so no trace of it is exact; it is of a kind that rome_lab does not know."
+        )
+    if wrong:
+        logger.warning("%s: routers of %s nearly tie in layers %s, where rounding decides.", doing, lm.name, wrong)
+    if (error := excess(at_least_float32(lm.logits(recording.states[-1][:1, -1])), recording.logits[:1])) > 1:
+        raise ValueError(
+            f"{doing}: {lm.name} does something between its last block and its logits that rome_lab does not know (log "
+            f"probabilities differ by {error:.0f} times what rounding explains)."
+        )
+
+
+def relative_rounding(lm: LanguageModel) -> float:
+    """Relative error of what a block adds that rounding explains."""
+    return 1e-3 if lm.dtype in (torch.float32, torch.float64) and not {"bf16", "tf32"} & {*precisions()} else 5e-2
 
 
 def run_blocks(lm: LanguageModel, layers: range, hidden: torch.Tensor, recording: Recording) -> torch.Tensor:
@@ -164,27 +214,40 @@ class PrefixCache:
 
     def __init__(self, keys: torch.Tensor | None, values: torch.Tensor | None) -> None:
         self.keys, self.values = keys, values
+        self.length = 0 if keys is None else keys.shape[2]
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.length += keys.shape[2]
         if self.keys is None:
             return keys, values
         return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
 
-def suffix_argument(lm: LanguageModel, name: str, value: Any, begin: int, length: int, cache: PrefixCache) -> Any:
-    """What to give a block for its argument `name` when it sees only the tokens from `begin` on."""
-    if name in CACHE_ARGUMENTS:
+
+def suffix_argument(
+    lm: LanguageModel, name: str, value: Any, begin: int, hidden: torch.Tensor, cache: PrefixCache
+) -> Any:
+    """What to give a block for its argument `name` when it is given `hidden`, (R, N, D), the tokens from `begin` on."""
+    length = begin + hidden.shape[1]
+    if isinstance(value, Cache):
         return cache
-    if name == "attention_mask":
+    if "mask" in name or isinstance(value, torch.Tensor) and value.ndim == 4 and value.shape[-2:] == (length, length):
         # With no mask and more keys than queries, sdpa would let every query see the first keys only.
-        mask = causal_mask(lm, begin + length) if value is None else value
+        mask = causal_mask(lm, length) if value is None else value
         return mask[..., begin:, :]
+    if name in BY_HEAD:
+        return value.repeat(len(hidden), *[1] * (value.ndim - 1)) if name == "alibi" and value is not None else value
     if isinstance(value, torch.Tensor):
-        return value[:, begin:] if value.ndim > 1 else value[begin:]
-    if isinstance(value, tuple) and all(isinstance(x, torch.Tensor) for x in value):
-        return tuple(x[:, begin:] for x in value)
+        axis = next((axis for axis in (1, 0) if axis < value.ndim and value.shape[axis] == length), None)
+        return value if axis is None else value.narrow(axis, begin, length - begin)
+    if isinstance(value, tuple | list):
+        return type(value)(suffix_argument(lm, "", x, begin, hidden, cache) for x in value)
+    if isinstance(value, dict):
+        return {key: suffix_argument(lm, "", x, begin, hidden, cache) for key, x in value.items()}
     return value
 
 
@@ -203,13 +266,15 @@ def named_arguments(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> d
     return given
 
 
-def first_row(value: Any) -> Any:
-    """The first of a batch of equal rows, in a tensor or a tuple of tensors; anything else as it is."""
+def of_one_row(name: str, value: Any, rows: int) -> Any:
+    """The part of an argument that is about the first of `rows` equal texts."""
+    if name == "position_bias":
+        return value
     if isinstance(value, torch.Tensor):
-        return value[:1] if value.ndim > 1 else value
-    if isinstance(value, tuple):
-        return tuple(first_row(x) for x in value)
-    return value
+        return value[: max(1, len(value) // rows) if name == "alibi" else 1] if value.ndim > 1 else value
+    if isinstance(value, tuple | list):
+        return type(value)(of_one_row("", x, rows) for x in value)
+    return {key: of_one_row("", x, rows) for key, x in value.items()} if isinstance(value, dict) else value
 
 
 def tensor_of(output: torch.Tensor | tuple) -> torch.Tensor:
@@ -255,6 +320,7 @@ def last_token_only(feed_forward: nn.Module | None) -> Iterator[None]:
             handle.remove()
 
 
-def last_logits_only(model: nn.Module) -> dict[str, int]:
-    """Arguments that spare `model` the logits of all tokens but the last, where its forward knows how."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+def last_logits_only(model: nn.Module) -> dict[str, int | bool]:
+    """Arguments with which `model` names its outputs, and makes the logits of the last token only, where it knows how."""
+    parameters = inspect.signature(model.forward).parameters
+    return {"return_dict": True} | ({"logits_to_keep": 1} if "logits_to_keep" in parameters else {})

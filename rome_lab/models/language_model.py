@@ -8,34 +8,43 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from rome_lab.base import check_writable, explained
 from rome_lab.models.identity import Identity, identify
-from rome_lab.models.layouts import find_layout
+from rome_lab.models.layouts import LAYOUTS, Layout, has
 from rome_lab.models.overlay import Overlay, WeightChange
+from rome_lab.models.readiness import check_ids_fit, check_model, front_only, unwrapped
+from rome_lab.models.structure import find_layout
+from rome_lab.models.tails import Readout, own_readout, readout_error
 from rome_lab.models.weights import device_of, every_weight, is_offloaded, read_weight
+
+EDITABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class LanguageModel:
     """A decoder-only language model in memory, with its tokenizer and the places of its parts.
 
     Args:
-        model: any causal language model of a family in `rome_lab.models.layouts.LAYOUTS`; it is put in evaluation mode.
-        tokenizer: its tokenizer, a fast one, since subjects are found by character offsets.
+        model: any decoder-only language model; it is put in evaluation mode, and taken out of what torch.compile made of it.
+        tokenizer: its tokenizer, a fast one, since subjects are found by character offsets. What it puts behind every text
+            is left out, since a prompt is to be gone on with.
         name: what to call it in reports; the configuration's own name by default.
         origin: what `load_model` got, but for where the weights go and how products are computed: other processes load
             the same model by that. None where it exists in memory only.
+        layout: where its parts are; by default that of its family, or else what one run of the model shows.
 
     Raises:
-        ValueError: the parts are not where any known family has them, or the attention kernel takes no explicit mask.
+        ValueError: the model has no such parts, cannot be traced as it is (see `rome_lab.models.readiness`), or its
+            attention kernel takes no explicit mask.
     """
 
     def __init__(
@@ -44,15 +53,23 @@ class LanguageModel:
         tokenizer: PreTrainedTokenizerBase,
         name: str | None = None,
         origin: Mapping[str, object] | None = None,
+        layout: Layout | None = None,
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
                 f"LanguageModel: {type(tokenizer).__name__} gives no character offsets, which finding the subject's "
                 "tokens needs; load the fast tokenizer, AutoTokenizer.from_pretrained(..., use_fast=True)."
             )
-        self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.layout = find_layout(model)
+        self.model = model = unwrapped(model).eval()
+        check_model(model)
+        check_ids_fit(model, tokenizer)
+        self.tokenizer_as_given = tokenizer
+        self.tokenizer = front_only(tokenizer)
+        if layout is not None and (lacking := layout.lacking(model)):
+            raise ValueError(
+                f"LanguageModel: the layout {layout.family!r} does not fit {type(model).__name__}: no {lacking}."
+            )
+        self.layout = layout or find_layout(model)
         self.blocks: list[nn.Module] = list(attrgetter(self.layout.blocks)(model))
         self.origin = origin
         self.overlay = Overlay(self)
@@ -87,14 +104,20 @@ class LanguageModel:
         return self.embedding.weight.dtype
 
     @property
+    def config(self) -> PreTrainedConfig:
+        """The configuration of what reads text; in a model of several media it is a part of the whole one."""
+        return self.model.config.get_text_config()
+
+    @property
     def context_length(self) -> int:
         """Most tokens that the model can read."""
-        return int(getattr(self.model.config, "max_position_embeddings", None) or 2**31)
+        names = ("max_position_embeddings", "max_seq_len")
+        return int(next((x for x in (getattr(self.config, name, None) for name in names) if x), 2**31))
 
     @property
     def stops(self) -> frozenset[int]:
         """Tokens that end a text, and other special ones."""
-        ends = getattr(self.model.generation_config, "eos_token_id", None)
+        ends = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         return frozenset(self.tokenizer.all_special_ids).union(ends if isinstance(ends, list) else [ends]) - {None}
 
     def attn(self, layer: int) -> nn.Module:
@@ -106,13 +129,41 @@ class LanguageModel:
         return attrgetter(self.layout.mlp)(self.blocks[layer])
 
     def feed_forward(self, layer: int) -> nn.Module | None:
-        """The MLP at `layer`, which is given (B, T, D); None where it is no module, see `Layout`."""
-        path = self.layout.feed_forward
+        """The MLP at `layer`, which can be given (B, 1, D) instead of (B, T, D); None where that is not known of the family.
+
+        In Falcon, for one, what the MLP returns is added to in place, so that it cannot be one token's alone.
+        """
+        path = self.layout.feed_forward if self.layout in LAYOUTS else ""
         return attrgetter(path)(self.blocks[layer]) if path else None
 
+    @cached_property
+    def sparse(self) -> frozenset[int]:
+        """Layers whose MLP no one matrix ends: mixtures of experts."""
+        path, blocks = self.layout.memory, enumerate(self.blocks)
+        return frozenset(x for x, block in blocks if path is None or x in self.layout.sparse or not has(block, path))
+
     def memory(self, layer: int) -> nn.Module:
-        """Module of the matrix W of Appendix A at `layer`; its input is the key k."""
-        return attrgetter(self.layout.memory)(self.blocks[layer])
+        """Module of the matrix W of Appendix A at `layer`; its input is the key k.
+
+        Raises:
+            ValueError: the layer has none, or it is packed: neither can be edited.
+        """
+        if layer in self.sparse:
+            dense = sorted(set(range(self.n_layers)) - self.sparse)
+            raise ValueError(
+                f"layer {layer} of {self.name} cannot be edited: no one matrix ends its MLP, as in a mixture of experts, "
+                "where an edit of one expert would hold only as long as the router chooses it; "
+                + (f"edit one of the layers {', '.join(map(str, dense))}." if dense else "it can be traced.")
+            )
+        module = attrgetter(self.layout.memory)(self.blocks[layer])
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or weight.dtype not in EDITABLE:
+            kind = weight.dtype if isinstance(weight, torch.Tensor) else "no tensor"
+            raise ValueError(
+                f"layer {layer} of {self.name} cannot be edited: the weight of {self.memory_name(layer)} is packed "
+                f"({type(module).__name__}, {kind}); load the model unquantised, say in bfloat16. It can be traced."
+            )
+        return module
 
     def memory_name(self, layer: int) -> str:
         """Path from the model to that module."""
@@ -127,18 +178,48 @@ class LanguageModel:
         """Whether the stored weight is (in, out), as in GPT-2's Conv1D, instead of (out, in)."""
         return isinstance(self.memory(layer), Conv1D)
 
+    def device_at(self, layer: int) -> torch.device:
+        """Where block `layer` computes."""
+        return device_of(next(x for x in self.blocks[layer].modules() if "weight" in x._parameters))
+
+    @property
+    def inner_width(self) -> int:
+        """D + H: lengths of a state, and of what the MLP's last matrix is given, or of what stands for it."""
+        width = self.config.hidden_size
+        return width + (
+            getattr(self.config, "intermediate_size", None) or getattr(self.config, "ffn_dim", None) or 4 * width
+        )
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits (..., V) of last-block outputs (..., D), as and where the model's own forward makes them."""
+        return self.readout(hidden)
+
+    @cached_property
+    def readout(self) -> Readout:
+        """How `logits` are made: by the modules of the layout's tail where that is all, else by the model's own forward.
+
+        Raises:
+            ValueError: neither gives what the model gives, in log probability.
+        """
+        errors = []
+        for make in (lambda: self.plain_readout, lambda: own_readout(self))[not self.layout.tail :]:
+            way = make()
+            errors.append(readout_error(self, way))
+            if errors[-1] <= 1:
+                return way
+        raise ValueError(
+            f"LanguageModel: {self.name} does something between its last block and its logits that rome_lab cannot repeat "
+            f"(log probabilities differ by {min(errors):.0f} times what rounding explains)."
+        )
+
+    def plain_readout(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits by the modules of the layout's tail and the output embeddings."""
         for path in self.layout.tail:
             module = attrgetter(path)(self.model)
             if module is not None:
                 hidden = module(hidden)
         logits = self.model.get_output_embeddings()(hidden).to(self.device)
-        config = self.model.config
-        # Granite divides its logits by a number of its own, Cohere multiplies them by one.
-        scale = (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
-        logits = logits if scale == 1 else logits * scale
-        cap = getattr(config, "final_logit_softcapping", None)
+        cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     @property
@@ -178,7 +259,7 @@ class LanguageModel:
             # Of its own accord transformers reads what is offloaded only in models that it loaded by a device_map.
             unread = is_offloaded(self.model) and not hasattr(self.model, "hf_device_map")
             self.model.save_pretrained(whole, state_dict=dict(every_weight(self.model)) if unread else None)
-            self.tokenizer.save_pretrained(whole)
+            self.tokenizer_as_given.save_pretrained(whole)
             whole.rename(folder)
 
     def check_length(self, length: int, doing: str) -> None:

@@ -1,4 +1,4 @@
-"""Where the parts of each family of decoder-only transformers are."""
+"""Where the parts of decoder-only transformers are: `Layout`, and those of families that are known by name."""
 
 from __future__ import annotations
 
@@ -16,63 +16,99 @@ class Layout:
         family: name for messages.
         blocks: path from the model to the list of its blocks.
         attn, mlp: paths from a block to the modules whose outputs are added to the residual stream.
-        memory: path from a block to the matrix that ends its MLP: W of Appendix A, whose input is the key k.
+        memory: path from a block to the matrix that ends its MLP: W of Appendix A, whose input is the key k. None where no
+            block has one, as in mixtures of experts.
         tail: paths from the model to what stands between the last block and the output embeddings; a later one may be None.
+            Where it is not given, the model's own forward makes the logits.
+        model_types: what the configurations of the family call themselves.
+        sparse: layers whose MLP no matrix ends although there is one at `memory`.
     """
 
     family: str
     blocks: str
     attn: str
     mlp: str
-    memory: str
-    tail: tuple[str, ...]
+    memory: str | None = None
+    tail: tuple[str, ...] = ()
+    model_types: tuple[str, ...] = ()
+    sparse: tuple[int, ...] = ()
 
     @property
     def feed_forward(self) -> str:
         """Path from a block to its MLP as a module; empty in OPT, whose two matrices stand in the block itself."""
-        return self.memory.rpartition(".")[0]
+        return self.mlp if self.memory is None else self.memory.rpartition(".")[0]
+
+    def lacking(self, model: nn.Module) -> str:
+        """The first path of it that the model, or one of its blocks, has not; "" where it has all."""
+        if not has(model, self.blocks):
+            return self.blocks
+        blocks = list(attrgetter(self.blocks)(model))
+        lacked = (
+            [
+                f"{self.blocks}[{i}].{path}"
+                for i, x in enumerate(blocks)
+                for path in (self.attn, self.mlp)
+                if not has(x, path)
+            ]
+            + [path for path in self.tail[:1] if not has(model, path)]
+            + (
+                []
+                if self.memory is None or any(has(x, self.memory) for x in blocks)
+                else [f"{self.blocks}[0].{self.memory}"]
+            )
+        )
+        return lacked[0] if lacked else ""
 
 
-# The first that fits is taken, so the more specific one comes first: a Gemma2 model also fits the entry of Llama.
+def has(module: nn.Module, path: str) -> bool:
+    """Whether there is something at `path` in the module."""
+    try:
+        attrgetter(path)(module)
+    except AttributeError:
+        return False
+    return True
+
+
 LAYOUTS = (
-    Layout("GPT-2", "transformer.h", "attn", "mlp", "mlp.c_proj", ("transformer.ln_f",)),
-    Layout("GPT-J", "transformer.h", "attn", "mlp", "mlp.fc_out", ("transformer.ln_f",)),
-    Layout("GPT-NeoX", "gpt_neox.layers", "attention", "mlp", "mlp.dense_4h_to_h", ("gpt_neox.final_layer_norm",)),
+    Layout("GPT-2", "transformer.h", "attn", "mlp", "mlp.c_proj", ("transformer.ln_f",), ("gpt2",)),
+    Layout("GPT-J", "transformer.h", "attn", "mlp", "mlp.fc_out", ("transformer.ln_f",), ("gptj",)),
     Layout(
-        # Gemma2 normalises what its attention and its MLP say before adding it to the residual stream.
-        "Gemma2",
+        "GPT-NeoX",
+        "gpt_neox.layers",
+        "attention",
+        "mlp",
+        "mlp.dense_4h_to_h",
+        ("gpt_neox.final_layer_norm",),
+        ("gpt_neox",),
+    ),
+    Layout(
+        # It normalises what its attention and its MLP say before adding it to the residual stream.
+        "Gemma2 or Gemma3",
         "model.layers",
         "post_attention_layernorm",
         "post_feedforward_layernorm",
         "mlp.down_proj",
         ("model.norm",),
+        ("gemma2", "gemma3_text"),
     ),
-    Layout("Llama, Qwen or Mistral", "model.layers", "self_attn", "mlp", "mlp.down_proj", ("model.norm",)),
     Layout(
-        # OPT has no MLP module: its two matrices stand in the block itself.
+        "Llama, Qwen or Mistral",
+        "model.layers",
+        "self_attn",
+        "mlp",
+        "mlp.down_proj",
+        ("model.norm",),
+        ("llama", "qwen2", "qwen3", "mistral"),
+    ),
+    Layout(
+        # It has no MLP module: its two matrices stand in the block itself. Where it normalises sums, no look finds them.
         "OPT",
         "model.decoder.layers",
         "self_attn",
         "fc2",
         "fc2",
         ("model.decoder.final_layer_norm", "model.decoder.project_out"),
+        ("opt",),
     ),
 )
-
-
-def find_layout(model: nn.Module) -> Layout:
-    """The layout of `LAYOUTS` that fits `model`; a ValueError that names all that was looked for where none does."""
-    for layout in LAYOUTS:
-        try:
-            blocks = attrgetter(layout.blocks)(model)
-            for path in (layout.attn, layout.mlp, layout.memory):
-                attrgetter(path)(blocks[0])
-            attrgetter(layout.tail[0])(model)
-        except (AttributeError, IndexError, TypeError):
-            continue
-        return layout
-    places = "; ".join(f"{x.family}: {x.blocks}[0] with {x.attn}, {x.mlp}, {x.memory}" for x in LAYOUTS)
-    raise ValueError(
-        f"LanguageModel: {type(model).__name__} is not a decoder-only model of a family that rome_lab knows. "
-        f"Looked for {places}. For another family, add a Layout to rome_lab.models.layouts.LAYOUTS."
-    )
+"""Families that are known without a look; all others, see `rome_lab.models.structure`, are found by one run."""

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from rome_lab.base import Json, Record, Store, code_version, opened
 from rome_lab.facts import Fact, read_prompt
-from rome_lab.models import LanguageModel
+from rome_lab.models import LanguageModel, check_verified
 from rome_lab.tracing.averaging import Traces
 from rome_lab.tracing.corruption import Corruption
 from rome_lab.tracing.one_fact import trace_of_kind
@@ -73,16 +73,17 @@ def trace_facts(
     store = opened(store)
     if store:
         store.check_writable()
+    check_verified(lm, "trace_facts")
     settings = TraceSettings(corruption, samples, window, seed, max_rows)
     settings = replace(settings, corruption=settings.corruption.measured(lm))
     unknown: dict[Fact, str] = {}
     if client is None:
-        plan = TracePlan(kinds, settings, described(lm, settings) | lm.identity().key() if store else {})
+        plan = TracePlan(kinds, settings, corruption_inputs(lm, settings) | lm.identity().key() if store else {})
     else:
         from rome_lab.models import Workers  # needs dask.distributed, which is an optional extra
 
         workers = Workers(client, lm, store)
-        plan, store = TracePlan(kinds, settings, described(lm, settings) | workers.key), workers.store
+        plan, store = TracePlan(kinds, settings, corruption_inputs(lm, settings) | workers.key), workers.store
         unknown = trace_on_workers(workers, facts, plan, progress)
     traces = []
     for fact in tqdm(facts, desc="tracing", unit="fact", disable=not progress or client is not None):
@@ -103,7 +104,7 @@ def trace_facts(
     return Traces(traces)
 
 
-def described(lm: LanguageModel, settings: TraceSettings) -> dict[str, Json]:
+def corruption_inputs(lm: LanguageModel, settings: TraceSettings) -> dict[str, Json]:
     """The corruption as a part of the inputs of a stored trace."""
     return {"corruption": settings.corruption.describe(lm)}
 

@@ -18,7 +18,7 @@ from rome_lab.models import (
     Batching,
     LanguageModel,
     Recording,
-    at_least_float32,
+    check_recording,
     enough_room,
     freed_memory_kept,
     joined,
@@ -109,23 +109,12 @@ def run_clean_and_corrupted(
     with suited_attention(lm), freed_memory_kept():
         recording = joined(list(together.over(range(len(noise)), record_part)))
     lm.check_finite(recording.logits, "causal_trace")
-    check_readout(lm, recording)
+    with suited_attention(lm):
+        check_recording(lm, recording, "causal_trace")
     answer_id = known_answer(lm, prompt, recording.logits[0]) if isinstance(prompt, Fact) else None
     answer_id = int(recording.logits[0].argmax()) if answer_id is None else answer_id
     p = probability(recording.logits, answer_id)
     return Runs(lm, read, settings, recording, answer_id, p, settings.corruption.std(lm))
-
-
-@torch.no_grad()
-def check_readout(lm: LanguageModel, recording: Recording) -> None:
-    """Raise where `lm.logits` of the last states is not what the model's own forward gave."""
-    ours = at_least_float32(lm.logits(recording.states[-1][:, -1])).softmax(-1)
-    error = float((ours - recording.logits.softmax(-1)).abs().max())
-    if error > (1e-4 if lm.dtype in (torch.float32, torch.float64) else 5e-2):
-        raise ValueError(
-            f"causal_trace: {lm.name} does something between its last block and its logits that rome_lab does not know "
-            f"(probabilities differ by {error:.1e}); complete LanguageModel.logits for this family."
-        )
 
 
 def known_answer(lm: LanguageModel, fact: Fact, logits: torch.Tensor) -> int:

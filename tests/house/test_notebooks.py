@@ -48,7 +48,7 @@ KEYS = ("claim", "measure", "panel", "kind", "bucket", "position", "layer")  # c
 
 DEFAULT = {"n_facts": 3, "samples": 2}
 SMALL = {
-    "edit": {"n_facts": 1, "steps": 15, "tokens": 8192, "samples": 2},
+    "edit": {"demonstrate": True, "n_facts": 1, "steps": 15, "tokens": 8192, "samples": 2},
     "edit_anatomy": {
         **{"layer": 3, "layers": [3, 12], "tokens": [3, 9], "steps": [3, 2], "prefixes": [5], "c_tokens": 4096},
         **{"n_texts": 2, "samples": 2},
@@ -259,4 +259,10 @@ def test_links_between_notebooks_lead_to_notebooks(name):
     for cell in read(name).cells:
         for part in cell.source.split("](")[1:] if cell.cell_type == "markdown" else ():
             link = part.split(")")[0]
+            if link.startswith("attachment:"):
+                assert link.removeprefix("attachment:") in cell.attachments
+                continue
+            if link.startswith("#"):
+                assert f"# {link[1:].replace('-', ' ')}\n" in "".join(x.source for x in read(name).cells), f"no {link}"
+                continue
             assert "://" in link or (ROOT / "notebooks" / link).is_file(), f"{cell.id}: there is no {link}"

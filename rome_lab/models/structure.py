@@ -1,0 +1,230 @@
+"""Where the parts of a model are, found by what its modules do in one run: for families that no `Layout` is known of."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.pytorch_utils import Conv1D
+
+from rome_lab.models.layouts import LAYOUTS, Layout
+from rome_lab.models.weights import device_of
+
+logger = logging.getLogger(__name__)
+
+N_TOKENS = 7  # of the text that is run to look at a model
+
+
+class UnfitModelError(ValueError):
+    """A model that cannot be traced: why, and what was looked for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a module.
+
+    Attributes:
+        given, returned: the hidden states that it was given and returned, as they were then; None where there are none.
+        kept: how many layers had kept their keys and values when it returned.
+    """
+
+    given: Tensor | None
+    returned: Tensor | None
+    kept: int
+
+
+class CountingCache(DynamicCache):
+    """A cache of keys and values that knows how many layers have kept theirs."""
+
+    kept = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.kept += 1
+        return super().update(key_states, value_states, *args, **kwargs)
+
+
+def find_layout(model: nn.Module) -> Layout:
+    """The layout of `LAYOUTS` that bears the name of the model's family and fits it, or else the one found in the model.
+
+    Raises:
+        UnfitModelError: the model has no such parts; the message says which it lacks.
+    """
+    name = getattr(model.config, "model_type", "")
+    known = next((x for x in LAYOUTS if name in x.model_types and not x.lacking(model)), None)
+    if known:
+        return known
+    layout = find_structure(model)
+    logger.warning(
+        "%s is of no family that rome_lab knows. By a look at what its modules do: blocks %s, attention %s, MLP %s, edited "
+        "matrix %s%s. rl.verify(lm) tries whether traces and edits are then exact.",
+        type(model).__name__,
+        layout.blocks,
+        layout.attn,
+        layout.mlp,
+        layout.memory or "none",
+        f" but in layers {', '.join(map(str, layout.sparse))}" if layout.sparse else "",
+    )
+    return layout
+
+
+def find_structure(model: nn.Module) -> Layout:
+    """The layout of a decoder-only transformer, found by running it on a few tokens.
+
+    Its blocks are the longest list of modules each of which is given what the one before returned. In every block two
+    modules' outputs, times constants, add up to what the block adds to its input: the one that ends after the block has
+    kept its keys and values is the attention, the other the MLP. The matrix that ends the MLP is the one whose output is
+    the MLP's, or what the norm behind the MLP is given; a block with none, a mixture of experts say, cannot be edited.
+
+    Raises:
+        UnfitModelError: the model has no such parts; the message says which it lacks.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise unfit(model, "it is an encoder-decoder, and here a text is read by a decoder alone")
+    calls = watched(model, probe(model))
+    blocks = chain_of_blocks(model, calls)
+    names = [f"{blocks}.{layer}" for layer in range(len(model.get_submodule(blocks)))]
+    changed = probe(model)
+    changed[0, -1] += 1
+    again = watched(model, changed)[names[-1]].returned
+    if not torch.equal(again[:, 0], calls[names[-1]].returned[:, 0]):
+        raise unfit(model, "its tokens see those behind them, so it is no decoder")
+    kept = [0, *(calls[name].kept for name in names)]
+    if bare := [layer for layer in range(len(names)) if kept[layer + 1] != kept[layer] + 1]:
+        raise unfit(
+            model,
+            f"{names[bare[0]]} keeps no keys and values of its own: a state-space layer, or one that shares another's",
+        )
+    parts = [
+        {path[len(name) + 1 :]: call for path, call in calls.items() if path.startswith(name + ".")} for name in names
+    ]
+    attn, mlp = contributions(model, names, [calls[name] for name in names], parts)
+    matrices = [matrix_that_ends(model, name, mlp, part) for name, part in zip(names, parts, strict=True)]
+    memory = next((path for path in matrices if path), None)
+    sparse = tuple(layer for layer, path in enumerate(matrices) if path != memory) if memory else ()
+    family = getattr(model.config, "model_type", "") or type(model).__name__
+    return Layout(family, blocks, attn, mlp, memory, sparse=sparse)
+
+
+def probe(model: nn.Module) -> Tensor:
+    """(1, N_TOKENS) ids of tokens that differ."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    device = device_of(model.get_input_embeddings())
+    return (torch.arange(N_TOKENS, device=device)[None] * 7 + 5) % (vocabulary - 1)
+
+
+@torch.no_grad()
+def watched(model: nn.Module, ids: Tensor) -> dict[str, Call]:
+    """What each module that is called once in a run was given and returned, by its path, in the order of returning."""
+    cache = CountingCache()
+    calls: dict[str, list[Call]] = {}
+
+    def keep(path: str) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any) -> None:
+            given = next((x for x in (*args, *kwargs.values()) if is_hidden(x)), None)
+            returned = output[0] if isinstance(output, tuple) and output else output
+            copies = [x.detach().to("cpu", copy=True) if is_hidden(x) else None for x in (given, returned)]
+            calls.setdefault(path, []).append(Call(*copies, cache.kept))
+
+        return hook
+
+    with ExitStack() as hooks:
+        for path, module in model.named_modules():
+            hooks.callback(module.register_forward_hook(keep(path), with_kwargs=True).remove)
+        try:
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
+        except Exception as error:  # whatever a model of an unknown family raises is a reason not to trace it
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise unfit(model, f"it does not run on a text with a cache of keys and values ({reason})") from error
+    return {path: several[0] for path, several in calls.items() if len(several) == 1}
+
+
+def is_hidden(x: Any) -> bool:
+    """Whether it can be hidden states of the probe's tokens: (1, T, D), or (T, D)."""
+    return isinstance(x, Tensor) and x.is_floating_point() and x.ndim in (2, 3) and x.shape[-2] == N_TOKENS
+
+
+def chain_of_blocks(model: nn.Module, calls: Mapping[str, Call]) -> str:
+    """Path of the longest list of modules each of which is given what the one before returned."""
+    fitting = []
+    for path, module in model.named_modules():
+        chain = (
+            [calls.get(f"{path}.{number}") for number in range(len(module))]
+            if isinstance(module, nn.ModuleList)
+            else []
+        )
+        whole = chain and all(call and call.given is not None and call.returned is not None for call in chain)
+        if whole and all(torch.equal(x.returned, y.given) for x, y in zip(chain, chain[1:], strict=False)):
+            fitting.append((len(chain), path))
+    if not fitting:
+        raise unfit(model, "no list of modules in it is a chain, each given what the one before returned")
+    return max(fitting)[1]
+
+
+def contributions(
+    model: nn.Module, names: Sequence[str], blocks: Sequence[Call], parts: Sequence[Mapping[str, Call]]
+) -> tuple[str, str]:
+    """Paths of the two modules whose outputs, times constants, add up to what every block adds to its input."""
+    shape = blocks[0].given.shape
+    common = [path for path in parts[0] if all(path in part for part in parts)]
+    common = [path for path in common if all(is_sized(part[path].returned, shape) for part in parts)]
+    fitting = [
+        (path, other)
+        for path, other in combinations(common, 2)
+        if not other.startswith(path + ".")
+        and not path.startswith(other + ".")
+        and all(adds_up(block, [part[path], part[other]]) for block, part in zip(blocks, parts, strict=True))
+    ]
+    if not fitting:
+        raise unfit(
+            model,
+            f"no two modules' outputs add up to what {names[0]} adds to its input, for every block alike; "
+            f"among those of the right size are {', '.join(common[:8]) or 'none'}",
+        )
+    # The outermost modules; of two that are as far out, the earlier.
+    first, second = min(fitting, key=lambda pair: sum(path.count(".") for path in pair))
+    return (first, second) if parts[0][first].kept else (second, first)
+
+
+def is_sized(x: Tensor | None, shape: torch.Size) -> bool:
+    return x is not None and x.shape[-1] == shape[-1]
+
+
+def adds_up(block: Call, addends: Sequence[Call]) -> bool:
+    """Whether what the block returned is what it was given and a sum of the outputs, each times a constant."""
+    given, returned = block.given.double().flatten(), block.returned.double().flatten()
+    columns = torch.stack([x.returned.double().flatten() for x in addends], dim=1)  # (T * D, 2)
+    factors = torch.linalg.lstsq(columns, (returned - given)[:, None], driver="gelsd").solution[:, 0]
+    terms = columns * factors
+    error = (given + terms.sum(1) - returned).abs().max()
+    size = (given.abs() + terms.abs().sum(1)).max()
+    return bool(factors.all() and error <= 16 * torch.finfo(block.returned.dtype).eps * size)
+
+
+def matrix_that_ends(model: nn.Module, name: str, mlp: str, part: Mapping[str, Call]) -> str | None:
+    """Path from the block `name` to the matrix whose output is the MLP's, or what the norm behind the MLP is given."""
+    outputs = [x.flatten(0, -2) for x in (part[mlp].returned, part[mlp].given) if x is not None]
+    for path, call in reversed(part.items()):
+        module = model.get_submodule(f"{name}.{path}")
+        is_matrix = isinstance(module, nn.Linear | Conv1D) or "linear" in type(module).__name__.lower()
+        if is_matrix and call.returned is not None:
+            product = call.returned.flatten(0, -2)
+            if any(x.shape == product.shape and torch.equal(x, product) for x in outputs):
+                return path
+    return None
+
+
+def unfit(model: nn.Module, reason: str) -> UnfitModelError:
+    """The error that says why a model cannot be traced, and what was looked for."""
+    return UnfitModelError(
+        f"LanguageModel: {type(model).__name__} is not a decoder-only model whose parts rome_lab finds: {reason}. Looked "
+        "for a list of blocks, in each an attention and an MLP whose outputs are added to its input. Or say where they are: "
+        'LanguageModel(model, tokenizer, layout=rl.models.Layout("mine", "model.layers", "self_attn", "mlp", '
+        '"mlp.down_proj")).'
+    )

@@ -1,0 +1,84 @@
+"""The Makefile takes settings as they are, blanks, apostrophes and all, and works in any folder, without git."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = {
+    "MODEL": "o'hara's model", "DATASET": "my facts, é 中.csv", "FIGURES": "my o'figures", "C_TEXT": 'a "text" here',
+    "EDITS": "1,3", "SEED": "7",
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder that looks like a checkout that is set up; nothing in it is in git."""
+    folder = tmp_path / "é 中 it's x"
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    shutil.copy(ROOT / "Makefile", folder)
+    for path in (*ROOT.glob("requirements*.txt"), ROOT / "pyproject.toml"):
+        shutil.copy(path, folder)
+        os.utime(folder / path.name, (0, 0))
+    (folder / "rome_lab").mkdir()
+    (folder / ".venv").mkdir()
+    (folder / ".venv" / "ready").touch()
+    return folder
+
+
+def make(folder: Path, *words: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """What make says, with a PATH on which there is only what it needs, and no git."""
+    tools = folder.parent / "tools"
+    tools.mkdir(exist_ok=True)
+    for name in ("make", "sh", "find", "mkdir", "cmp", "printf", "awk", "touch", "rm", "echo", "python3"):
+        if not (tools / name).exists() and (path := shutil.which(name)):
+            (tools / name).symlink_to(path)
+    command = ["make", *words, *(f"{name}={value}" for name, value in settings.items())]
+    return subprocess.run(command, cwd=folder, env={"PATH": str(tools)}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("target", ["figures", "evaluate", "anatomy", "search", "cost"])
+def test_settings_reach_the_notebooks_as_they_are(folder, target) -> None:
+    result = make(folder, "-n", target, **SETTINGS)
+    assert result.returncode == 0, result.stderr
+    lines = [shlex.split(line) for line in result.stdout.splitlines() if "rome_lab.batch" in line]
+    assert lines
+    names = {"MODEL": "model", "DATASET": "dataset", "FIGURES": "figures", "C_TEXT": "c_text", "SEED": "seed"}
+    for words in lines:
+        given = {words[i + 1]: words[i + 2] for i, word in enumerate(words) if word == "-p"}
+        assert given["model"] == SETTINGS["MODEL"] and given["figures"] == SETTINGS["FIGURES"]
+        assert given == given | {names[x]: SETTINGS[x] for x in names if names[x] in given}
+        assert given.get("sizes", "[1,3]") == "[1,3]"
+
+
+def test_help_names_each_target_and_the_settings(folder) -> None:
+    result = make(folder, **SETTINGS)
+    assert result.returncode == 0, result.stderr
+    assert SETTINGS["MODEL"] in result.stdout and SETTINGS["DATASET"] in result.stdout
+    for target in ("setup", "figures", "test", "wheels", "clean"):
+        assert f"\n  make {target:<10} " in result.stdout
+
+
+def test_a_python_that_is_missing_or_too_old_is_a_sentence(folder) -> None:
+    (folder / ".venv" / "ready").unlink()
+    for python in ("no-such-python", "false"):
+        result = make(folder, "setup", PYTHON=python)
+        assert result.returncode != 0 and "rome_lab needs Python 3.11 or newer: make PYTHON=python3.12" in result.stderr
+
+
+def test_set_up_without_packages_says_what_to_do(folder) -> None:
+    (folder / ".venv" / "ready").unlink()
+    nowhere = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder / "wheels"), "PIP_CONFIG_FILE": os.devnull}
+    (folder / "wheels").mkdir()
+    command = ["make", "setup", f"PYTHON={shutil.which('python3')}"]
+    result = subprocess.run(command, cwd=folder, env=os.environ | nowhere, capture_output=True, text=True)
+    assert result.returncode != 0
+    last = [line for line in result.stderr.splitlines() if line.startswith("make setup: ")]
+    assert len(last) == 1 and "HTTPS_PROXY=" in last[0] and "PIP_NO_INDEX=1" in last[0]
+    assert not (folder / ".venv" / "ready").exists()
