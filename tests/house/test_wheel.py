@@ -64,8 +64,8 @@ def readme_commands() -> list[list[str]]:
 
 def test_all_of_the_package_is_in_the_wheel(wheel) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    tracked = subprocess.run(["git", "ls-files", "rome_lab"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    missing = {path for path in tracked if path != "rome_lab/notebooks"} - names
+    files = {path for path in (ROOT / "rome_lab").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    missing = {str(path.relative_to(ROOT)) for path in files} - names
     assert not missing
     notebooks = {f"rome_lab/notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb")}
     assert notebooks <= names
