@@ -1,4 +1,4 @@
-"""Links to Colab and Binder, and a cell that installs rome_lab there, in the README and the notebooks that people start with.
+"""Links to Colab and Binder, and a cell that installs rome_lab there, in the README and in the notebooks to start with.
 
     python docs/badges.py        write them for REPOSITORY; where that is empty, remove them
 
