@@ -47,7 +47,7 @@ def make(folder: Path, *words: str, **settings: str) -> subprocess.CompletedProc
 def test_settings_reach_the_notebooks_as_they_are(folder, target) -> None:
     result = make(folder, "-n", target, **SETTINGS)
     assert result.returncode == 0, result.stderr
-    lines = [shlex.split(line) for line in result.stdout.splitlines() if "rome_lab.batch" in line]
+    lines = [shlex.split(line) for line in result.stdout.splitlines() if "-m rome_lab" in line]
     assert lines
     names = {"MODEL": "model", "DATASET": "dataset", "FIGURES": "figures", "C_TEXT": "c_text", "SEED": "seed"}
     for words in lines:
