@@ -21,7 +21,6 @@ import ipywidgets as w
 
 from rome_lab.editing import Edit, check_requests
 from rome_lab.facts import Fact
-from rome_lab.lab.compared import HistoryView
 from rome_lab.lab.form import EditForm
 from rome_lab.lab.history import History, Step, counted, edit_code, edits_named, trace_code
 from rome_lab.lab.jobs import Job, Stopped, check_idle, stop_when_interrupted, wait_for_job
@@ -32,6 +31,7 @@ from rome_lab.lab.pictured import TraceView
 from rome_lab.lab.plots import TITLES
 from rome_lab.lab.reporting import report
 from rome_lab.lab.saved import SavedEdits
+from rome_lab.lab.side_by_side import HistoryView
 from rome_lab.lab.trials import EditRequest, make_edit
 from rome_lab.models import LanguageModel
 from rome_lab.tracing import Trace, causal_trace
