@@ -27,16 +27,21 @@ settings.load_profile("rome_lab")
 # What a shell starts in the background ignores interrupts, and so would tests that interrupt themselves, and never end.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Files whose tests start browsers, kernels, clusters, package installers and other processes, each of which takes seconds.
-PROCESSES = {
-    "test_batch.py",
-    "test_browser.py",
-    "test_cluster.py",
-    "test_faults.py",
-    "test_interactive_browser.py",
-    "test_site.py",
-    "test_wheel.py",
-}
+# Files of which most tests start browsers, kernels, clusters, installers or other processes, or take seconds each.
+SLOW = (
+    "batch",
+    "browser",
+    "cluster",
+    "faults",
+    "fuzz",
+    "interactive_browser",
+    "memory",
+    "offload",
+    "report",
+    "site",
+    "wheel",
+)
+SLOW_FILES = {f"test_{name}.py" for name in SLOW}
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +79,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     for item in items:
         embedded = takes_embedded_model(item)
-        if embedded or item.path.name in PROCESSES:
+        if embedded or item.path.name in SLOW_FILES:
             item.add_marker("slow")
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group("embedded model" if embedded else item.path.name))

@@ -37,6 +37,7 @@ def shape_of(lm, samples, window):
     return Shape(len(read.ids), read.subject_range[0], samples, window)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_arithmetic_of_the_sweep_is_what_pytorch_counts(family) -> None:
     lm = tiny_model(family)

@@ -66,6 +66,7 @@ def test_equals_one_full_forward_a_cell(family, label):
     assert error <= 1e-3 * spread
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_one_full_forward_a_cell_to_double_precision(family):
     lm = LanguageModel(copy.deepcopy(telling_model(family).model).double(), tokenizer())
@@ -75,6 +76,7 @@ def test_equals_one_full_forward_a_cell_to_double_precision(family):
         assert error <= tolerance * spread, label
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROMPTS)
 @pytest.mark.parametrize(("samples", "window"), [(1, 1), (10, 10)])
 def test_equals_one_full_forward_a_cell_for_every_shape_of_prompt(name, samples, window):
