@@ -75,7 +75,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     So a worker makes the models of a file once, and one alone loads the embedded model and edits it. A test with an
     `xdist_group` of its own, as each long notebook has, may go to another worker than its file. What is slow begins first,
-    so that no worker has it left when the others are done.
+    so that no worker has it left when the others are done; and of it first what takes longest.
     """
     for item in items:
         embedded = takes_embedded_model(item)
@@ -84,7 +84,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group("embedded model" if embedded else item.path.name))
     slow = {group_of(item) for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: group_of(item) not in slow)  # stable
+    items.sort(key=lambda item: (group_of(item) not in slow, group_of(item) != "judged edits"))  # stable
 
 
 def takes_embedded_model(item: pytest.Item) -> bool:
