@@ -446,6 +446,7 @@ assert [path for path in full.rglob("*") if path.is_file()] == [Store(full).path
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_a_read_only_one_are_named_with_advice_and_lose_nothing(tmp_path):
     inside = ["unshare", "--map-root-user", "--mount", "sh", "-c"]  # the mounts are gone when the command ends
     possible = shutil.which("unshare") and subprocess.run([*inside, MOUNT, tmp_path], capture_output=True, check=False)

@@ -72,6 +72,7 @@ def test_a_model_of_another_depth_has_everything_else_the_same(family) -> None:
     assert shapes[0] == shapes[1] and deep.embedding.weight.shape == lm.embedding.weight.shape
 
 
+@pytest.mark.slow
 def test_growth_measures_each_thing_by_itself() -> None:
     table = growth_of_one_trace(tiny_model("llama"), [5, 12], [2, 5], [1, 4], at=Shape(9, samples=2), repetitions=1)
     assert list(table["along"]) == ["tokens"] * 2 + ["layers"] * 2 + ["samples"] * 2
