@@ -31,6 +31,7 @@ ORDER = ("figure_1", "figure_2", "figure_3", "figure_7", "claims", "edit", "edit
 ROOMS = ("models", "facts", "tracing", "editing", "evaluation", "lab", "base")
 PROJECT = ("CHANGELOG", "CONTRIBUTING", "SECURITY", "benchmarks/README", "benchmarks/tracing", "benchmarks/growth")
 PROJECT += ("benchmarks/edit", "tests/faults/README")
+VERIFIED = "docs/verified_models.md"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 MOST_MB = 50  # what a branch of pages should bear
 
@@ -49,7 +50,7 @@ def build(folder: Path, runs: Path) -> Path:
     names = notebook_names()
     for name in names:
         place(source, f"notebooks/{name}.ipynb", nbformat.writes(as_myst(shown_notebook(name, runs), name, source)))
-    place(source, "docs/models.md", models_page())
+    place(source, VERIFIED, models_page())
     place(source, "docs/reference.md", reference_page())
     for room in ROOMS:
         place(source, f"docs/reference_{room}.md", room_page(room))
@@ -92,7 +93,7 @@ def linked(text: str, path: Path, source: Path) -> str:
 def contents(notebooks: list[str]) -> str:
     """The table of contents, which themes show beside every page."""
     groups = {
-        "Read": [f"docs/{name}" for name in (*READ, "models")],
+        "Read": [f"docs/{name}" for name in (*READ, "verified_models")],
         "Notebooks": [f"notebooks/{name}" for name in notebooks],
         "Reference": ["docs/reference", *(f"docs/reference_{room}" for room in ROOMS)],
         "Project": list(PROJECT),
@@ -187,7 +188,19 @@ def without_widgets(notebook: NotebookNode, name: str) -> NotebookNode:
 
 
 def models_page() -> str:
-    """The families that the tests go over, by their table, and the tests that go over all of them."""
+    """The table of verified models, or, before there is one, that of the tests' families; then what tests hold for each."""
+    table = ROOT / VERIFIED
+    lines = [table.read_text(encoding="utf-8").rstrip() if table.is_file() else families_in_words()]
+    lines += ["", "## What holds for every family of the tests", ""]
+    pattern = r'parametrize\("family", FAMILIES\)\n(?:@.*\n)*def test_(\w+)\('
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        held = re.findall(pattern, path.read_text(encoding="utf-8"))
+        lines += [f"- {test.replace('_', ' ')} (`{path.relative_to(ROOT)}`)" for test in held]
+    return "\n".join(lines) + "\n"
+
+
+def families_in_words() -> str:
+    """The families that have a tiny model in the tests, and where their parts are."""
     from tiny import CONFIGS, tiny_model
 
     from rome_lab.models import find_layout
@@ -195,9 +208,9 @@ def models_page() -> str:
     lines = [
         "# Verified models",
         "",
-        "Each of these families has a tiny model with random weights that the tests go over. For other models, see",
+        "Each of these families has a tiny model with random weights that the tests go over.",
+        "",
     ]
-    lines += ["the README's [Your own model](../README.md#your-own-model-your-own-facts).", ""]
     lines += [
         "| in the tests | class in transformers | its parts as | the matrix that is edited |",
         "| --- | --- | --- | --- |",
@@ -206,17 +219,7 @@ def models_page() -> str:
         model = tiny_model(family).model
         layout = find_layout(model)
         lines.append(f"| {family} | `{type(model).__name__}` | {layout.family} | `{layout.memory}` |")
-    lines += [
-        "",
-        "The embedded model, SmolLM2-135M-Instruct, is of the family Llama and has tests of its own.",
-        "What holds for every family:",
-        "",
-    ]
-    pattern = r'parametrize\("family", FAMILIES\)\n(?:@.*\n)*def test_(\w+)\('
-    for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        held = re.findall(pattern, path.read_text(encoding="utf-8"))
-        lines += [f"- {test.replace('_', ' ')} (`{path.relative_to(ROOT)}`)" for test in held]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def offered(room: str) -> Iterator[tuple[str, object]]:
