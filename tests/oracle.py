@@ -59,7 +59,7 @@ class FullForward:
                 tensor = first(output).reshape(rows, ids.shape[1], -1).clone()
                 for which, token, value in held[kind, layer]:
                     tensor[which, token] = value
-                outputs[kind, layer] = tensor
+                outputs[kind, layer] = tensor.clone()  # some families add to it in place
                 return changed(output, tensor.reshape(first(output).shape))
 
             return hook

@@ -52,7 +52,7 @@ class Unheard(tf.PreTrainedModel):
     def get_output_embeddings(self):
         return self.reader
 
-    def forward(self, input_ids, past_key_values=None, use_cache=True, return_dict=True):
+    def forward(self, input_ids, past_key_values=None, use_cache=True):
         stream = self.words(input_ids)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         places = torch.arange(seen, seen + stream.shape[1], device=stream.device)[None]

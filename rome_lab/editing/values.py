@@ -22,10 +22,12 @@ from rome_lab.editing.requests import Request
 from rome_lab.editing.settings import EditSettings
 from rome_lab.facts import continuation_ids, read_prompt
 from rome_lab.models import (
+    BY_HEAD,
     LanguageModel,
     Recording,
     at_least_float32,
     causal_mask,
+    is_mask,
     output_changed,
     record_run,
     run_block,
@@ -101,11 +103,13 @@ def shifted(lm: LanguageModel, recording: Recording, shifts: Tensor) -> Recordin
     rows, real = torch.arange(n)[:, None], source <= source[:, -1:]
 
     def moved(name: str, value: object) -> object:
-        if name == "attention_mask":
-            mask = (causal_mask(lm, length) if value is None else value)[0, 0]
-            hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-            seen = real[:, None].to(mask.device)
-            return mask[source[:, :, None], source[:, None]].where(seen, hidden)[:, None]  # (B, 1, T, T)
+        if is_mask(name, value, length):
+            mask = (causal_mask(lm, length) if value is None else value)[0]  # (heads or 1, T, T)
+            hidden = mask[:, :1, -1:]  # what says that a token is not seen, which differs among models
+            seen = real[:, None, None].to(mask.device)
+            return mask[:, source[:, :, None], source[:, None]].transpose(0, 1).where(seen, hidden)  # (B, ..., T, T)
+        if name in BY_HEAD:  # they say how far keys are apart, which a shift leaves as it is
+            return value
         if isinstance(value, torch.Tensor) and value.ndim > 1:
             return value[0][source]
         return tuple(moved("", x) for x in value) if isinstance(value, tuple) else value

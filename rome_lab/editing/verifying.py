@@ -160,7 +160,7 @@ class PlainRuns:
             for module in watched:
                 hooks.enter_context(output_changed(module, watch(module)))
             ids = self.prompt.ids.expand(rows, -1)
-            logits = self.lm.model(input_ids=ids, use_cache=False, return_dict=True).logits
+            logits = self.lm.model(input_ids=ids, use_cache=False).logits
         return logits[:, -1].double().cpu().log_softmax(-1)
 
     def restored(self, kind: str, severed: str | None, token: int, layer: int) -> float:

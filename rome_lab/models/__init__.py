@@ -7,7 +7,7 @@ record_run, Recording           one run of a whole model, and all that it left b
 run_block, run_blocks           blocks on the last tokens of a recorded text; joined puts recordings together, and
                                 check_recording says whether parts give what the whole gave
 output_changed                  what a module says, changed within a context; last_token_only spares it tokens
-suited_attention, causal_mask   which attention a trace runs with, and its mask
+suited_attention, causal_mask   which attention a trace runs with, and its mask; is_mask and BY_HEAD tell arguments of blocks
 at_least_float32                of what is to be summed; last_logits_only spares the logits of other tokens
 Batching, text_bytes            as many texts together as fit, halved where memory runs out; enough_room for the rest
 Change, side_by_side            what a method does to a model, a row of a batch each
@@ -24,10 +24,12 @@ Workers                         machines of a Dask cluster
 
 from rome_lab.models.batching import Batching, enough_room, text_bytes
 from rome_lab.models.blocks import (
+    BY_HEAD,
     Recording,
     at_least_float32,
     causal_mask,
     check_recording,
+    is_mask,
     joined,
     last_logits_only,
     last_token_only,

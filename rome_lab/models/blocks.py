@@ -3,6 +3,7 @@
 record_run(lm, ids, change_embedding)       a Recording of all that one run left behind
 run_block(lm, layer, hidden, recording)     one block on a suffix, the recording's keys and values before it
 run_blocks, joined                          several blocks; several recordings as one
+is_mask, BY_HEAD                            which arguments of a block are masks, and which say something of every head
 check_recording(lm, recording, doing)       whether parts of a text give what the whole gave
 with output_changed(module, change)         what a module says passes through `change`
 with last_token_only(feed_forward)          an MLP is given the last token of each text only
@@ -239,7 +240,7 @@ def suffix_argument(
     length = begin + hidden.shape[1]
     if isinstance(value, Cache):
         return cache
-    if "mask" in name or isinstance(value, torch.Tensor) and value.ndim == 4 and value.shape[-2:] == (length, length):
+    if is_mask(name, value, length):
         # With no mask and more keys than queries, sdpa would let every query see the first keys only.
         mask = causal_mask(lm, length) if value is None else value
         return mask[..., begin:, :]
@@ -253,6 +254,13 @@ def suffix_argument(
     if isinstance(value, dict):
         return {key: suffix_argument(lm, "", x, begin, hidden, cache) for key, x in value.items()}
     return value
+
+
+def is_mask(name: str, value: Any, length: int) -> bool:
+    """Whether an argument of a block says which of `length` tokens see which, also where it is None and means all before."""
+    return (
+        "mask" in name or isinstance(value, torch.Tensor) and value.ndim == 4 and value.shape[-2:] == (length, length)
+    )
 
 
 def causal_mask(lm: LanguageModel, length: int) -> torch.Tensor:
@@ -324,7 +332,6 @@ def last_token_only(feed_forward: nn.Module | None) -> Iterator[None]:
             handle.remove()
 
 
-def last_logits_only(model: nn.Module) -> dict[str, int | bool]:
-    """Arguments with which `model` names its outputs, and makes the logits of the last token only, where it knows how."""
-    parameters = inspect.signature(model.forward).parameters
-    return {"return_dict": True} | ({"logits_to_keep": 1} if "logits_to_keep" in parameters else {})
+def last_logits_only(model: nn.Module) -> dict[str, int]:
+    """Arguments that spare `model` the logits of all tokens but the last, where its forward knows how."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

@@ -54,6 +54,11 @@ def check_model(model: nn.Module) -> None:
         )
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"LanguageModel: {name} is no model of transformers; give an AutoModelForCausalLM.")
+    if model.config.return_dict is False:
+        raise ValueError(
+            f"LanguageModel: {name} is set to return tuples, with which transformers runs few models; set "
+            "model.config.return_dict = True."
+        )
     if model.get_output_embeddings() is None:
         raise ValueError(
             f"LanguageModel: {name} has no output embeddings, so it gives no logits (texts, tokens, vocabulary) of next "

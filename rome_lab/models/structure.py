@@ -92,8 +92,8 @@ def find_structure(model: nn.Module) -> Layout:
     names = [f"{blocks}.{layer}" for layer in range(len(model.get_submodule(blocks)))]
     changed = probe(model)
     changed[0, -1] += 1
-    again = watched(model, changed)[names[-1]].returned
-    if not torch.equal(again[:, 0], calls[names[-1]].returned[:, 0]):
+    first, again = (run[names[-1]].returned.flatten(0, -2)[0] for run in (calls, watched(model, changed)))
+    if (again - first).abs().max() > 1e-2 * first.abs().max():  # expert by expert, the same numbers round otherwise
         raise unfit(model, "its tokens see those behind them, so it is no decoder")
     kept = [0, *(calls[name].kept for name in names)]
     if bare := [layer for layer in range(len(names)) if kept[layer + 1] != kept[layer] + 1]:

@@ -53,7 +53,7 @@ def own_readout(lm: Readable) -> Readout:
         blocks = parent._modules[name]
         parent._modules[name] = nn.ModuleList([Stub(lm.blocks[-1], (rows, None) if is_tuple else rows)])
         try:
-            logits = lm.model(input_ids=ids, use_cache=False, return_dict=True).logits
+            logits = lm.model(input_ids=ids, use_cache=False).logits
         finally:
             parent._modules[name] = blocks
         return logits.reshape(*hidden.shape[:-1], -1).to(lm.device)
@@ -67,7 +67,7 @@ def run_on_probe(lm: Readable) -> tuple[Any, Tensor]:
     hook = lm.blocks[-1].register_forward_hook(lambda module, args, output: returned.append(output))
     try:
         with torch.no_grad():
-            logits = lm.model(input_ids=probe(lm.model), use_cache=False, return_dict=True).logits
+            logits = lm.model(input_ids=probe(lm.model), use_cache=False).logits
     finally:
         hook.remove()
     return returned[0], logits
