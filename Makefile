@@ -41,7 +41,7 @@ PARAMETERS_cost := $(PARAMETERS_edit_anatomy) $(call p,dtype,$(DTYPE))
 PARAMETERS_search := $(JUDGED) $(call p,configurations,$(CONFIGURATIONS))
 SOURCES := $(shell find rome_lab -name '*.py' -o -name '*.csv')
 
-.PHONY: help setup figures anatomy evaluate search cost bench peers faults lab test check lint accept numbers site wheels clean
+.PHONY: help setup figures anatomy evaluate search cost bench peers models faults lab test check lint accept numbers site wheels clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
