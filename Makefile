@@ -41,7 +41,7 @@ PARAMETERS_cost := $(PARAMETERS_edit_anatomy) $(call p,dtype,$(DTYPE))
 PARAMETERS_search := $(JUDGED) $(call p,configurations,$(CONFIGURATIONS))
 SOURCES := $(shell find rome_lab -name '*.py' -o -name '*.csv')
 
-.PHONY: help setup figures anatomy evaluate search cost bench faults lab test lint accept numbers site wheels clean
+.PHONY: help setup figures anatomy evaluate search cost bench faults lab test check lint accept numbers site wheels clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -109,14 +109,20 @@ faults: .venv/ready ## kill, fill, damage and wear out what can be, and see what
 lab: .venv/ready ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=notebooks --MappingKernelManager.root_dir=$(CURDIR)
 
+# A worker for each core, four at most, since each may hold the embedded model; tests/conftest.py says what goes to which.
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+
 test: .venv/ready ## set up and run all tests
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
+
+check: lint ## lint, and test what is fast to test
+	$(PYTEST) -m "not slow"
 
 lint: .venv/ready ## check the code's style, and that imports go one way
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-cache --no-logo
 
 accept: .venv/ready ## take the notebooks' present numbers as the ones that tests expect
-	ROME_LAB_ACCEPT=1 $(BIN)/python -m pytest -q tests/house/test_notebooks.py
+	ROME_LAB_ACCEPT=1 $(PYTEST) tests/house/test_notebooks.py
 
 site: .venv/site ## build these pages, the notebooks as they were run last and the reference as a site, in site/html
 	$(BIN)/python docs/build_site.py site

@@ -25,7 +25,7 @@ from sphinx.cmd.build import build_main
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # as the tests have it
 
-READ = ("figures", "cost", "elsewhere", "machines")  # pages of docs/ in their order
+READ = ("figures", "cost", "elsewhere", "lessons", "machines")  # pages of docs/ in their order
 ORDER = ("figure_1", "figure_2", "figure_3", "figure_7", "claims", "edit", "edit_anatomy", "evaluation", "many_edits")
 ROOMS = ("models", "facts", "tracing", "editing", "evaluation", "lab", "base")
 PROJECT = ("CHANGELOG", "CONTRIBUTING", "SECURITY", "benchmarks/README", "benchmarks/tracing", "benchmarks/growth")

@@ -13,6 +13,7 @@ from rome_lab.editing import (
     load_edit,
     rome,
     rome_many,
+    verify,
 )
 from rome_lab.evaluation import evaluate
 from rome_lab.facts import Fact, known_facts, load_facts
@@ -51,4 +52,5 @@ __all__ = [
     "rome_many",
     "show",
     "trace_facts",
+    "verify",
 ]

@@ -13,6 +13,7 @@ run_to_keys, key_size                   all keys of texts at some layers; H
 solve_update, factorise, Factor         the least squares behind an edit, on matrices; ENOUGH tokens for C
 Method, METHODS, SEARCH, measured_on    ways to edit, behind one interface: a Proposal of each for the same requests
 Rome                                    the ROME family among them
+verify                                  whether a model is traced and edited exactly, beside plain runs of it
 Optima                                  v*, keys, prefixes and C, each found once for all of them
 """
 
@@ -27,3 +28,4 @@ from rome_lab.editing.second_moment import covariance, covariances
 from rome_lab.editing.settings import KEYS, EditSettings, default_settings
 from rome_lab.editing.texts import FolderText, SampledText, Source, WikipediaText
 from rome_lab.editing.update import ENOUGH, Factor, factorise, solve_update
+from rome_lab.editing.verifying import verify

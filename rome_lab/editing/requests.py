@@ -57,7 +57,7 @@ def check_news(lm: LanguageModel, request: Request) -> None:
     if answer.greedy.all():
         raise NothingToEdit(
             f"rome: {lm.name} already goes on from {fact.prompt!r} with {target!r} (p {answer.p:.2f}), so there is nothing "
-            "to edit; choose another target, or see with audit(lm, edit) what the edits in force do."
+            "to edit; choose another target, or undo the edit in force (lm.edits) that makes it say so."
         )
 
 

@@ -6,6 +6,7 @@ History    all steps on one model; `code(step)` does a step again in a notebook
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
@@ -111,6 +112,17 @@ class History:
 def settings_of(trace: Trace) -> tuple[object, ...]:
     """All that was asked of a trace: two traces with the same differ by the weights alone."""
     return (trace.prompt, trace.subject_range, trace.label, trace.samples, trace.window, trace.seed)
+
+
+def counted(edits: Sequence[Edit]) -> str:
+    """How many edits: "no edits", "1 edit", "2 edits"."""
+    return f"{len(edits) or 'no'} edit{'' if len(edits) == 1 else 's'}"
+
+
+def edits_named(edits: Sequence[Edit]) -> str:
+    """How many edits, and what they make the model say: "2 edits: Rome; Tokyo"."""
+    targets = textwrap.shorten("; ".join(edit.target for edit in edits), 40, placeholder=" …")
+    return counted(edits) + (f": {targets}" if edits else "")
 
 
 def listed(edits: Iterable[Edit], names: dict[str, str]) -> str:

@@ -45,7 +45,7 @@ class Gate {
     this.click = this.click.bind(this);
     this.key = this.key.bind(this);
     document.addEventListener("click", this.click, true);
-    document.addEventListener("keydown", this.key);
+    document.addEventListener("keydown", this.key, true);
   }
 
   get root() {
@@ -99,7 +99,7 @@ class Gate {
 
   end() {
     document.removeEventListener("click", this.click, true);
-    document.removeEventListener("keydown", this.key);
+    document.removeEventListener("keydown", this.key, true);
   }
 }
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import html
 import re
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,29 +18,25 @@ from typing import ClassVar
 from weakref import WeakKeyDictionary, ref
 
 import ipywidgets as w
-import numpy as np
-import traitlets
 
-from rome_lab.editing import Edit, check_requests, default_settings
+from rome_lab.editing import Edit, check_requests
 from rome_lab.facts import Fact
-from rome_lab.lab.compared import HistoryView
 from rome_lab.lab.form import EditForm
-from rome_lab.lab.history import History, Step, edit_code, trace_code
-from rome_lab.lab.interactive import TracePicture
+from rome_lab.lab.history import History, Step, counted, edit_code, edits_named, trace_code
 from rome_lab.lab.jobs import Job, Stopped, check_idle, stop_when_interrupted, wait_for_job
 from rome_lab.lab.live import LiveText, StatusLine
 from rome_lab.lab.looks import Look, Probe, look_at, probe_of
 from rome_lab.lab.page import compared_page
+from rome_lab.lab.pictured import TraceView
 from rome_lab.lab.plots import TITLES
 from rome_lab.lab.reporting import report
 from rome_lab.lab.saved import SavedEdits
+from rome_lab.lab.side_by_side import HistoryView
 from rome_lab.lab.trials import EditRequest, make_edit
 from rome_lab.models import LanguageModel
 from rome_lab.tracing import Trace, causal_trace
 
-HINT = "<b>Trace</b> shows here in which layers the MLPs recall the fact. <b>Edit</b> needs no trace."
 OPERATION = re.compile(r"^(rome|causal_trace|comparison|load_edit|apply|undo|save_pretrained|report|show|edits): ")
-BETWEEN_PICTURES = 0.5  # seconds, at least, while a trace grows
 
 
 class Panel:
@@ -67,9 +62,7 @@ class Panel:
         self.status, self.edits_line = StatusLine(gate=True), StatusLine()
         self.line = self.status
         self.form = EditForm(lm, request, lambda error: self.status.say(sentence(error), "error"))
-        self.traces: tuple[Trace, ...] = ()
-        self.map: TracePicture | None = None
-        self.drawn, self.best = 0.0, 0  # when the picture was; the layer that a trace suggests
+        self.view = TraceView(lm, self.form)
         self.probe: Probe | None = None
         self.original: Look | None = None
         self.shown_of: dict[w.Widget, tuple[str, ...]] = {}
@@ -88,7 +81,7 @@ class Panel:
     @property
     def trace(self) -> Trace | None:
         """The trace that was made last, the first of several kinds."""
-        return self.traces[0] if self.traces else None
+        return self.view.traces[0] if self.view.traces else None
 
     def build(self) -> None:
         """Make the widgets and put them in their places."""
@@ -100,10 +93,6 @@ class Panel:
         self.report_button = self.button("Report", self.run_report, self.status)
         self.report_button.tooltip = "A page about this fact and edit, as one file to keep or to send"
         self.edit_button.button_style, self.stop_button.button_style = "primary", "danger"
-        self.layer_button = w.Button(layout=w.Layout(display="none"))
-        self.layer_button.on_click(lambda _: self.choose_best())
-        self.picture = placed("rl-picture", [LiveText(html=HINT)])
-        self.picture.children[0].add_class("rl-hint-box")
         self.result = LiveText(self.ask_row)
         self.answers = placed("rl-answers-box", [self.result])
         self.edits = w.VBox()
@@ -114,14 +103,14 @@ class Panel:
         self.edit_button.add_class("rl-go-edit")
         buttons = row([self.trace_button, self.edit_button, self.stop_button, self.report_button])
         left = placed("rl-left", [form.widget, buttons, self.status])
-        right = placed("rl-right", [self.picture, row([self.layer_button])])
+        right = placed("rl-right", [self.view.box, row([self.view.layer_button])])
         top = w.HBox([left, right])
         top.add_class("rl-columns")
         parts = (w.VBox([self.edits, self.edits_line]), self.saved.widget, self.history_view.widget)
         for part in parts:
             part.add_class("rl-part")
         for box in self.saved.widget.children[:2]:
-            box.add_class("rl-row")
+            box.add_class("rl-line")
         self.widget = placed("rl-edit", [top, self.answers, *parts])
         for field in (form.subject, form.prompt, form.target, form.layer):
             field.observe(lambda _: self.mark(), "value")
@@ -188,30 +177,34 @@ class Panel:
             fact = request.fact
             self.ask(request)
             self.compare()
-        if self.traces and self.traces[0].prompt != fact.prompt:
-            self.traces = ()
-            self.picture.children = ()
+        self.view.work_on(fact.prompt)
         kinds, answer = self.form.restored.value, self.form.answer
         settings = {"samples": self.samples, "window": self.form.window.value, "answer": answer}
         complete: list[Trace] = []
         for kind in kinds:
             grow = partial(self.grow, complete, len(kinds))
             complete.append(causal_trace(self.lm, fact.prompt, fact.subject, kind=kind, callback=grow, **settings))
-        self.traces, before = tuple(complete), tuple(self.lm.edits)
+        before = tuple(self.lm.edits)
         earlier = self.history.like(complete, before)
         names = ", ".join(TITLES[x.label].split()[0] for x in complete)
         title = f"trace ({names}) of {fact.prompt} …{complete[0].answer}"
-        step = self.record(title, traces=self.traces, before=before, action=trace_code(complete, answer))
-        self.draw(*([earlier] if earlier else []), step)
+        step = self.record(title, traces=tuple(complete), before=before, action=trace_code(complete, answer))
+        suggested = self.view.draw(step, earlier)
         beside = f" Beside it, as it was in step {earlier.number}." if earlier else ""
-        return f"Traced the answer {complete[0].answer.strip()!r}.{self.suggest()}{beside}"
+        return f"Traced the answer {complete[0].answer.strip()!r}.{suggested}{beside}"
+
+    def grow(self, complete: list[Trace], kinds: int, part: Trace) -> None:
+        """Show how far the trace has come."""
+        rows, total = self.view.grow(complete, part), len(part.tokens)
+        which = f" ({len(complete) + 1} of {kinds} kinds)" if kinds > 1 else ""
+        self.tell(f"Traced {rows} of {total} tokens{which}", (len(complete) + rows / total) / kinds)
+        self.shown_of[self.view.box] = self.about(self.view.box)
+        self.mark()
 
     def run_edit(self) -> str:
         request = self.typed()
         check_requests(self.lm, [(request.fact, request.target)], request.layer)
-        if self.traces and self.traces[0].prompt != request.fact.prompt:
-            self.traces = ()
-            self.picture.children = ()
+        self.view.work_on(request.fact.prompt)
         self.ask(request)
         before, others = self.compare(), tuple(self.lm.edits)
         edit = make_edit(self.lm, request, self.tell)
@@ -225,8 +218,7 @@ class Panel:
         p = [look.table["p_target"][0] for look in (before, after)]
         started = f" (before it, with {counted(others)} in force)" if others else ""
         met = f"W_hat k* = v* holds to {edit.constraint_error:.0e}"
-        best = "" if edit.converged else " v* did not converge, so this is the best so far; more steps may do better."
-        return f"Edited layer {edit.layer}: P[{edit.target}] {p[0]:.3f}{started} → {p[1]:.3f}; {met}.{best}"
+        return f"Edited layer {edit.layer}: P[{edit.target}] {p[0]:.3f}{started} → {p[1]:.3f}; {met}."
 
     def undo(self, edit: Edit) -> str:
         edit.undo(self.lm)
@@ -284,7 +276,7 @@ class Panel:
         now = look_at(self.lm, self.probe) if edits else self.original
         looks = {"Original model, no edits": self.original}
         if edits:
-            looks[f"Now, with {counted(edits)}: {'; '.join(edit.target for edit in edits)}"] = now
+            looks[f"Now, with {edits_named(edits)}"] = now
         self.result.html = compared_page(self.probe, looks, "trace")
         self.shown_of[self.answers] = self.about(self.answers)
         return now
@@ -294,52 +286,6 @@ class Panel:
         if self.probe and row.isdecimal() and int(row) < len(self.probe.questions):
             self.start(partial(self.run_trace, self.probe.questions[int(row)]), self.status)
 
-    def grow(self, complete: list[Trace], kinds: int, part: Trace) -> None:
-        """Show the rows that have come so far, but not more often than they can be drawn."""
-        rows = int((~np.isnan(part.p_restored).all(axis=1)).sum())
-        total = len(part.tokens)
-        done = (len(complete) + rows / total) / kinds
-        which = f" ({len(complete) + 1} of {kinds} kinds)" if kinds > 1 else ""
-        self.tell(f"Traced {rows} of {total} tokens{which}", done)
-        if self.map is None or not self.picture.children or time.monotonic() - self.drawn > BETWEEN_PICTURES:
-            self.put([*complete, part], [tuple(self.lm.edits)] * (len(complete) + 1))
-
-    def draw(self, *steps: Step) -> None:
-        """The traces of these steps, side by side."""
-        pairs = [(trace, step.edits) for step in steps for trace in step.traces]
-        self.put([trace for trace, _ in pairs], [edits for _, edits in pairs])
-
-    def put(self, traces: list[Trace], edits: list[tuple[Edit, ...]]) -> None:
-        """Show traces of one prompt, each with the edits that were in force."""
-        apart = len({len(x) for x in edits} | {0}) > 1
-        titles = [TITLES[x.label] + f", {counted(y)}" * apart for x, y in zip(traces, edits, strict=True)]
-        if self.map is None:
-            self.map = TracePicture(traces, self.lm, titles, edits)
-            self.map.layer = self.form.layer.value
-            traitlets.link((self.map, "layer"), (self.form.layer, "value"))
-        else:
-            self.map.edits = edits
-            self.map.put(traces, titles)
-        self.drawn = time.monotonic()
-        self.picture.children = (self.map,)
-        self.shown_of[self.picture] = self.about(self.picture)
-        self.mark()
-
-    def suggest(self) -> str:
-        """Name the layer where the MLPs of the subject's last token bring back most, and offer to take it."""
-        trace = next((x for x in self.traces if x.kind == "mlp"), None)
-        if trace is None:
-            return ""
-        self.best = int(trace.p_restored[trace.subject_range[1] - 1].argmax())
-        self.layer_button.description = f"Edit layer {self.best}, the trace's peak"
-        if default_settings(self.lm).layer is None:
-            self.choose_best()
-        self.mark()
-        return f" At the subject's last token the MLPs around layer {self.best} bring back most."
-
-    def choose_best(self) -> None:
-        self.form.layer.value = self.best
-
     def about(self, place: w.Widget) -> tuple[str, ...]:
         """What the fields say, as far as `place` depends on it."""
         return (*self.form.wording(), self.form.target.value.strip()) if place is self.answers else self.form.wording()
@@ -348,8 +294,6 @@ class Panel:
         """Grey out what belongs to another fact than the fields name."""
         for place, about in self.shown_of.items():
             (place.remove_class if about == self.about(place) else place.add_class)("rl-stale")
-        useful = any(x.kind == "mlp" for x in self.traces) and self.form.layer.value != self.best
-        self.layer_button.layout.display = None if useful else "none"
 
     def record(self, title: str, **parts: object) -> Step:
         step = self.history.add(title, **parts)
@@ -379,13 +323,8 @@ def placed(name: str, children: list[w.Widget]) -> w.VBox:
 def row(children: list[w.Widget]) -> w.HBox:
     """Widgets side by side, in more lines where there is no room."""
     box = w.HBox(children)
-    box.add_class("rl-row")
+    box.add_class("rl-line")
     return box
-
-
-def counted(edits: tuple[Edit, ...] | list[Edit]) -> str:
-    """How many edits, in words: "no edits", "1 edit", "2 edits"."""
-    return f"{len(edits) or 'no'} edit{'' if len(edits) == 1 else 's'}"
 
 
 def sentence(error: Exception) -> str:

@@ -16,7 +16,9 @@ generate, continue_randomly     texts that the model writes, under changes or as
 choose_products                 how float32 matrix products are computed: precisions, and what they cost by product_error
 difference                      which fields of two models' configurations differ, in words
 freed_memory_kept               where freed memory goes, and freed_memory_given_back
-device_of                       where a module computes
+device_of, read_weight          where a module computes, and its weight
+Verdict, keep_verdicts          of `rl.verify`, kept (EXACT, ROUNDED, WRONG, IMPOSSIBLE): verdicts_of finds them again,
+                                check_verified refuses a model that comes out wrong
 Workers                         machines of a Dask cluster
 """
 
@@ -50,7 +52,17 @@ from rome_lab.models.process import (
 from rome_lab.models.sampling import continue_randomly, generate
 from rome_lab.models.scoring import Question, Score, score
 from rome_lab.models.structure import UnfitModelError, find_layout
-from rome_lab.models.weights import device_of
+from rome_lab.models.verdicts import (
+    EXACT,
+    IMPOSSIBLE,
+    ROUNDED,
+    WRONG,
+    Verdict,
+    check_verified,
+    keep_verdicts,
+    verdicts_of,
+)
+from rome_lab.models.weights import device_of, read_weight
 
 
 def __getattr__(name: str) -> object:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from rome_lab.base import explained, user_cache
+from rome_lab.base import check_writable, explained, user_cache
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +32,14 @@ def embedded_folder() -> Path:
 
     Raises:
         FileNotFoundError: the package is not installed.
+        OSError: the cache cannot be read or written; the message says what to do.
     """
     source = gguf_file()
     target = user_cache() / "models" / f"{EMBEDDED_NAME}-{importlib.metadata.version(EMBEDDED_PACKAGE)}-{CONVERSION}"
-    if not is_whole(target):
+    with explained(target.parent, target):  # a folder that may not even be read
+        whole = is_whole(target)
+    if not whole:
+        check_writable(target.parent)
         convert_gguf(source, target)
     return target
 

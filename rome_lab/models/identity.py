@@ -120,9 +120,13 @@ def digest_of_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
 
 def digest_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 of the tokenizer; how its last call padded and truncated says nothing about the next."""
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    parts = {name: part for name, part in parts.items() if name not in ("padding", "truncation")}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    text = tokenizer.backend_tokenizer.to_str()
+    for name in ("truncation", "padding"):  # they stand before the vocabulary, which takes long to parse
+        begin = text.find(f'"{name}":')
+        if begin >= 0:
+            _, end = json.JSONDecoder().raw_decode(text, begin + len(f'"{name}":'))
+            text = text[:begin] + text[end:]
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def difference(made_on: dict[str, Json], now: dict[str, Json]) -> str:

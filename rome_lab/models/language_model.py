@@ -22,6 +22,7 @@ from rome_lab.base import check_writable, explained
 from rome_lab.models.identity import Identity, identify
 from rome_lab.models.layouts import LAYOUTS, Layout, has
 from rome_lab.models.overlay import Overlay, WeightChange
+from rome_lab.models.process import precisions
 from rome_lab.models.readiness import check_ids_fit, check_model, front_only, unwrapped
 from rome_lab.models.structure import find_layout
 from rome_lab.models.tails import Readout, own_readout, readout_error
@@ -102,6 +103,11 @@ class LanguageModel:
     @property
     def dtype(self) -> torch.dtype:
         return self.embedding.weight.dtype
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether its numbers, or those that matrix products are made of, have 16 bits only."""
+        return self.dtype.itemsize <= 2 or bool({"bf16", "tf32"} & {*precisions()})
 
     @property
     def config(self) -> PreTrainedConfig:

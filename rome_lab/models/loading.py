@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rome_lab.models.embedded import EMBEDDED_NAME, embedded_folder
 from rome_lab.models.language_model import LanguageModel
+from rome_lab.models.layouts import LAYOUTS, Layout
 from rome_lab.models.process import check_choice, choose_products
+from rome_lab.models.verdicts import verdicts_of
+
+logger = logging.getLogger(__name__)
 
 
 def best_device() -> torch.device:
@@ -39,6 +44,7 @@ def load_model(
     max_memory: Mapping[int | str, int | str] | None = None,
     unsafe_weights: bool = False,
     remote_code: bool = False,
+    layout: Layout | None = None,
 ) -> LanguageModel:
     """Load a decoder-only language model.
 
@@ -57,9 +63,11 @@ def load_model(
             less than there is leaves room for the texts.
         unsafe_weights: allow weights that are not safetensors; these are pickles, which can run code when read.
         remote_code: allow the repository's own Python code to run.
+        layout: where the model's parts are, for a model in which neither its family's name nor a look at it says so.
 
     Raises:
-        ValueError: the name, device, dtype or choice of products is unknown, or the family is not supported.
+        ValueError: the name, device, dtype or choice of products is unknown, weights are missing, or the model is none that
+            can be traced.
         FileNotFoundError: the embedded model's package is not installed.
     """
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
@@ -69,14 +77,20 @@ def load_model(
         raise ValueError(f"load_model: device is {device!r} and device_map {device_map!r}; give only one of them.")
     if products is not None:
         check_choice(products)
-    folder = str(embedded_folder()) if name == EMBEDDED_NAME else str(name)
+    name = str(Path(name).expanduser()) if str(name).startswith("~") else str(name)
+    folder = str(embedded_folder()) if name == EMBEDDED_NAME else name
     try:
         if not os.path.isdir(folder):
             check_hub()
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote_code)
         options = {"dtype": dtype, "use_safetensors": None if unsafe_weights else True}
         places = {"device_map": device_map, "max_memory": max_memory and dict(max_memory)}
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=remote_code, **places, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=remote_code, output_loading_info=True, **places, **options
+        )
+        if missing := sorted(info["missing_keys"]):
+            listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise ValueError(f"its files lack the weights {listed}, which would be random.")
         if device_map is None:
             model = model.to(best_device() if device == "auto" else torch.device(device))
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -84,22 +98,33 @@ def load_model(
     is_folder = os.path.isdir(name)
     where = str(Path(name).resolve()) if is_folder else name
     origin = {"name": where, "dtype": dtype, "unsafe_weights": unsafe_weights, "remote_code": remote_code}
-    lm = LanguageModel(model, tokenizer, Path(name).name if is_folder else name, origin)
+    origin |= {} if layout is None else {"layout": layout}
+    lm = LanguageModel(model, tokenizer, Path(name).name if is_folder else name, origin, layout)
     if products is not None:
         choose_products(products, lm.device)
+    if verdicts_of(lm) is None:
+        # Families that are known by name are verified by the project's own tests.
+        log = logger.info if lm.layout in LAYOUTS else logger.warning
+        log(
+            "load_model: %s was never verified here; rl.verify(lm) says in a minute whether it is traced exactly.",
+            lm.name,
+        )
     return lm
 
 
 def explain_failure(name: str, error: Exception, unsafe_weights: bool) -> str:
     """One sentence on why `name` could not be loaded and what to do."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if os.path.isdir(name):
-        advice = "check that the folder holds config.json, a tokenizer and *.safetensors weights"
+    pickles = "" if unsafe_weights else " (older *.bin weights are pickles: unsafe_weights=True allows them)"
+    if isinstance(error, ImportError):
+        advice = "install the package that is named, or load a model that does without it"
+    elif "which would be random" in reason:
+        advice = "get all files of the model"
+    elif os.path.isdir(name):
+        advice = "check that the folder holds config.json, a tokenizer and *.safetensors weights" + pickles
     else:
         advice = (
             f'give "{EMBEDDED_NAME}" (embedded, needs no network), a folder on this machine, '
-            "or, when online, the exact id of a decoder-only model on the hub"
+            f"or, when online, the exact id of a decoder-only model on the hub{pickles}"
         )
-    if not unsafe_weights:
-        advice += " (older *.bin weights are pickles: unsafe_weights=True allows them)"
     return f"load_model: cannot load {name!r}: {reason} To do: {advice}."

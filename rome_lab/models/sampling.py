@@ -17,6 +17,8 @@ from rome_lab.models.blocks import at_least_float32, last_logits_only
 from rome_lab.models.changes import Change, side_by_side
 from rome_lab.models.language_model import LanguageModel
 
+RUN = 256  # tokens of the vocabulary whose probabilities are summed before one of them is drawn
+
 
 def generate(
     lm: LanguageModel,
@@ -99,8 +101,8 @@ def continue_randomly(
     ids, cache = torch.tensor([prompt[:shared] for prompt in prompts], device=lm.device), None
     for place in range(shared, draws.shape[1]):
         output = lm.model(ids, past_key_values=cache, use_cache=True, **last_logits_only(lm.model))
-        cache, logits = output.past_key_values, output.logits[:, -1]
-        lm.check_finite(logits, "SampledText")
+        cache, logits = output.past_key_values, at_least_float32(output.logits[:, -1])
+        lm.check_finite(logits.sum(-1), "SampledText")  # no finite number where one of them is none
         drawn = draw(logits, draws[:, place], top_k).tolist()
         for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             if place < len(prompt):
@@ -118,11 +120,28 @@ def continue_randomly(
 def draw(logits: Tensor, uniform: Tensor, top_k: int | None) -> Tensor:
     """(B,) tokens: the first at which the cumulative probability of `logits` (B, V) exceeds `uniform` (B,).
 
-    On the CPU and in float64 from the softmax on, so that every device draws the same.
+    On the CPU from the softmax on, so that every device draws the same. Runs of tokens are looked through first, then the
+    tokens of one run: a cumulative sum over the whole vocabulary would take a sixth of the time of sampling.
     """
     p = at_least_float32(logits).softmax(-1).cpu()
     if top_k is not None and top_k < p.shape[-1]:
         p = p * (p >= p.topk(top_k).values[:, -1:])
-    cumulative = p.cumsum(-1, dtype=torch.float64)
-    share = uniform[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, share, right=True)[:, 0].clamp_max(p.shape[-1] - 1)
+    runs = torch.nn.functional.pad(p, (0, -p.shape[-1] % RUN)).unflatten(-1, (-1, RUN))  # (B, V / RUN, RUN)
+    run, into = first_above(runs.sum(-1), uniform)
+    token, _ = first_above(runs[torch.arange(len(runs)), run], into)
+    return run * RUN + token
+
+
+def first_above(weights: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) places at which the cumulative sum of `weights` (B, N) first exceeds `share` (B,) of the whole, in float64.
+
+    Returns: the places, whose weights are above 0, and (B,) how far into them the share reaches, in [0, 1).
+    """
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    sought = (share * cumulative[:, -1]).clamp_max(cumulative[:, -1] * (1 - 1e-15))[
+        :, None
+    ]  # rounding may reach the end
+    place = torch.searchsorted(cumulative, sought, right=True)
+    end, weight = cumulative.gather(1, place), weights.gather(1, place).double()
+    into = (1 - (end - sought) / weight).clamp(0, 1 - 1e-15)
+    return place[:, 0], into[:, 0]

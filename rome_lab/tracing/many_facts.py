@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from rome_lab.base import Json, Record, Store, code_version, opened
 from rome_lab.facts import Fact, read_prompt
-from rome_lab.models import LanguageModel
+from rome_lab.models import LanguageModel, check_verified
 from rome_lab.tracing.averaging import Traces
 from rome_lab.tracing.corruption import Corruption
 from rome_lab.tracing.one_fact import trace_of_kind
@@ -73,6 +73,7 @@ def trace_facts(
     store = opened(store)
     if store:
         store.check_writable()
+    check_verified(lm, "trace_facts")
     settings = TraceSettings(corruption, samples, window, seed, max_rows)
     settings = replace(settings, corruption=settings.corruption.measured(lm))
     unknown: dict[Fact, str] = {}

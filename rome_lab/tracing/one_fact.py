@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from rome_lab.facts import Fact, continuation_ids
-from rome_lab.models import LanguageModel, enough_room, freed_memory_kept, suited_attention
+from rome_lab.models import LanguageModel, check_verified, enough_room, freed_memory_kept, suited_attention
 from rome_lab.tracing.corruption import Corruption
 from rome_lab.tracing.runs import Runs, TraceSettings, probability, run_clean_and_corrupted
 from rome_lab.tracing.sweep import Sweep, columns_of
@@ -33,6 +33,7 @@ def causal_trace(
     max_rows: int | None = None,
     answer: str | None = None,
     callback: Callable[[Trace], None] | None = None,
+    despite_verdict: bool = False,
 ) -> Trace:
     """Trace which hidden states carry a fact (B.1, B.2).
 
@@ -50,6 +51,7 @@ def causal_trace(
             read the restored state directly, so that severing one leaves the other's reading intact.
         max_rows: most texts in one call of a block; by default as many as fit in the free memory. Where memory runs
             out all the same, the batch is halved. What blocks hand on, up to L * S texts, is kept whole.
+        despite_verdict: trace a model that `rl.verify` found to come out wrong.
 
     Returns: a Trace; `p_restored` is (T, L).
 
@@ -65,6 +67,8 @@ def causal_trace(
             f"causal_trace: kind={kind!r} with severed={severed!r} is not defined; expected kind 'state', 'mlp' or "
             "'attn', and severed 'mlp' or 'attn' only with kind 'state'."
         )
+    if not despite_verdict:
+        check_verified(lm, "causal_trace")
     runs = run_clean_and_corrupted(lm, prompt, subject, TraceSettings(corruption, samples, window, seed, max_rows))
     if answer is not None:
         runs = following(runs, continuation_ids(lm, runs.prompt.text, answer)[0])

@@ -64,6 +64,7 @@ SMALL = {
     "figure_1": DEFAULT | {"examples": ["Windows 95", "Nobody at all"]},
 }
 """Parameters that make a notebook quick, where they are not `DEFAULT`."""
+OF_TRACES = ("claims", "figure_1", "figure_2", "figure_3", "figure_7")  # the first makes what the others find stored
 OF_CASES = ("evaluation", "many_edits", "search", "cost")  # they look for known facts in a whole data set
 
 
@@ -123,9 +124,9 @@ def check(folder: Path, name: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One store for all notebooks, so that each trace is made once."""
-    return tmp_path_factory.mktemp("results")
+def results(shared_folder) -> Path:
+    """One store for all notebooks, so that each trace is made once, and C of each layer measured once."""
+    return shared_folder / "results"
 
 
 @pytest.fixture(scope="session")
@@ -141,7 +142,11 @@ def few_facts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.xdist_group("traces" if name in OF_TRACES else name)) for name in NOTEBOOKS],
+)
 def test_notebook_runs_and_its_numbers_are_the_expected_ones(name, results, few_facts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -89,6 +89,11 @@ def test_neighbours_are_known_facts_of_the_relation_in_the_same_words_and_paraph
         assert fact.subject != "Colosseum" and fact.object != "Berlin"
 
 
+def test_a_fact_of_no_known_relation_has_no_neighbours_rather_than_odd_ones() -> None:
+    probe = probe_of(model_of_long_texts(), FACT, "Rome")
+    assert FACT.relation is None and probe.neighbours == probe.paraphrases == ()
+
+
 def test_an_embedded_fact_is_found_by_its_subject_and_prompt_and_any_other_has_the_models_word_as_its_object(
     lm,
 ) -> None:
@@ -101,7 +106,12 @@ def test_an_embedded_fact_is_found_by_its_subject_and_prompt_and_any_other_has_t
 
 @pytest.mark.parametrize(
     ("subject", "prompt", "sentence"),
-    [("", "a b", "The subject is empty"), ("a", " ", "The prompt is empty"), ("a", "The b is", "is not in the prompt")],
+    [
+        ("", "a b", "The subject is empty"),
+        ("a", " ", "The prompt is empty"),
+        ("a", "The b is", "is not in the prompt"),
+        ("mount fuji", "Mount Fuji is in", "did you mean 'Mount Fuji'"),
+    ],
 )
 def test_what_is_no_fact_is_refused(subject, prompt, sentence) -> None:
     with pytest.raises(ValueError, match=sentence):

@@ -99,14 +99,16 @@ def test_a_trace_can_be_pointed_at_and_its_columns_choose_the_layer(tiny) -> Non
     assert panel.trace is None
     assert "Traced the answer" in press(panel, panel.trace_button)
     peak = panel.trace.p_restored[panel.trace.subject_range[1] - 1].argmax()
-    assert panel.form.layer.value == panel.map.layer == peak, "no layer is known of this model: it goes to the peak"
+    assert panel.form.layer.value == panel.view.map.layer == peak, (
+        "no layer is known of this model: it goes to the peak"
+    )
     assert f"around layer {peak} bring back most" in said(panel)
-    assert panel.picture.children == (panel.map,) and panel.map.traces == panel.traces
-    panel.map.layer = other = (peak + 1) % tiny.n_layers  # as a click on a column does
-    assert panel.form.layer.value == other and panel.layer_button.layout.display is None
-    panel.layer_button.click()
-    assert panel.form.layer.value == peak and panel.layer_button.layout.display == "none"
-    assert panel.map.answers(1, 0).clean.p_answer == pytest.approx(panel.trace.p_clean, abs=1e-5)
+    assert panel.view.box.children == (panel.view.map,) and panel.view.map.traces == panel.view.traces
+    panel.view.map.layer = other = (peak + 1) % tiny.n_layers  # as a click on a column does
+    assert panel.form.layer.value == other and panel.view.layer_button.layout.display is None
+    panel.view.layer_button.click()
+    assert panel.form.layer.value == peak and panel.view.layer_button.layout.display == "none"
+    assert panel.view.map.answers(1, 0).clean.p_answer == pytest.approx(panel.trace.p_clean, abs=1e-5)
 
 
 def test_kind_window_and_target_are_traced_as_chosen_and_rows_come_one_by_one(tiny) -> None:
@@ -115,7 +117,7 @@ def test_kind_window_and_target_are_traced_as_chosen_and_rows_come_one_by_one(ti
     panel.form.follow.value = "the target"
     panel.status.observe(lambda change: rows.extend(re.findall(r"Traced (\d+) of", change["new"])), "html")
     press(panel, panel.trace_button)
-    assert [(x.kind, x.window) for x in panel.traces] == [("state", 1), ("mlp", 1), ("attn", 1)]
+    assert [(x.kind, x.window) for x in panel.view.traces] == [("state", 1), ("mlp", 1), ("attn", 1)]
     assert rows == [str(n) for n in range(1, len(panel.trace.tokens) + 1)] * 3
     expected = causal_trace(tiny, FACT.prompt, FACT.subject, "state", samples=2, window=1, answer="Rome")
     assert panel.trace.answer == expected.answer
@@ -128,17 +130,17 @@ def test_a_trace_after_an_edit_stands_beside_the_one_before_and_both_answer_clic
     first = panel.trace
     press(panel, panel.edit_button)
     assert "Beside it, as it was in step 2" in press(panel, panel.trace_button)
-    assert panel.map.traces == (first, panel.trace) and panel.trace is not first
-    assert [title.split(", ")[1] for title in panel.map.titles] == ["no edits", "1 edit"]
-    for number, trace in enumerate(panel.map.traces):
-        assert panel.map.answers(1, 0, number).clean.p_answer == pytest.approx(trace.p_clean, abs=1e-5)
+    assert panel.view.map.traces == (first, panel.trace) and panel.trace is not first
+    assert [title.split(", ")[1] for title in panel.view.map.titles] == ["no edits", "1 edit: Rome"]
+    for number, trace in enumerate(panel.view.map.traces):
+        assert panel.view.map.answers(1, 0, number).clean.p_answer == pytest.approx(trace.p_clean, abs=1e-5)
     assert [edit.target for edit in tiny.edits] == ["Rome"], "a click leaves the edits in force as they are"
 
 
 def test_what_belongs_to_another_fact_is_greyed_and_cleared_when_that_is_worked_on(tiny) -> None:
     panel = Panel(tiny, REQUEST, samples=2)
     press(panel, panel.trace_button)
-    stale = lambda: ["rl-stale" in place._dom_classes for place in (panel.picture, panel.answers)]  # noqa: E731
+    stale = lambda: ["rl-stale" in place._dom_classes for place in (panel.view.box, panel.answers)]  # noqa: E731
     assert stale() == [False, False]
     panel.form.target.value = "Tokyo"
     assert stale() == [False, True]
@@ -148,7 +150,7 @@ def test_what_belongs_to_another_fact_is_greyed_and_cleared_when_that_is_worked_
     assert stale() == [False, False]
     panel.form.subject.value, panel.form.prompt.value = "Louvre", "The Louvre is in"
     press(panel, panel.edit_button)
-    assert panel.picture.children == () and panel.trace is None
+    assert panel.view.box.children == () and panel.trace is None
     assert "Louvre" in panel.result.html and stale()[1] is False
 
 
@@ -213,7 +215,7 @@ def test_any_two_steps_stand_side_by_side(tiny) -> None:
     view = panel.history_view
     view.first.value, view.second.value = 2, 5
     picture, code = view.shown.children
-    assert picture.traces == (*panel.history.steps[1].traces, *panel.traces)
+    assert picture.traces == (*panel.history.steps[1].traces, *panel.view.traces)
     assert "step 2" in picture.titles[0] and "step 5" in picture.titles[1] and "rl.causal_trace" in code.html
     view.first.value, view.second.value = 3, 4
     page, code = view.shown.children

@@ -275,6 +275,7 @@ print(short, abs(halved - run(256)).max() < 1e-6)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
+@pytest.mark.slow
 def test_memory_that_really_runs_out_is_survived():
     # With this what is freed goes back to the system at once, and does not count against the limit any more.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -82,6 +82,7 @@ def test_growth_measures_each_thing_by_itself() -> None:
     assert (table.groupby("along")["gflop"].diff().dropna() > 0).all()
 
 
+@pytest.mark.slow
 def test_facts_and_workers_are_measured_and_drawn(talker, tmp_path) -> None:  # noqa: F811
     facts = known(talker)
     talker.save_pretrained(tmp_path / "model")
@@ -96,6 +97,7 @@ def test_facts_and_workers_are_measured_and_drawn(talker, tmp_path) -> None:  # 
         growth_with_facts(talker, facts, [99], ["state"])
 
 
+@pytest.mark.slow
 def test_a_worker_that_fails_is_reported(talker, tmp_path) -> None:  # noqa: F811
     talker.save_pretrained(tmp_path / "model")
     lm = load_model(str(tmp_path / "model"), device="cpu")

@@ -123,6 +123,7 @@ def test_zero_effects_without_any_spread_are_no_evidence():
     assert (table["p_value"] > 0.4).all()
 
 
+@pytest.mark.slow
 def test_under_the_null_rejections_come_at_about_the_nominal_rate():
     repetitions = 240
     tables = [claims(make_traces(20, n_layers=4, seed=seed), margin=0.0) for seed in range(repetitions)]

@@ -105,6 +105,7 @@ def trace_forever(folder, facts, seed, threads):
         trace_facts(lm, facts, store=folder, progress=False, samples=samples)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_loses_at_most_the_fact_in_hand(tmp_path):
     seed = next(seed for seed in range(200) if len(known(tiny_model("llama", seed))) >= 4)
     lm = tiny_model("llama", seed)

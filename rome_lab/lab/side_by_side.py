@@ -25,7 +25,7 @@ class HistoryView:
             field.style.description_width = "70px"
             field.add_class("rl-wide")
         row = w.HBox([self.first, self.second])
-        row.add_class("rl-row")
+        row.add_class("rl-line")
         title = w.HTML("<b>History</b>")
         self.widget = w.VBox([title, row, self.shown])
         self.list_steps()
