@@ -86,7 +86,9 @@ def test_a_damaged_conversion_is_made_again(name, monkeypatch, tmp_path, caplog)
     ],
 )
 def test_what_is_not_a_known_decoder_is_refused_by_naming_what_was_looked_for(config, kind):
-    with pytest.raises(ValueError, match=r"not a decoder-only model.*(no decoder|encoder-decoder).*Looked for a list of blocks"):
+    with pytest.raises(
+        ValueError, match=r"not a decoder-only model.*(no decoder|encoder-decoder).*Looked for a list of blocks"
+    ):
         LanguageModel(kind(config), tokenizer())
 
 
