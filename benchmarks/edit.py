@@ -1,5 +1,7 @@
-"""What an edit costs and how exact it is: `python -m benchmarks.edit [--parts value edit file constraint]`.
+"""What an edit costs and how exact it is: `python -m benchmarks.edit [--parts first value edit file constraint]`.
 
+first        what the first edit of a layer waits for: text that the model writes, and C measured on it, each by rome_lab and
+             by a plain loop, in turns, in this one process
 value        v* by the shipped optimisation, set-up included, and by the plain loop, in turns, in this one process
 edit         a whole edit, C measured before, by `rome` and by plain ways for each of its steps, in turns
 file         size of a saved edit
@@ -14,23 +16,36 @@ import argparse
 import shlex
 import sys
 import tempfile
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 from benchmarks.measure import Row, about, finish, in_turns, ratios, row
-from benchmarks.plain import plain_edit
-from benchmarks.tasks import FACT, TARGET, Sought, edit_settings, edited_layer
+from benchmarks.plain import plain_edit, plain_texts
+from benchmarks.tasks import (
+    BATCH_TOKENS,
+    FACT,
+    TARGET,
+    GivenText,
+    Sought,
+    edit_settings,
+    edited_layer,
+    plain_covariance,
+)
 from rome_lab import Fact, LanguageModel, load_facts, load_model, rome
+from rome_lab.editing.keys import key_size
 from rome_lab.editing.second_moment import covariances
 from rome_lab.editing.settings import DEFAULTS, EditSettings
-from rome_lab.editing.update import constraint_error
+from rome_lab.editing.texts import TEXTS_A_FILE, SampledText
+from rome_lab.editing.update import ENOUGH, constraint_error
 
-PARTS = ("value", "edit", "file", "constraint")
+PARTS = ("first", "value", "edit", "file", "constraint")
 TARGETS = {  # embedded facts of five relations, and what they are to say instead
     "Eiffel Tower": "Rome",
     "Colosseum": "Berlin",
@@ -45,6 +60,43 @@ TARGETS = {  # embedded facts of five relations, and what they are to say instea
 }
 RELATIONS = ("landmark_city", "official_language", "maker_of_car", "sport_of_athlete", "instrument_of_musician")
 LAYERS = (3, 6, 9, 12)
+
+
+def first(lm: LanguageModel, layer: int, tokens: int, repetitions: int, source: SampledText | None = None) -> list[Row]:
+    """Part "first": both ways sample as many texts, and measure C on the same ones."""
+    source = source or SampledText()
+    numbers = range(-(-tokens // (source.length * TEXTS_A_FILE)) * TEXTS_A_FILE)
+    prompts, _ = source.beginnings(lm, numbers)
+    ways = {
+        "rome_lab": partial(source.texts, lm, numbers),
+        "transformers' generate": partial(plain_texts, lm, prompts, source.length),
+    }
+    ours, plain = ways
+    warm_up = [partial(SampledText(length=16).texts, lm, range(4))]
+    times, texts = in_turns(ways, repetitions, lm.device, warm_up)
+    rows = [
+        row("first", f"{len(numbers)} texts of {source.length} tokens, {x}", taken, "s") for x, taken in times.items()
+    ]
+    rows.append(row("first", f"texts: {plain} / {ours}", ratios(times[plain], times[ours]), "times"))
+
+    ends = list(accumulate(map(len, texts[ours])))
+    passages = texts[ours][: bisect_left(ends, tokens) + 1]
+    together = BATCH_TOKENS // source.length
+    ways = {
+        "rome_lab": partial(measured_anew, lm, layer, GivenText(passages)),
+        "batches of passages": partial(plain_covariance, lm, layer, passages, together),
+    }
+    ours, plain = ways
+    times, C = in_turns(ways, repetitions, lm.device, [partial(plain_covariance, lm, layer, passages[:4], 4)])
+    rows += [row("first", f"C of {ends[len(passages) - 1]} tokens, {x}", taken, "s") for x, taken in times.items()]
+    rows.append(row("first", f"C: {plain} / {ours}", ratios(times[plain], times[ours]), "times"))
+    return [*rows, row("first", "C: |difference| / |C|", [float((C[ours] - C[plain]).norm() / C[plain].norm())], "1")]
+
+
+def measured_anew(lm: LanguageModel, layer: int, source: GivenText) -> torch.Tensor:
+    """C by rome_lab of all that the source holds, from an empty store on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        return covariances(lm, [layer], source, sum(map(len, source.texts)), folder, progress=False)[layer].C
 
 
 def value(lm: LanguageModel, layer: int, settings: EditSettings, repetitions: int) -> list[Row]:
@@ -117,10 +169,14 @@ def requests() -> list[tuple[Fact, str]]:
     return [(fact, TARGETS[fact.subject]) for fact in facts]
 
 
-def run(lm: LanguageModel, parts: Sequence[str], repetitions: int, steps: int | None) -> pd.DataFrame:
+def run(
+    lm: LanguageModel, parts: Sequence[str], repetitions: int, steps: int | None, tokens: int | None = None
+) -> pd.DataFrame:
     """The table of some parts."""
     layer, settings = edited_layer(lm), edit_settings(lm, steps)
     rows: list[Row] = []
+    if "first" in parts:
+        rows += first(lm, layer, tokens or ENOUGH * key_size(lm, layer), repetitions)
     if "value" in parts:
         rows += value(lm, layer, settings, repetitions)
     if "edit" in parts:
@@ -141,10 +197,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="which to run (all)")
     parser.add_argument("--repetitions", type=int, default=2, help="of v* and of the edit (%(default)s)")
     parser.add_argument("--steps", type=int, help="of Adam; the model's default otherwise")
+    parser.add_argument("--tokens", type=int, help="that C is measured on in part first; the model's default otherwise")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/edit.csv"), help="the table (%(default)s)")
     parser.add_argument("--page", type=Path, help="write the table as Markdown, too")
     given = parser.parse_args(arguments)
-    table = run(load_model(given.model), given.parts, given.repetitions, given.steps)
+    table = run(load_model(given.model), given.parts, given.repetitions, given.steps, given.tokens)
     command = shlex.join(["python", "-m", "benchmarks.edit", *(sys.argv[1:] if arguments is None else arguments)])
     finish(table, given.out, given.page, command)
 

@@ -105,6 +105,18 @@ def plain_prefixes(lm: LanguageModel, settings: EditSettings) -> tuple[str, ...]
     return tuple(texts)
 
 
+def plain_texts(lm: LanguageModel, prompts: list[list[int]], length: int) -> list[list[int]]:
+    """Texts of at most `length` tokens that go on from token ids, by transformers' own generation, padded on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=lm.device)
+    real = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=lm.device)
+    sampled = {"do_sample": True, "top_k": 0, "pad_token_id": 0, "eos_token_id": sorted(lm.stops)}
+    with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        whole = lm.model.generate(ids, attention_mask=real, max_new_tokens=length - min(map(len, prompts)), **sampled)
+    return [row[longest - len(prompt) :][:length] for row, prompt in zip(whole.tolist(), prompts, strict=True)]
+
+
 @torch.no_grad()
 def plain_key(lm: LanguageModel, layer: int, fact: Fact, prefix: str) -> Tensor:
     """(H,) float64: the input of W at the subject's last token behind a prefix."""

@@ -58,6 +58,19 @@ class Options:
     steps: int | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class GivenText:
+    """Passages that are there already; a `Source` that takes no time at all."""
+
+    texts: Sequence[list[int]]
+
+    def describe(self) -> dict[str, Json]:
+        return {"kind": "given", "tokens": sum(map(len, self.texts))}
+
+    def passages(self, lm: LanguageModel, store: Store | None, begin: int) -> Iterator[list[int]]:
+        return iter(self.texts[begin:])
+
+
 @dataclass(frozen=True)
 class Sentences:
     """The embedded facts as text, in passages of equal length; a `Source` that takes no time to make."""
@@ -83,14 +96,14 @@ def plain_known(lm: LanguageModel, facts: Sequence[Fact], n: int) -> tuple[Fact,
 
 
 def plain_covariance(lm: LanguageModel, layer: int, passages: list[list[int]], together: int) -> Tensor:
-    """C of one layer, in runs of so many passages of one length, which stop at the layer."""
+    """C of one layer, in runs of so many passages of one length, sorted by it, which stop at the layer."""
     sums = []
 
     def receive(layer: int, keys: Tensor) -> None:
         flat = precise(keys.reshape(-1, keys.shape[-1]))
         sums.append(flat.T @ flat + (sums.pop() if sums else 0))
 
-    for _, same in groupby(passages, key=len):
+    for _, same in groupby(sorted(passages, key=len), key=len):
         rest = list(same)
         while rest:
             batch, rest = rest[:together], rest[together:]

@@ -9,6 +9,7 @@ models                the families that the tests go over
 
 from __future__ import annotations
 
+import base64
 import importlib
 import inspect
 import json
@@ -47,8 +48,7 @@ def build(folder: Path, runs: Path) -> Path:
     shutil.copytree(ROOT / "figures", source / "figures")
     names = notebook_names()
     for name in names:
-        notebook = shown_notebook(name, runs)
-        place(source, f"notebooks/{name}.ipynb", nbformat.writes(notebook))
+        place(source, f"notebooks/{name}.ipynb", nbformat.writes(as_myst(shown_notebook(name, runs), name, source)))
     place(source, "docs/models.md", models_page())
     place(source, "docs/reference.md", reference_page())
     for room in ROOMS:
@@ -123,10 +123,11 @@ def shown_notebook(name: str, runs: Path) -> NotebookNode:
     executed = last_run(name, runs)
     if not isinstance(executed, str):
         return with_note(without_widgets(executed, name), run_note(executed.metadata["rome_lab"]))
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    attached = {file for cell in notebook.cells for file in cell.get("attachments", {})}
     pictures = [path.name for path in sorted((ROOT / "figures").glob(f"{name}*.png")) if owner(path.stem) == name]
-    images = "\n\n".join(f"![{picture}](../figures/{picture})" for picture in pictures)
-    note = f"{executed} What it made for this project:\n\n{images}" if pictures else executed
-    return with_note(nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4), note)
+    images = "\n\n".join(f"![{picture}](../figures/{picture})" for picture in pictures if picture not in attached)
+    return with_note(notebook, f"{executed} What it made for this project:\n\n{images}" if images else executed)
 
 
 def owner(figure: str) -> str:
@@ -147,12 +148,25 @@ def run_note(about: dict[str, object]) -> str:
     return f"Run on {about['started'][:10]} with {versions}. Parameters: `{parameters}`."
 
 
+def as_myst(notebook: NotebookNode, name: str, source: Path) -> NotebookNode:
+    """A notebook whose attached pictures are files, and whose links to its own headings are in small letters."""
+    (source / "notebooks").mkdir(parents=True, exist_ok=True)
+    for cell in notebook.cells:
+        for file, data in cell.pop("attachments", {}).items():
+            (source / "notebooks" / f"{name}_{file}").write_bytes(base64.b64decode(next(iter(data.values()))))
+            cell.source = cell.source.replace(f"attachment:{file}", f"{name}_{file}")
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"\]\(#[^)]+\)", lambda match: match[0].lower(), cell.source)
+    return notebook
+
+
 def with_note(notebook: NotebookNode, note: str) -> NotebookNode:
     """A notebook with a note below its title."""
     cell = nbformat.v4.new_markdown_cell(f":::{{note}}\n{note}\n:::")
-    title, break_, rest = notebook.cells[0].source.partition("\n")
+    title, _, rest = notebook.cells[0].source.partition("\n")
     notebook.cells[0].source = title
-    after = [nbformat.v4.new_markdown_cell(rest.strip())] if rest.strip() else []
+    attachments = notebook.cells[0].pop("attachments", {})
+    after = [nbformat.v4.new_markdown_cell(rest.strip(), attachments=attachments)] if rest.strip() else []
     notebook.cells[1:1] = [cell, *after]
     return notebook
 

@@ -27,16 +27,21 @@ settings.load_profile("rome_lab")
 # What a shell starts in the background ignores interrupts, and so would tests that interrupt themselves, and never end.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Files whose tests start browsers, kernels, clusters, package installers and other processes, each of which takes seconds.
-PROCESSES = {
-    "test_batch.py",
-    "test_browser.py",
-    "test_cluster.py",
-    "test_faults.py",
-    "test_interactive_browser.py",
-    "test_site.py",
-    "test_wheel.py",
-}
+# Files of which most tests start browsers, kernels, clusters, installers or other processes, or take seconds each.
+SLOW = (
+    "batch",
+    "browser",
+    "cluster",
+    "faults",
+    "fuzz",
+    "interactive_browser",
+    "memory",
+    "offload",
+    "report",
+    "site",
+    "wheel",
+)
+SLOW_FILES = {f"test_{name}.py" for name in SLOW}
 
 
 @pytest.fixture(scope="session")
@@ -70,16 +75,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     So a worker makes the models of a file once, and one alone loads the embedded model and edits it. A test with an
     `xdist_group` of its own, as each long notebook has, may go to another worker than its file. What is slow begins first,
-    so that no worker has it left when the others are done.
+    so that no worker has it left when the others are done; and of it first what takes longest.
     """
     for item in items:
         embedded = takes_embedded_model(item)
-        if embedded or item.path.name in PROCESSES:
+        if embedded or item.path.name in SLOW_FILES:
             item.add_marker("slow")
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group("embedded model" if embedded else item.path.name))
     slow = {group_of(item) for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: group_of(item) not in slow)  # stable
+    items.sort(key=lambda item: (group_of(item) not in slow, group_of(item) != "judged edits"))  # stable
 
 
 def takes_embedded_model(item: pytest.Item) -> bool:

@@ -85,7 +85,8 @@ def explained(folder: Path, target: Path | None = None) -> Iterator[None]:
         reason = ADVICE.get(error_number(error))
         if reason is None or not (about.is_relative_to(target) or folder.is_relative_to(about)):
             raise
-        raise OSError(f"Cannot write to the folder {folder}: {reason}.") from error
+        how = ", with the environment variable ROME_LAB_CACHE" if folder.is_relative_to(user_cache()) else ""
+        raise OSError(f"Cannot write to the folder {folder}: {reason}{how}.") from error
 
 
 def error_number(error: OSError | SafetensorError) -> int | None:

@@ -22,7 +22,7 @@ from rome_lab.models import Batching, LanguageModel, device_of, text_bytes
 
 logger = logging.getLogger(__name__)
 
-BATCH_TOKENS = 4096  # places in one forward
+BATCH_TOKENS = 2048  # places in one forward; with 4096, what passes between layers no longer fits a CPU's caches
 SAVE_EVERY_S = 60  # what a killed process loses at most, or ten times what saving takes where that is longer
 TokensSeen: TypeAlias = Callable[[int, int], object]
 """Called with how many tokens were seen so far, and how many were asked for."""
@@ -62,9 +62,17 @@ class KeySum(OneLine):
         """Add the keys (B, T, H) of the passages from number `first` on, where `real` (B, T); each passage only once."""
         new = real[max(0, self.passages - first) :].to(keys.device)
         chosen = precise(keys[len(real) - len(new) :][new])  # (N, H)
-        self.total += chosen.T @ chosen
+        self.total += second_moment_sum(chosen)
         self.passages += len(new)
         self.tokens += len(chosen)
+
+
+def second_moment_sum(keys: Float[Tensor, "N H"]) -> Float[Tensor, "H H"]:
+    """Sum of k kT over keys on any device, in their own precision; on the CPU in half the time of a general product."""
+    if keys.device.type != "cpu":
+        return keys.T @ keys
+    K = keys.numpy()
+    return torch.from_numpy(K.T @ K)  # which numpy knows to be symmetric, as PyTorch does not
 
 
 def covariance(
@@ -226,7 +234,7 @@ def add_batch(lm: LanguageModel, sums: dict[int, KeySum], batch: list[list[int]]
 
     def receive(layer: int, keys: Tensor) -> None:
         keys = keys.reshape(*real.shape, -1)
-        lm.check_finite(keys, "covariance")
         sums[layer].add(keys, real, first)
+        lm.check_finite(sums[layer].total.diagonal(), "covariance")  # a sum of squares: finite where every key is
 
     run_to_keys(lm, ids, list(sums), receive)

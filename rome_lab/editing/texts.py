@@ -16,12 +16,15 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rome_lab.base import Json, Store, check_whole, code_version, seed_from
 from rome_lab.facts import load_relations
 from rome_lab.models import Batching, LanguageModel, check_hub, continue_randomly, text_bytes
 
-TEXTS_A_FILE = 128  # sampled texts in one file of the store: what a killed process loses at most
+# Sampled texts in one file of the store: what a killed process loses at most. With 64 tokens each they hold 8,192 tokens,
+# and some texts to spare for those that end early.
+TEXTS_A_FILE = 136
 PIECE = 1 << 16  # characters of a file that are tokenised at once
 
 
@@ -93,6 +96,11 @@ class SampledText:
 
     def sample(self, lm: LanguageModel, numbers: Sequence[int]) -> list[list[int]]:
         """The texts with these numbers, sampled together."""
+        prompts, draws = self.beginnings(lm, numbers)
+        return continue_randomly(lm, prompts, draws, self.top_k)
+
+    def beginnings(self, lm: LanguageModel, numbers: Sequence[int]) -> tuple[list[list[int]], Tensor]:
+        """Token ids that the texts with these numbers begin with, and their uniform numbers (B, length)."""
         subjects = subjects_with_templates()
         order = torch.randperm(len(subjects), generator=torch.Generator().manual_seed(self.seed)).tolist()
         prompts, draws = [], []
@@ -103,7 +111,7 @@ class SampledText:
             template = templates[int(torch.randint(len(templates), (), generator=generator))]
             before, _, after = template.partition("{}")
             prompts.append(lm.tokenizer(before + subject + after)["input_ids"][: self.length])
-        return continue_randomly(lm, prompts, torch.stack(draws), self.top_k)
+        return prompts, torch.stack(draws)
 
 
 @dataclass(frozen=True)

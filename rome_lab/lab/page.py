@@ -19,6 +19,7 @@ STYLE = """<style>
 .rl-look {font-size: 13px; line-height: 1.45; color: var(--jp-ui-font-color1, #222); container-type: inline-size;
   --rl-object: #0072b2; --rl-target: #c04f00; --rl-other: #8c8c8c}
 [data-jp-theme-light="false"] .rl-look {--rl-object: #56b4e9; --rl-target: #f0904a}
+.rl-look h4 .dim {font-weight: 400}
 .rl-look h4, .rl-look .title {font-size: 13px; margin: 12px 0 4px; font-weight: 600; color: inherit}
 .rl-look .title ~ .head {margin: 12px 0 4px}
 .rl-look .grid {display: grid; column-gap: 20px; row-gap: 3px; align-items: center}
@@ -86,7 +87,8 @@ def question_rows(kind: str, probe: Probe, looks: Sequence[Look], ask: str) -> s
     """The questions of one kind, a row each, and in each look a bar with the probabilities of object and target."""
     rows = [look.table[look.table["kind"] == kind] for look in looks]
     if rows[0].empty:
-        return f'<h4>No {kind}s <span class="dim">are known for this wording.</span></h4>' if ask else ""
+        hint = "are known for this wording: choose its relation, or write your own, under “Questions before and after”."
+        return f'<h4>No {kind}s <span class="dim">{hint}</span></h4>' if ask else ""
     verb, column = {"paraphrase": ("follow", "p_target"), "neighbour": ("stay", "p_object")}[kind]
     words = words_of(probe)
     means = [f"mean p {look.mean(kind, column):.3f}" for look in looks]
@@ -101,7 +103,7 @@ def question_rows(kind: str, probe: Probe, looks: Sequence[Look], ask: str) -> s
         own = f' <span class="object">{html.escape(row.object)}</span>' if kind == "neighbour" else ""
         cells.append(f'<div class="question">{text}{own}</div>')
         cells += [divided_bar(table.iloc[number], words) for table in rows]
-    split = f"--looks: {len(looks)}; grid-template-columns: minmax(0, 1fr) repeat({len(looks)}, 170px)"
+    split = f"--looks: {len(looks)}; grid-template-columns: minmax(0, 1fr) repeat({len(looks)}, minmax(120px, 205px))"
     return f'<div class="grid questions" style="{split}">{"".join(cells)}</div>'
 
 

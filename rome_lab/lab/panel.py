@@ -23,6 +23,7 @@ from rome_lab.editing import Edit, check_requests
 from rome_lab.facts import Fact
 from rome_lab.lab.form import EditForm
 from rome_lab.lab.history import History, Step, counted, edit_code, edits_named, trace_code
+from rome_lab.lab.history_view import HistoryView
 from rome_lab.lab.jobs import Job, Stopped, check_idle, stop_when_interrupted, wait_for_job
 from rome_lab.lab.live import LiveText, StatusLine
 from rome_lab.lab.looks import Look, Probe, look_at, probe_of
@@ -31,7 +32,6 @@ from rome_lab.lab.pictured import TraceView
 from rome_lab.lab.plots import TITLES
 from rome_lab.lab.reporting import report
 from rome_lab.lab.saved import SavedEdits
-from rome_lab.lab.side_by_side import HistoryView
 from rome_lab.lab.trials import EditRequest, make_edit
 from rome_lab.models import LanguageModel
 from rome_lab.tracing import Trace, causal_trace

@@ -24,7 +24,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from rome_lab.base.files import explained, user_cache, write_atomically
+from rome_lab.base.files import check_writable, explained, user_cache, write_atomically
 from rome_lab.base.store import USER_CACHE, Basket, Store, canonical_json, opened
 
 ROOT = Path(__file__).parents[2]
@@ -446,6 +446,7 @@ assert [path for path in full.rglob("*") if path.is_file()] == [Store(full).path
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_a_read_only_one_are_named_with_advice_and_lose_nothing(tmp_path):
     inside = ["unshare", "--map-root-user", "--mount", "sh", "-c"]  # the mounts are gone when the command ends
     possible = shutil.which("unshare") and subprocess.run([*inside, MOUNT, tmp_path], capture_output=True, check=False)
@@ -509,3 +510,13 @@ def test_a_store_in_memory_gives_what_a_folder_gives_and_writes_no_file(tmp_path
     assert bits(basket.load(INPUTS).arrays) == bits(store.load(INPUTS).arrays)
     assert basket.load(INPUTS).meta == store.load(INPUTS).meta
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
+
+def test_where_the_users_cache_cannot_be_written_the_error_names_the_variable_that_moves_it(tmp_path, monkeypatch):
+    for name in ("file", "other"):
+        (tmp_path / name).write_text("")
+    monkeypatch.setenv("ROME_LAB_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OSError, match="choose another folder, with the environment variable ROME_LAB_CACHE[.]$"):
+        check_writable(user_cache() / "models")
+    with pytest.raises(OSError, match="choose another folder[.]$"):
+        check_writable(tmp_path / "other")

@@ -229,6 +229,7 @@ module.covariance(tiny_model("gpt2"), 1, Stuck(), 400, Store(sys.argv[1]), progr
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_only_the_last_stretch(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path)],
@@ -353,6 +354,26 @@ def test_tokens_are_drawn_as_often_as_they_are_probable(top_k: int | None, share
     counts = torch.bincount(draw(logits, uniform, top_k), minlength=4)
     np.testing.assert_allclose(counts / 10_000, shares, atol=2e-4)
     assert counts[1] == 0
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 3000])
+def test_a_token_is_drawn_where_the_cumulative_probability_exceeds_the_number(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    logits = 3 * torch.randn(500, size, generator=generator)
+    uniform = torch.rand(500, dtype=torch.float64, generator=generator)
+    cumulative = logits.double().softmax(-1).cumsum(-1).numpy()
+    expected = [
+        int(np.searchsorted(row, u * row[-1], side="right")) for row, u in zip(cumulative, uniform, strict=True)
+    ]
+    assert (draw(logits, uniform, None).numpy() == expected).mean() > 0.995  # float32 may decide otherwise at a border
+
+
+def test_what_has_no_probability_is_never_drawn() -> None:
+    logits = torch.full((3, 600), -torch.inf)
+    logits[:, 300] = 0
+    uniform = torch.tensor([0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert draw(logits, uniform, None).tolist() == [300] * 3
+    assert draw(torch.arange(600.0).expand(3, -1) / 600, uniform, 1).tolist() == [599] * 3
 
 
 def test_sampled_texts_depend_on_their_number_and_the_seed_alone(store: Store) -> None:

@@ -12,15 +12,32 @@ from tiny import tiny_model
 
 from benchmarks import edit as bench
 from benchmarks import tasks
-from benchmarks.plain import plain_edit
+from benchmarks.plain import plain_edit, plain_texts
 from rome_lab import rome
 from rome_lab.editing.settings import Default, EditSettings
+from rome_lab.editing.texts import SampledText
 from rome_lab.facts.sources import load_relations
 
 
 @pytest.fixture
 def lm():
     return tiny_model("llama")
+
+
+def test_what_the_first_edit_waits_for_is_measured_by_both_ways_and_agrees(lm) -> None:
+    table = pd.DataFrame(bench.first(lm, 1, 400, repetitions=2, source=SampledText(length=24))).set_index("measure")
+    assert list(table["unit"]) == ["s", "s", "times", "s", "s", "times", "1"]
+    assert (table["n"].iloc[:6] == 2).all() and (table["least"].iloc[:6] > 0).all()
+    assert table.loc["C: |difference| / |C|", "median"] < 1e-6
+    (measured,) = (name for name in table.index if name.endswith("tokens, rome_lab") and name.startswith("C of"))
+    assert 400 <= int(measured.split()[2]) < 424
+
+
+def test_plain_texts_begin_with_their_prompts_and_are_as_long_as_ours(lm) -> None:
+    prompts, _ = SampledText(length=20).beginnings(lm, range(5))
+    texts = plain_texts(lm, prompts, 20)
+    assert all(text[: len(prompt)] == prompt for text, prompt in zip(texts, prompts, strict=True))
+    assert max(map(len, texts)) == 20 and len(set(map(tuple, texts))) == 5
 
 
 def test_the_two_ways_to_a_value_agree_and_are_both_timed(lm) -> None:

@@ -20,6 +20,8 @@ def test_the_answers_are_those_of_the_code_on_the_page(kept):
     assert len(programs()) == 3 and all("answers[" in program for program in programs().values())
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("embedded model")
 def test_the_first_lesson_gives_its_answers(kept, monkeypatch):
     """With the embedded model; the others take minutes."""
     monkeypatch.setenv("MPLBACKEND", "agg")

@@ -64,7 +64,10 @@ SMALL = {
     "figure_1": DEFAULT | {"examples": ["Windows 95", "Nobody at all"]},
 }
 """Parameters that make a notebook quick, where they are not `DEFAULT`."""
-OF_TRACES = ("claims", "figure_1", "figure_2", "figure_3", "figure_7")  # the first makes what the others find stored
+# On one worker, one after the other: the first makes what the others find stored, traces of facts, or C and the known facts
+# among which unrelated ones are drawn.
+TOGETHER = dict.fromkeys(("claims", "figure_1", "figure_2", "figure_3", "figure_7"), "traces")
+TOGETHER |= dict.fromkeys(("evaluation", "many_edits", "search"), "judged edits")
 OF_CASES = ("evaluation", "many_edits", "search", "cost")  # they look for known facts in a whole data set
 
 
@@ -145,7 +148,7 @@ def few_facts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.xdist_group("traces" if name in OF_TRACES else name)) for name in NOTEBOOKS],
+    [pytest.param(name, marks=pytest.mark.xdist_group(TOGETHER.get(name, name))) for name in NOTEBOOKS],
 )
 def test_notebook_runs_and_its_numbers_are_the_expected_ones(name, results, few_facts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

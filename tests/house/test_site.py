@@ -113,6 +113,16 @@ def test_the_reference_has_every_public_function_and_class(html):
     assert {"rome_lab.editing.rome", "rome_lab.lab.plots.heatmap", "rome_lab.tracing.Traces.average"} <= places
 
 
+def test_links_and_pictures_that_only_jupyter_has_become_those_of_the_site(tmp_path):
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_markdown_cell("![a](attachment:a.png) [b](#To-the-End)")]
+    )
+    notebook.cells[0].attachments = {"a.png": {"image/png": "AAEC"}}
+    build_site.as_myst(notebook, "edit", tmp_path)
+    assert notebook.cells[0].source == "![a](edit_a.png) [b](#to-the-end)"
+    assert (tmp_path / "notebooks" / "edit_a.png").read_bytes() == bytes([0, 1, 2])
+
+
 def test_the_page_of_models_has_every_family_of_the_tests(html):
     from tiny import FAMILIES
 

@@ -8,6 +8,7 @@ import json
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 
@@ -15,7 +16,9 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from matplotlib.colors import to_hex
 from test_cell_answers import trace_of
 from test_plots import TOKENS, make_trace, mesh_of
@@ -192,3 +195,33 @@ def test_a_wrong_model_or_number_of_titles_is_refused() -> None:
         show(make_trace(), "smollm2-135m")
     with pytest.raises(ValueError, match="2 titles and 1 traces"):
         show(make_trace(), titles=("a", "b"))
+
+
+def test_the_picture_and_its_numbers_are_saved_as_files() -> None:
+    traces = made_traces()
+    picture = show(traces, titles=("a", "b", "c"))
+    for suffix, start in (("png", b"\x89PNG"), ("pdf", b"%PDF"), ("csv", b"kind,position,token")):
+        (reply,) = clicked(picture, ask="file", suffix=suffix)
+        assert base64.b64decode(reply["file"]["data"]).startswith(start)
+        assert reply["file"]["name"] == f"trace-eiffel-tower.{suffix}"
+    table = pd.read_csv(io.BytesIO(picture.file("csv")), keep_default_na=False)
+    assert table.groupby("trace").size().to_dict() == dict.fromkeys("abc", traces[0].p_restored.size)
+    expected = np.concatenate([trace.p_restored.ravel() for trace in traces])
+    np.testing.assert_allclose(table["p_restored"].astype(float), expected)
+    assert clicked(picture, ask="file", suffix="exe") == []
+    with pytest.raises(ValueError, match="saved as png, pdf, csv"):
+        picture.file("exe")
+
+
+def test_a_click_asks_the_model_with_the_edits_of_the_trace() -> None:
+    lm = telling_model("llama")
+    trace = trace_of(lm)
+    W, u = lm.weight(1), torch.zeros(lm.weight(1).shape[1])
+    u[0] = 1.0
+    change = SimpleNamespace(layer=1, delta=torch.outer(torch.ones(len(W)), u).double(), digest="x")
+    with lm.overlay.only([change]):
+        edited = trace_of(lm)
+    picture = TracePicture([trace, edited], lm, ("before", "after"), [(), (change,)])
+    for number, each in enumerate((trace, edited)):
+        assert picture.answers(3, 2, number).clean.p_answer == pytest.approx(each.p_clean, abs=1e-5)
+    assert trace.p_clean != edited.p_clean and lm.overlay.changes == []

@@ -286,6 +286,17 @@ def test_nothing_is_clipped(page: Page, width: int, n_layers: int) -> None:
     shoot(page, f"5_{width}_{n_layers}")
 
 
+def test_another_picture_takes_the_place_of_the_first(page: Page) -> None:
+    widget = show(made_traces())
+    picture = open_picture(page, widget)
+    cell(picture, 0, 3, 2).click()
+    other = show(make_trace("attn"), titles=("as it is now",))
+    page.evaluate("picture => model.set('picture', picture)", other.picture)
+    expect(picture).to_have_count(1)
+    assert picture.locator(".rl-panel h4").all_inner_texts() == ["as it is now"]
+    expect(cell(picture, 0, 3, 2)).to_have_attribute("aria-selected", "true")
+
+
 def test_tokens_are_text_whatever_they_hold(page: Page) -> None:
     hostile = "<img src=x onerror=alert(1)>"
     traces = made_traces(tokens=(hostile, *TOKENS[1:]), prompt=hostile, answer=hostile)

@@ -314,6 +314,7 @@ def test_a_table_is_saved_whole_and_without_its_index(tmp_path):
     assert (tmp_path / "new" / "table.csv").read_text() == "a,b\n1,x\n2,\n"
 
 
+@pytest.mark.slow
 def test_importing_what_lies_below_the_lab_loads_no_plotting_library():
     rooms = ("base", "models", "facts", "tracing", "editing", "evaluation")
     code = (

@@ -56,7 +56,7 @@ def trace(lm, label):
     return causal_trace(lm, *PROMPT, kind, samples=4, window=2, severed=severed)
 
 
-@pytest.mark.parametrize("most", [1, 3, 7])
+@pytest.mark.parametrize("most", [1, 7])
 @pytest.mark.parametrize("label", KINDS)
 def test_traces_stay_the_same(label, most, caplog):
     lm = tiny_model("gpt2")

@@ -61,6 +61,7 @@ def test_the_fingerprint_follows_the_weights_and_nothing_else():
     assert lm.fingerprint() != tiny_model("gpt2").fingerprint()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", embedded.HASHES])
 def test_a_damaged_conversion_is_made_again(name, monkeypatch, tmp_path, caplog):
     source = embedded.embedded_folder()

@@ -37,6 +37,7 @@ def shape_of(lm, samples, window):
     return Shape(len(read.ids), read.subject_range[0], samples, window)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_arithmetic_of_the_sweep_is_what_pytorch_counts(family) -> None:
     lm = tiny_model(family)
@@ -49,6 +50,7 @@ def test_arithmetic_of_the_sweep_is_what_pytorch_counts(family) -> None:
         assert record_flops(size, shape) + sweep_flops(size, shape, kind) == counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_arithmetic_of_one_forward_a_cell_is_what_pytorch_counts(family) -> None:
     lm = tiny_model(family)

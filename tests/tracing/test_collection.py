@@ -31,6 +31,7 @@ def same(one, other):
     )
 
 
+@pytest.mark.slow
 def test_many_facts_are_traced_as_each_alone(talker):
     facts = known(talker)
     traces = trace_facts(talker, facts, tuple(KINDS), progress=False, samples=2)
