@@ -122,7 +122,7 @@ class Growing:
         kind, severed = KINDS[label]
         begin, end = subject_range
         tokens = [end - 1] if severed else range(begin, n_tokens)
-        layers = sum(self.lm.n_layers - column.depth for column in columns_of(kind, self.lm.n_layers, self.window))
+        layers = sum(self.lm.n_layers - column.joins for column in columns_of(kind, self.lm.n_layers, self.window))
         return layers * sum(n_tokens - token for token in tokens)
 
     def trace_shown(self, facts: Sequence[Fact], settings: Mapping[str, object]) -> None:

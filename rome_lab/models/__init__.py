@@ -13,7 +13,8 @@ Batching, text_bytes            as many texts together as fit, halved where memo
 Change, side_by_side            what a method does to a model, a row of a batch each
 Question, score, Score          log probabilities of given continuations under changes
 generate, continue_randomly     texts that the model writes, under changes or as it is
-choose_products                 how float32 matrix products are computed: precisions, and what they cost by product_error
+choose_products                 how float32 matrix products are computed: precisions, and what they cost by product_error;
+                                suited_products for the quickest of those that are accurate
 difference                      which fields of two models' configurations differ, in words
 freed_memory_kept               where freed memory goes, and freed_memory_given_back
 device_of, read_weight          where a module computes, and its weight
@@ -50,6 +51,7 @@ from rome_lab.models.process import (
     freed_memory_kept,
     precisions,
     product_error,
+    suited_products,
 )
 from rome_lab.models.sampling import continue_randomly, generate
 from rome_lab.models.scoring import Question, Score, score

@@ -12,7 +12,14 @@ import numpy as np
 import torch
 
 from rome_lab.facts import Fact, continuation_ids
-from rome_lab.models import LanguageModel, check_verified, enough_room, freed_memory_kept, suited_attention
+from rome_lab.models import (
+    LanguageModel,
+    check_verified,
+    enough_room,
+    freed_memory_kept,
+    suited_attention,
+    suited_products,
+)
 from rome_lab.tracing.corruption import Corruption
 from rome_lab.tracing.runs import Runs, TraceSettings, probability, run_clean_and_corrupted
 from rome_lab.tracing.sweep import Sweep, columns_of
@@ -115,7 +122,7 @@ def restore(
         window=settings.window,
         seed=settings.seed,
     )
-    with suited_attention(lm), freed_memory_kept():
+    with suited_attention(lm), suited_products(lm.device), freed_memory_kept():
         for token in range(len(prompt.ids)) if tokens is None else tokens:
             # Restoring a token left of the subject restores what never changed.
             swept = Sweep(runs, token, kind, severed, columns)

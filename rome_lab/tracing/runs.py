@@ -24,6 +24,7 @@ from rome_lab.models import (
     joined,
     record_run,
     suited_attention,
+    suited_products,
     text_bytes,
 )
 from rome_lab.tracing.corruption import Corruption, FixedNoise, GaussianNoise, noise_key
@@ -106,7 +107,7 @@ def run_clean_and_corrupted(
         return record_run(lm, read.ids.expand(len(rows), -1), corrupt)
 
     together = Batching(lm, "causal_trace", text_bytes(lm, len(read.ids)), settings.max_rows)
-    with suited_attention(lm), freed_memory_kept():
+    with suited_attention(lm), suited_products(lm.device), freed_memory_kept():
         recording = joined(list(together.over(range(len(noise)), record_part)))
     lm.check_finite(recording.logits, "causal_trace")
     with suited_attention(lm):

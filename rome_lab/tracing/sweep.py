@@ -3,7 +3,8 @@
 The naive way runs the whole model once for every (token, layer). But nothing before the restored layer and no token
 left of the restored one depends on the restoration. So the layers are swept once for each token: at every layer the
 texts that restore there join the batch, holding only the tokens from the restored one on, and all texts that have
-joined go through the next block together. In the last block only the last token goes through the MLP. This is exact:
+joined go through the next block together. Of runs of layers that begin together only the longest is swept until another
+ends, which then becomes a run of its own. In the last block only the last token goes through the MLP. This is exact:
 the arithmetic that is left out would give what is kept, or what nobody reads.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -25,20 +26,36 @@ READ_TOGETHER = 80  # texts whose logits are made at once: those of more do not 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of the result: the layers `first`..`last` are restored, and `depth` blocks are as in the corrupted run."""
+    """One column of the result: the layers `first`..`last` are restored, and `depth` blocks are as in the corrupted run.
+
+    Attributes:
+        trunk: another column that begins at the same layer and ends later, if there is one: both are one run up to `last`.
+    """
 
     depth: int
     first: int
     last: int
+    trunk: int | None = None
+
+    @property
+    def joins(self) -> int:
+        """The block from which on it is a run of its own."""
+        return self.depth if self.trunk is None else self.last + 1
 
 
 def columns_of(kind: str, n_layers: int, window: int) -> list[Column]:
-    """The L columns of one kind, in the order in which they depart from the corrupted run."""
+    """The L columns of one kind, by layer."""
     if kind == "state":
         return [Column(layer + 1, layer, layer) for layer in range(n_layers)]
     # Differs: the authors' published code restores [l - 5, l + 4]; this is the paper's [l - 4, l + 5] (B.2).
     runs = [(max(0, x - (window - 1) // 2), min(n_layers - 1, x + window // 2)) for x in range(n_layers)]
-    return [Column(first, first, last) for first, last in runs]
+    longest = {
+        first: x for x, (first, last) in enumerate(runs)
+    }  # of several runs that begin together the last is longest
+    return [
+        Column(first, first, last, None if longest[first] == x else longest[first])
+        for x, (first, last) in enumerate(runs)
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +63,8 @@ class Sweep:
     """The restored runs of one token at all layers: one sweep through the blocks.
 
     Attributes:
-        columns: what is restored, in the order in which it departs from the corrupted run.
+        columns: what is restored, by layer.
+        order: the columns in the order in which they become runs of their own.
     """
 
     runs: Runs
@@ -54,6 +72,10 @@ class Sweep:
     kind: str
     severed: str | None
     columns: list[Column]
+
+    @cached_property
+    def order(self) -> list[int]:
+        return sorted(range(len(self.columns)), key=lambda place: self.columns[place].joins)
 
     @property
     def stays_clean(self) -> bool:
@@ -66,24 +88,30 @@ class Sweep:
         runs, samples = self.runs, self.runs.settings.samples
         together = Batching(runs.lm, "causal_trace", text_bytes(runs.lm, len(runs.prompt.ids)), runs.settings.max_rows)
         first = self.token + self.stays_clean
-        # (C * S, N, D): the S texts of each column, in the order in which the columns join; `joined` of them have.
+        # (C * S, N, D): the S texts of each column, in the order in which the columns join; `joined` of the texts have.
         texts = runs.recording.states[0].new_empty(
             len(self.columns) * samples, *runs.recording.states[0][0, first:].shape
         )
+        begin = {column: index * samples for index, column in enumerate(self.order)}
         joined = 0
         for depth, states in enumerate(runs.recording.states):
-            joining = states[1:, first:].repeat(sum(column.depth == depth for column in self.columns), 1, 1)
-            if self.kind == "state" and not self.stays_clean:
-                joining[:, 0] = states[0, self.token]
             texts = texts.to(states.device)
-            texts[joined : joined + len(joining)] = joining
-            joined += len(joining)
+            for column in (column for column in map(self.columns.__getitem__, self.order) if column.joins == depth):
+                trunk = None if column.trunk is None else begin[column.trunk]
+                texts[joined : joined + samples] = (
+                    states[1:, first:] if trunk is None else texts[trunk : trunk + samples]
+                )
+                if self.kind == "state" and not self.stays_clean:
+                    texts[joined : joined + samples, 0] = states[0, self.token]
+                joined += samples
             if depth < runs.lm.n_layers:
                 together.each(range(joined), partial(self.go_through, depth, texts))
         few = replace(together, most=min(READ_TOGETHER, together.most or READ_TOGETHER))
         parts = few.over(texts[:, -1], lambda last: at_least_float32(runs.lm.logits(last)))
         p = np.concatenate([probability(logits, runs.answer_id) for logits in parts])
-        return p.reshape(-1, samples).mean(axis=1)
+        means = np.empty(len(self.columns))
+        means[self.order] = p.reshape(-1, samples).mean(axis=1)
+        return means
 
     def go_through(self, layer: int, texts: torch.Tensor, rows: range) -> None:
         """Put what block `layer` makes of some rows of the texts, (C * S, N, D), in their place."""
@@ -107,10 +135,9 @@ class Sweep:
         name = self.severed or self.kind
         if name == "state":
             return []
-        # Runs of layers end in the order in which they begin, so the texts whose run covers the layer stand last.
-        covering = 0 if self.severed else next(i for i, column in enumerate(self.columns) if column.last >= layer)
-        begin = max(0, covering * self.runs.settings.samples - rows.start)
-        if begin >= len(rows):
+        columns = [self.columns[self.order[row // self.runs.settings.samples]] for row in rows]
+        held = [i for i, column in enumerate(columns) if self.severed or column.first <= layer <= column.last]
+        if not held:
             return []
         lm, recording = self.runs.lm, self.runs.recording
         outputs = (recording.mlp if name == "mlp" else recording.attn)[layer]
@@ -118,7 +145,7 @@ class Sweep:
         value = outputs[continued.to(outputs.device), self.token] if self.severed else outputs[0, self.token]
 
         def hold(output: torch.Tensor) -> torch.Tensor:
-            output.view(len(rows), -1, output.shape[-1])[begin:, 0] = value
+            output.view(len(rows), -1, output.shape[-1])[held, 0] = value
             return output
 
         return [(lm.mlp(layer) if name == "mlp" else lm.attn(layer), hold)]

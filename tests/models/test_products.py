@@ -88,3 +88,32 @@ def test_an_unknown_choice_is_refused_in_one_sentence_and_changes_nothing(call) 
     with pytest.raises(ValueError, match=r"no choice 'quick'; give one of default, fast\.$"):
         call("quick")
     assert precisions() == PRODUCTS["default"]
+
+
+def test_suited_products_are_the_quickest_of_the_accurate_and_leave_what_is_chosen(monkeypatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(module, "quickest_products", lambda: "fast")
+    with module.suited_products(cpu):
+        assert module.in_force() == PRODUCTS["fast"]
+        assert precisions() == PRODUCTS["default"], "the key of stored results names what was chosen"
+        with module.suited_products(cpu):
+            pass
+        assert module.in_force() == PRODUCTS["fast"], "it is in force until the last context ends"
+        with pytest.raises(RuntimeError, match="a trace is being made"):
+            choose_products("fast")
+    assert module.in_force() == PRODUCTS["default"]
+    set_precisions(("ieee", "tf32"))
+    with module.suited_products(cpu):
+        assert module.in_force() == ("ieee", "tf32"), "what somebody has chosen stays"
+    with pytest.raises(KeyError), module.suited_products(cpu):
+        raise KeyError
+
+
+def test_a_way_that_is_not_accurate_is_not_the_quickest(monkeypatch) -> None:
+    monkeypatch.setattr(module, "product_error", lambda device, size: 2e-6)
+    assert module.quickest_products.__wrapped__() == "default"
+
+
+def test_what_is_quickest_here_is_accurate() -> None:
+    with products(module.quickest_products()):
+        assert product_error("cpu", 500) <= module.ACCURATE

@@ -138,9 +138,9 @@ def logit_flops(size: Size, rows: int) -> float:
 
 
 def columns_in_blocks(kind: str, layers: int, window: int) -> list[int]:
-    """(L,) how many columns of the result pass through each block in a sweep: those that depart no later than there."""
+    """(L,) how many columns of the result pass through each block in a sweep: those that are runs of their own there."""
     columns = columns_of(kind, layers, window)
-    return [sum(column.depth <= layer for column in columns) for layer in range(layers)]
+    return [sum(column.joins <= layer for column in columns) for layer in range(layers)]
 
 
 def record_flops(size: Size, trace: Shape) -> float:
