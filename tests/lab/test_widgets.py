@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from rome_lab.facts.sources import load_relations
 from rome_lab.lab.interactive import TracePicture
 from rome_lab.lab.jobs import Job, Stopped, wait_for_job
+from rome_lab.lab.live import StatusLine
 from rome_lab.lab.looks import look_at
 from rome_lab.lab.panel import Panel, sentence
 from rome_lab.models.batching import Batching
@@ -410,6 +411,20 @@ def test_a_job_hands_over_its_own_warnings_only(tiny) -> None:
     logger.warning("of this thread")
     job.join()
     assert kept == [("well done", ["of the job"])]
+
+
+def test_what_is_said_is_text_and_never_html_and_odd_messages_change_nothing() -> None:
+    asks: list[tuple[str, str]] = []
+    line = StatusLine(lambda name, value: asks.append((name, value)))
+    line.say("<script>", "done", ["<b>"])
+    assert "<script>" not in line.html and "&lt;script&gt;" in line.html and "&lt;b&gt;" in line.html
+    line.progress("<i>", 0.5)
+    assert "&lt;i&gt;" in line.html and 'aria-valuenow="50"' in line.html
+    replies = []
+    line.send = replies.append
+    for message in ("x", None, {}, {"ask": 3}, {"ask": "trace"}, {"ping": 7}):
+        line.receive(line, message, [])
+    assert asks == [("trace", "")] and replies == [{"pong": 7}]
 
 
 def test_an_unexpected_error_is_named_in_one_line() -> None:
