@@ -1,4 +1,4 @@
-"""The command line: `rome_lab figures | trace | edit | evaluate | report`, also as `python -m rome_lab`.
+"""The command line: `rome_lab figures | trace | edit | evaluate | report | verify`, also as `python -m rome_lab`.
 
 A further command is a function that takes the parsed options, and its parser in `command_parser`.
 """
@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from rome_lab.base import package_versions
+from rome_lab.editing import verify
 from rome_lab.facts import Fact
 from rome_lab.lab.batch import NotebookError, main, parser, take_parameters
 from rome_lab.lab.growing import TRACED, draw_figures
@@ -19,7 +20,7 @@ from rome_lab.lab.plots import cell_table, heatmap, save_figure
 from rome_lab.lab.reporting import report
 from rome_lab.lab.trials import EditRequest, try_edit
 from rome_lab.lab.typed_facts import fact_of
-from rome_lab.models import LanguageModel, load_model
+from rome_lab.models import WRONG, LanguageModel, load_model
 from rome_lab.tracing import KINDS, causal_trace
 
 PROMPT = '"The Eiffel Tower is located in the city of" "Eiffel Tower"'
@@ -54,14 +55,16 @@ def command_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rome_lab {package_versions(['rome_lab'])['rome_lab']}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: object, about: str, example: str, in_batch: bool = False) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: object, about: str, example: str, in_batch: bool = False, of_prompt: bool = True
+    ) -> argparse.ArgumentParser:
         epilog = f"example: rome_lab {name} {example}" + (f"\n\n{IN_BATCH}" if in_batch else "")
         layout = argparse.RawDescriptionHelpFormatter
         branch = commands.add_parser(name, help=about, description=about, epilog=epilog, formatter_class=layout)
         branch.set_defaults(run=run, in_batch=in_batch)
         branch.add_argument("--model", default="smollm2-135m", help="embedded, a hub id, or a folder (%(default)s)")
         branch.add_argument("--dtype", default="float32", help="or bfloat16, float16 (%(default)s)")
-        if not in_batch:
+        if of_prompt and not in_batch:
             branch.add_argument(
                 "prompt",
                 help='the beginning of a sentence, which stops right before the answer; "{}" may stand for the subject',
@@ -116,6 +119,8 @@ def command_parser() -> argparse.ArgumentParser:
     branch.add_argument("--target", help="what the model is to say instead")
     add_edit_options(branch)
     branch.add_argument("--out", type=Path, default=Path("report.html"), help="where the page goes (%(default)s)")
+    about = "compare traces and an edit of a model with plain runs of it; the exit status is 1 where one is wrong"
+    command("verify", verify_model, about, "--model EleutherAI/pythia-160m", of_prompt=False)
     return parser
 
 
@@ -164,9 +169,11 @@ def run_notebooks(options: argparse.Namespace, names: Sequence[str], **values: o
     return main([*map(notebook_path, names), *given, *options.rest])
 
 
-def trace_and_draw(options: argparse.Namespace) -> None:
+def trace_and_draw(options: argparse.Namespace) -> int | None:
     given, rest = take_parameters(options.rest)
     batch = parser().parse_args([notebook_path(TRACED[0]), *rest])
+    if batch.list or batch.params:  # what only the notebooks one by one know
+        return run_notebooks(options, TRACED, n_facts=options.n_facts)
     parameters = common_parameters(options) | {"n_facts": options.n_facts} | given
     executed = draw_figures(batch.notebooks[0].parent, parameters, batch.runs, not batch.quiet)
     print(f"The notebooks as they were run are in {executed.parent}, such as {executed}.")
@@ -202,3 +209,9 @@ def edit_prompt(options: argparse.Namespace) -> None:
 def write_report(options: argparse.Namespace) -> None:
     lm, fact = model_and_fact(options)
     print(report(lm, fact, options.target, options.out, layer=options.layer, tokens=options.tokens))
+
+
+def verify_model(options: argparse.Namespace) -> int:
+    table = verify(load_model(options.model, dtype=options.dtype))
+    print(table.to_string(index=False))
+    return int((table["verdict"] == WRONG).any())

@@ -93,6 +93,7 @@ def test_the_readmes_commands_and_the_examples_of_help_work_from_the_wheel(wheel
         "report": ["--tokens", "256"],
         "figures": ["--list"],
         "evaluate": ["--list"],
+        "verify": [],
     }
     typed = readme_commands()
     assert {command[0] for command in typed} == set(quick)
@@ -113,6 +114,7 @@ def test_the_readmes_commands_and_the_examples_of_help_work_from_the_wheel(wheel
         and "claims.ipynb" in by_name["figures"]
     )
     assert "many_edits.ipynb" in by_name["evaluate"] and str(target) in by_name["evaluate"]
+    assert "trace severed-attn" in by_name["verify"]
     for name in ("trace", "edit", "report"):
         written = [
             work / line for line in by_name[name].splitlines() if re.search(r"\.(pdf|png|csv|safetensors|html)$", line)
