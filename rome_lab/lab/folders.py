@@ -24,10 +24,10 @@ def folder_of_figures(notebook: str, parameters: Mapping[str, Json]) -> str:
     Raises: ValueError: the folder's note cannot be read.
     """
     folder = Path(str(parameters["figures"]))
-    made = parameters_of(folder).get(notebook)
-    if made is None:
+    earlier = parameters_of(folder).get(notebook)
+    if earlier is None:
         return str(folder)
-    differing = {name: value for name, value in drawn_with(parameters).items() if made.get(name, value) != value}
+    differing = {name: value for name, value in drawn_with(parameters).items() if earlier.get(name, value) != value}
     words = (f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in differing.items())
     name = re.sub(r"[^\w.=,+-]+", "-", ",".join(words))[:LONGEST]
     return str(folder / name) if differing else str(folder)
@@ -37,8 +37,8 @@ def note_parameters(notebook: str, parameters: Mapping[str, Json]) -> None:
     """Note in the folder of figures, where there is one, what made this notebook's."""
     folder = Path(str(parameters.get("figures", "")))
     if "figures" in parameters and folder.is_dir():
-        made = dict(sorted((parameters_of(folder) | {notebook: drawn_with(parameters)}).items()))
-        text = json.dumps(made, indent=1, ensure_ascii=False) + "\n"
+        notes = dict(sorted((parameters_of(folder) | {notebook: drawn_with(parameters)}).items()))
+        text = json.dumps(notes, indent=1, ensure_ascii=False) + "\n"
         write_atomically(folder / NOTE, lambda path: path.write_text(text, encoding="utf-8"))
 
 

@@ -34,7 +34,7 @@ contexts = 0  # of `threshold`, in all threads
 suited = 0  # contexts of `suited_products`, in all threads
 changing = threading.Lock()  # held by who changes these numbers
 ACCURATE = 1e-6  # the most that a product may differ from that of float64: float32 differs by 2e-7
-MEASURED = 768  # rows and columns of the matrices whose products are timed, as large as those of a trace
+TIMED_SIZE = 768  # rows and columns of the matrices whose products are timed, as large as those of a trace
 
 
 @contextmanager
@@ -167,10 +167,10 @@ def quickest_products() -> str:
     quicker than MKL (AMD); on those with them it is quicker still, and off by 3e-3. Measured once, in half a second at most.
     """
     seconds = {}
-    A, B = torch.randn(2, MEASURED, MEASURED, generator=torch.Generator().manual_seed(0))
+    A, B = torch.randn(2, TIMED_SIZE, TIMED_SIZE, generator=torch.Generator().manual_seed(0))
     for choice in PRODUCTS:
         with products(choice):
-            if choice == "default" or product_error("cpu", MEASURED) <= ACCURATE:
+            if choice == "default" or product_error("cpu", TIMED_SIZE) <= ACCURATE:
                 product = partial(torch.nn.functional.linear, A, B)
                 seconds[choice] = min(timeit.repeat(product, number=3, repeat=7))
     return min(seconds, key=seconds.__getitem__)
@@ -178,10 +178,10 @@ def quickest_products() -> str:
 
 def precisions() -> tuple[str, str]:
     """What is chosen for oneDNN and for CUDA, in PyTorch's words."""
-    return PRODUCTS["default"] if suited else in_force()
+    return PRODUCTS["default"] if suited else precisions_now()
 
 
-def in_force() -> tuple[str, str]:
+def precisions_now() -> tuple[str, str]:
     """What is in force for oneDNN and for CUDA, in PyTorch's words."""
     return torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
 

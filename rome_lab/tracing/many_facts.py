@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -89,10 +89,7 @@ def trace_facts(
     for fact in tqdm(facts, desc="tracing", unit="fact", disable=not progress or client is not None):
         if fact not in unknown:
             try:
-                for trace in trace_fact(lm, fact, store, plan):
-                    traces.append(trace)
-                    if each:
-                        each(trace)
+                traces += trace_fact(lm, fact, store, plan, each)
             except UnknownFactError as error:
                 unknown[fact] = str(error)
     if unknown:
@@ -143,22 +140,28 @@ class TracePlan:
         }
 
 
-def trace_fact(lm: LanguageModel, fact: Fact, store: Store | None, plan: TracePlan) -> Iterator[Trace]:
+def trace_fact(
+    lm: LanguageModel,
+    fact: Fact,
+    store: Store | None,
+    plan: TracePlan,
+    each: Callable[[Trace], object] | None = None,
+) -> list[Trace]:
     """The traces of one fact, from the store where it has them, else made, and saved there where there is one."""
-    if store is None:
-        runs = run_clean_and_corrupted(lm, fact, None, plan.settings)
-        yield from (trace_of_kind(runs, label) for label in plan.kinds)
-        return
-    runs = None
-    for label, inputs in plan.inputs(lm, fact).items():
-        record = store.load(inputs)
+    traces, runs = [], None
+    inputs = plan.inputs(lm, fact) if store else dict.fromkeys(plan.kinds)
+    for label in plan.kinds:
+        record = store.load(inputs[label]) if store else None
         if record is None:
             runs = runs or run_clean_and_corrupted(lm, fact, None, plan.settings)
-            trace = trace_of_kind(runs, label)
-            store.save(inputs, *trace_record(trace))
+            traces.append(trace_of_kind(runs, label))
+            if store:
+                store.save(inputs[label], *trace_record(traces[-1]))
         else:
-            trace = trace_from_record(record)
-        yield trace
+            traces.append(trace_from_record(record))
+        if each:
+            each(traces[-1])
+    return traces
 
 
 def trace_on_workers(workers: Workers, facts: Sequence[Fact], plan: TracePlan, progress: bool) -> dict[Fact, str]:
@@ -185,7 +188,7 @@ def trace_there(lm: LanguageModel, task: tuple[Fact, tuple[str, ...]], store: St
     """On a worker: trace some kinds of one fact into the store; returns why the model does not know it, or None."""
     fact, kinds = task
     try:
-        list(trace_fact(lm, fact, store, replace(plan, kinds=kinds)))
+        trace_fact(lm, fact, store, replace(plan, kinds=kinds))
     except UnknownFactError as reason:
         return str(reason)
     return None

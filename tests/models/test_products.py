@@ -94,17 +94,17 @@ def test_suited_products_are_the_quickest_of_the_accurate_and_leave_what_is_chos
     cpu = torch.device("cpu")
     monkeypatch.setattr(module, "quickest_products", lambda: "fast")
     with module.suited_products(cpu):
-        assert module.in_force() == PRODUCTS["fast"]
+        assert module.precisions_now() == PRODUCTS["fast"]
         assert precisions() == PRODUCTS["default"], "the key of stored results names what was chosen"
         with module.suited_products(cpu):
             pass
-        assert module.in_force() == PRODUCTS["fast"], "it is in force until the last context ends"
+        assert module.precisions_now() == PRODUCTS["fast"], "it is in force until the last context ends"
         with pytest.raises(RuntimeError, match="a trace is being made"):
             choose_products("fast")
-    assert module.in_force() == PRODUCTS["default"]
+    assert module.precisions_now() == PRODUCTS["default"]
     set_precisions(("ieee", "tf32"))
     with module.suited_products(cpu):
-        assert module.in_force() == ("ieee", "tf32"), "what somebody has chosen stays"
+        assert module.precisions_now() == ("ieee", "tf32"), "what somebody has chosen stays"
     with pytest.raises(KeyError), module.suited_products(cpu):
         raise KeyError
 
