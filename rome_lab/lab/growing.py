@@ -67,12 +67,15 @@ def draw_figures(
         # The first picture does not wait until the known facts are found.
         first = facts_to_show(lm, facts, used["examples"], [], results, seed)[:1]
         pictures.expect(first, SHOWN)
+        guess = pictures.expect(first * used["n_facts"], tuple(KINDS))  # as if all were like it, until they are known
         if first:
             pictures.trace_shown(first, settings)
+        bar.set_description("finding known facts")
         known = known_facts(lm, facts, n=used["n_facts"], seed=seed, store=results, progress=False)
         shown = facts_to_show(lm, facts, used["examples"], known, results, seed)
         pictures.expect([fact for fact in shown if fact not in first], SHOWN)
         pictures.expect(known, tuple(KINDS))
+        bar.total -= guess
         pictures.expect_seconds(len(TRACED) * start_up / 2)
         pictures.trace_shown(shown, settings)
         bar.set_description("tracing")
@@ -104,12 +107,12 @@ class Growing:
     begun: float = field(default_factory=time.monotonic)
     drawing: float = 0.0  # seconds that pictures have taken
 
-    def expect(self, facts: Iterable[Fact], kinds: Sequence[str]) -> None:
-        """Count the traces of these facts to the work that lies ahead."""
-        for fact in facts:
-            prompt = read_prompt(self.lm, fact)
-            steps = (self.steps(kind, len(prompt.ids), prompt.subject_range) for kind in kinds)
-            self.bar.total = (self.bar.total or 0) + sum(steps)
+    def expect(self, facts: Iterable[Fact], kinds: Sequence[str]) -> int:
+        """Count the traces of these facts to the work that lies ahead; returns how much that is."""
+        prompts = [read_prompt(self.lm, fact) for fact in facts]
+        steps = sum(self.steps(kind, len(x.ids), x.subject_range) for x in prompts for kind in kinds)
+        self.bar.total = (self.bar.total or 0) + steps
+        return steps
 
     def expect_seconds(self, seconds: float) -> None:
         """Count so much time to the work that lies ahead, at the speed so far."""
