@@ -73,7 +73,7 @@ def draw_figures(
         bar.set_description("finding known facts")
         known = known_facts(lm, facts, n=used["n_facts"], seed=seed, store=results, progress=False)
         shown = facts_to_show(lm, facts, used["examples"], known, results, seed)
-        pictures.expect([fact for fact in shown if fact not in first], SHOWN)
+        pictures.expect(shown, SHOWN)
         pictures.expect(known, tuple(KINDS))
         bar.total -= guess
         pictures.expect_seconds(len(TRACED) * start_up / 2)
