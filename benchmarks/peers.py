@@ -122,9 +122,14 @@ def nnsight(folder: str, lm: LanguageModel) -> Way:
             if kind == "state"
             else (lambda layer: model.model.layers[layer].mlp)
         )
-        with torch.no_grad(), model.trace(ids):
-            clean = [part(layer).output.save() for layer in range(asked.lm.n_layers)]
-            logits = model.lm_head.output.save()
+
+        def clean_run() -> tuple[list[Tensor], Tensor]:  # what a trace saves, inner functions do not see
+            with torch.no_grad(), model.trace(ids):
+                states = [part(layer).output.save() for layer in range(asked.lm.n_layers)]
+                logits = model.lm_head.output.save()
+            return states, logits
+
+        clean, logits = clean_run()
 
         def one_cell(token: int, layer: int) -> Tensor:
             chosen = restored_layers(kind, layer, asked)
