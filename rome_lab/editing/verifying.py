@@ -113,7 +113,9 @@ class PlainRuns:
         self.lm, self.prompt = lm, prompt
         begin, end = prompt.subject_range
         shape = (SAMPLES, end - begin, lm.embedding.weight.shape[1])
-        self.noise = GaussianNoise().noise(lm, shape, f"verify {seed}")
+        with torch.no_grad():
+            std = 3 * float(lm.embedding(prompt.ids).double().std())  # of this text alone, which is read at once
+        self.noise = GaussianNoise(std=std).noise(lm, shape, f"verify {seed}")
         self.outputs: dict[str, dict[nn.Module, Tensor]] = {"clean": {}, "corrupted": {}}
         self.clean = self.run(keep=self.outputs["clean"])
         self.corrupted = self.run(self.noise, keep=self.outputs["corrupted"])

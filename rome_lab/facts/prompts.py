@@ -62,6 +62,7 @@ def read_prompt(lm: LanguageModel, prompt: str | Fact, subject: str | None = Non
         raise ValueError(
             f"the prompt{which} has {length} tokens{behind}, but {lm.name} reads at most {lm.context_length}; shorten it."
         )
+    lm.check_ids(encoded["input_ids"])
     begin, end = len(prefix) + begin, len(prefix) + begin + len(subject)
     inside = [i for i, (first, last) in enumerate(encoded["offset_mapping"]) if first < end and last > begin]
     if not inside:
@@ -95,9 +96,12 @@ def continuation_ids(lm: LanguageModel, prompt: str, continuation: str) -> list[
     before = lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     after = lm.tokenizer(prompt + space + continuation, add_special_tokens=False)["input_ids"]
     if after[: len(before)] == before and len(after) > len(before):
-        return after[len(before) :]
-    # The continuation changes how the prompt's end is cut into tokens; the model is to go on from the prompt's own.
-    return lm.tokenizer(space + continuation, add_special_tokens=False)["input_ids"]
+        ids = after[len(before) :]
+    else:
+        # The continuation changes how the prompt's end is cut into tokens; the model is to go on from the prompt's own.
+        ids = lm.tokenizer(space + continuation, add_special_tokens=False)["input_ids"]
+    lm.check_ids(ids)
+    return ids
 
 
 def question(lm: LanguageModel, owner: int, prompt: str, continuation: str) -> Question:

@@ -46,6 +46,7 @@ class Identity:
         products: how float32 matrix products are computed, see `choose_products`.
         versions: of torch and transformers.
         stops: tokens that end a text which the model writes.
+        places: where its parts are: what counts as its MLP, say.
     """
 
     function: dict[str, Json]
@@ -55,6 +56,7 @@ class Identity:
     products: tuple[str, ...]
     versions: tuple[str, ...]
     stops: tuple[int, ...]
+    places: tuple[str, ...]
 
     @property
     def fingerprint(self) -> str:
@@ -70,6 +72,7 @@ class Identity:
             "matmul": list(self.products),
             "versions": list(self.versions),
             "stops": list(self.stops),
+            "places": list(self.places),
         }
 
 
@@ -79,6 +82,7 @@ def identify(
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
     stops: Iterable[int],
+    places: tuple[str, ...],
 ) -> Identity:
     """The identity of what has these parts; every weight is read."""
     return Identity(
@@ -89,6 +93,7 @@ def identify(
         products=precisions(),
         versions=(torch.__version__, transformers.__version__),
         stops=tuple(sorted(stops)),
+        places=places,
     )
 
 

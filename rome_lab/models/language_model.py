@@ -6,8 +6,9 @@ They are named the same way for every family. What changes their weights lies ov
 
 from __future__ import annotations
 
+import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
@@ -27,6 +28,8 @@ from rome_lab.models.readiness import check_ids_fit, check_model, front_only, un
 from rome_lab.models.structure import find_layout
 from rome_lab.models.tails import Readout, own_readout, readout_error
 from rome_lab.models.weights import device_of, every_weight, is_offloaded, read_weight
+
+logger = logging.getLogger(__name__)
 
 EDITABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -240,7 +243,13 @@ class LanguageModel:
         """
         originals = {} if edited else {self.memory(x): W for x, W in self.overlay.originals.items()}
         weights = every_weight(self.model, originals)
-        return identify(self.model.config, weights, self.tokenizer, self.dtype, self.stops)
+        places = (self.layout.blocks, self.layout.attn, self.layout.mlp, self.layout.memory or "")
+        for path, module in self.model.named_modules():
+            if module._forward_hooks or module._forward_pre_hooks:
+                logger.warning(
+                    "The hook on %s takes no part in the identity of %s, nor in stored results.", path, self.name
+                )
+        return identify(self.model.config, weights, self.tokenizer, self.dtype, self.stops, places)
 
     def fingerprint(self) -> str:
         """SHA-256 of the function and every weight, computed afresh: an edited model has another fingerprint."""
@@ -273,6 +282,14 @@ class LanguageModel:
         most = self.context_length
         if length > most:
             raise ValueError(f"{doing}: {length} tokens are more than the {most} of {self.name}; shorten it.")
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raise a ValueError where a token that was added to the tokenizer has no embedding in the model."""
+        if beyond := sorted({x for x in ids if x >= self.embedding.weight.shape[0]}):
+            raise ValueError(
+                f"the text holds {self.tokenizer.decode(beyond[:1])!r}, a token for which {self.name} has no embedding; "
+                "write it without."
+            )
 
     def check_finite(self, logits: torch.Tensor, doing: str) -> None:
         """Raise a ValueError that names the broken weight where `logits` hold NaN or infinity."""

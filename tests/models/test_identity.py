@@ -214,5 +214,5 @@ def test_harmless_fields_of_a_configuration_within_another_are_harmless_too() ->
 
 def test_an_identity_says_all_that_determines_the_answers() -> None:
     identity = tiny_model("llama").identity()
-    for name in ("weights", "tokenizer", "dtype", "products", "versions", "stops"):
+    for name in ("weights", "tokenizer", "dtype", "products", "versions", "stops", "places"):
         assert replace(identity, **{name: ("other",)}).key() != identity.key(), name

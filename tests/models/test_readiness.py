@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -254,3 +255,26 @@ def test_a_model_that_scales_its_logits_is_read_and_scored_as_it_says(dtype):
     np.testing.assert_allclose(trace_of(lm).p_restored, trace_of(plain).p_restored, atol=1e-6)
     questions = [Question(0, (5, 6, 7), (8, 9))]
     np.testing.assert_allclose(*(score(x, [Change()], questions)[0].log_p for x in (lm, plain)), atol=1e-5)
+
+
+def test_a_token_that_was_added_to_the_tokenizer_and_not_to_the_model_is_refused_where_a_text_holds_it():
+    added = copy.deepcopy(tokenizer())
+    added.add_tokens(["<picture>"])
+    lm = LanguageModel(llama(), added)
+    trace_of(lm)
+    for call in (
+        lambda: causal_trace(lm, "The <picture> is in", "<picture>"),
+        lambda: rome(lm, FACT, "<picture>", layer=1, C=torch.eye(48), progress=False),
+    ):
+        with pytest.raises(ValueError, match=r"holds '<picture>', a token for which .* has no embedding"):
+            call()
+
+
+def test_stored_results_know_where_the_parts_are_and_hooks_of_the_users_own_are_named(caplog):
+    lm = LanguageModel(llama(), tokenizer())
+    other = LanguageModel(lm.model, tokenizer(), layout=replace(lm.layout, attn="self_attn.o_proj"))
+    assert other.identity().key() != lm.identity().key() and other.fingerprint() == lm.fingerprint()
+    assert "hook" not in caplog.text
+    lm.model.model.norm.register_forward_hook(lambda *args: None)
+    lm.identity()
+    assert "The hook on model.norm takes no part" in caplog.text
