@@ -111,6 +111,7 @@ def transformer_lens(folder: str, lm: LanguageModel) -> Way:
 
 def nnsight(folder: str, lm: LanguageModel) -> Way:
     from nnsight import LanguageModel as Traced
+    from nnsight import save
 
     model = Traced(loaded(folder), tokenizer=lm.tokenizer)
 
@@ -123,9 +124,9 @@ def nnsight(folder: str, lm: LanguageModel) -> Way:
             else (lambda layer: model.model.layers[layer].mlp)
         )
 
-        def clean_run() -> tuple[list[Tensor], Tensor]:  # what a trace saves, inner functions do not see
+        def clean_run() -> tuple[list[Tensor], Tensor]:  # inner functions do not see what a trace saves
             with torch.no_grad(), model.trace(ids):
-                states = [part(layer).output.save() for layer in range(asked.lm.n_layers)]
+                states = save([part(layer).output for layer in range(asked.lm.n_layers)])
                 logits = model.lm_head.output.save()
             return states, logits
 
