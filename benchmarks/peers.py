@@ -211,7 +211,8 @@ def causal_tracer(folder: str, lm: LanguageModel) -> Way:
             start_layer=layers.start + later,
             end_layer=layers.stop + later,
         )
-        return flow.scores.float().cpu().numpy()
+        filled = flow.scores.float().cpu().numpy()  # (T, L): layers that were not run hold the corrupted probability
+        return filled[:, layers.start + later : layers.stop + later]
 
     return run
 
