@@ -188,8 +188,9 @@ class PlainRuns:
 
 
 def precision_of(lm: LanguageModel) -> float:
-    """The relative spacing of the numbers that it computes with."""
-    return torch.finfo(torch.bfloat16 if lm.is_rounded and lm.dtype.itemsize > 2 else lm.dtype).eps
+    """The relative spacing of the numbers that it computes with: float32's at least, in which some compute a part anyway."""
+    dtype = torch.bfloat16 if lm.is_rounded and lm.dtype.itemsize > 2 else lm.dtype
+    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
 def log_mean(log_p: Tensor) -> float:
@@ -264,9 +265,7 @@ def check_edit(plain: PlainRuns) -> list[Verdict]:
     value = value if bias is None else value - bias.detach().double().cpu()
     error = float((value - edit.v_star.double()).norm() / edit.v_star.double().norm())
     same = torch.equal(read_weight(module), before)
-    limit = ROUNDINGS[lm.is_rounded] * max(
-        precision_of(lm), torch.finfo(torch.float32).eps
-    )  # edits are kept in float32
+    limit = ROUNDINGS[lm.is_rounded] * precision_of(lm)
     return [
         judged(
             lm, f"edit of layer {layer}", error if changed else float("nan"), limit, "|W_hat k* - v*| / |v*|, in a run"

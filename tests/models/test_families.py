@@ -30,7 +30,8 @@ def test_a_row_of_the_verified_models_is_what_verify_finds(name):
     assert now["kinds"] == ", ".join(KINDS) and now["edit"].startswith(
         "exact, undone" if VERIFIED[name].edited else "refused"
     )
-    assert max(now["largest difference"], now["readout"]) < 1e-6 and row["largest difference"] < 1e-6
+    limit = 1e-6 if name.startswith(("GPT-J", "DeepSeek")) else 1e-11  # these compute a part in float32
+    assert max(*(x[column] for x in (now, row) for column in ("largest difference", "readout"))) < limit
 
 
 def test_the_page_of_verified_models_is_its_table():
