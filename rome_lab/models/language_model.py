@@ -26,7 +26,7 @@ from rome_lab.models.overlay import Overlay, WeightChange
 from rome_lab.models.process import precisions
 from rome_lab.models.readiness import check_ids_fit, check_model, front_only, unwrapped
 from rome_lab.models.structure import find_layout
-from rome_lab.models.tails import Readout, own_readout, readout_error
+from rome_lab.models.tails import Readout, own_readout, readout_error, run_on_probe
 from rome_lab.models.weights import device_of, every_weight, is_offloaded, read_weight
 
 logger = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ class LanguageModel:
         """How `logits` are made: by the modules of the layout's tail where that is all, else by the model's own forward.
 
         Raises:
-            ValueError: neither gives what the model gives, in log probability.
+            ValueError: neither gives what the model gives, in log probability; or what it gives is not a number.
         """
         errors = []
         for make in (lambda: self.plain_readout, lambda: own_readout(self))[not self.layout.tail :]:
@@ -216,6 +216,7 @@ class LanguageModel:
             errors.append(readout_error(self, way))
             if errors[-1] <= 1:
                 return way
+        self.check_finite(run_on_probe(self)[1], "LanguageModel")
         raise ValueError(
             f"LanguageModel: {self.name} does something between its last block and its logits that rome_lab cannot repeat "
             f"(log probabilities differ by {min(errors):.0f} times what rounding explains)."
