@@ -40,7 +40,15 @@ from rome_lab.models import (
     read_weight,
     score,
 )
-from rome_lab.tracing import KINDS, FixedNoise, GaussianNoise, causal_trace, columns_of
+from rome_lab.tracing import (
+    KINDS,
+    FixedNoise,
+    GaussianNoise,
+    TraceSettings,
+    columns_of,
+    restore,
+    run_clean_and_corrupted,
+)
 
 TRIAL_PROMPT = "The Eiffel Tower is located in the city of"
 TRIAL_SUBJECT = "Eiffel Tower"
@@ -219,21 +227,13 @@ def check_scores(plain: PlainRuns) -> list[Verdict]:
 def check_kind(plain: PlainRuns, label: str, cells: int, seed: int) -> list[Verdict]:
     """One sort of trace, beside one run of the whole model for each of some cells."""
     lm, prompt, (kind, severed) = plain.lm, plain.prompt, KINDS[label]
-    trace = causal_trace(
-        lm,
-        prompt.text,
-        prompt.subject,
-        kind,
-        FixedNoise(plain.noise),
-        window=WINDOW,
-        severed=severed,
-        despite_verdict=True,
-    )
-    begin, end = prompt.subject_range
-    places = list(itertools.product(range(begin, len(prompt.ids)), range(lm.n_layers)))
-    always = [(end - 1, lm.n_layers // 3), (len(prompt.ids) - 1, 2 * lm.n_layers // 3)]
-    drawn = np.random.default_rng(seed).permutation(len(places))[: max(0, cells - len(always))]
-    chosen = dict.fromkeys([*always, *(places[x] for x in drawn)])
+    runs = run_clean_and_corrupted(lm, prompt, None, TraceSettings(FixedNoise(plain.noise), window=WINDOW))
+    last, n = prompt.subject_range[1] - 1, len(prompt.ids)
+    rng = np.random.default_rng(seed)
+    tokens = [last, n - 1, int(rng.integers(prompt.subject_range[0], n))]  # three are swept, not all
+    places = [(x, int(rng.integers(lm.n_layers))) for x in itertools.islice(itertools.cycle(tokens), max(0, cells - 2))]
+    chosen = dict.fromkeys([(last, lm.n_layers // 3), (n - 1, 2 * lm.n_layers // 3), *places])
+    trace = restore(runs, kind, severed, sorted(set(tokens)))
     own = np.array([plain.restored(kind, severed, *cell) for cell in chosen])
     ours = np.log([trace.p_restored[cell] for cell in chosen])
     limit, spread = plain.limit, float(np.ptp([*own, log_mean(plain.corrupted[:, plain.answer])]))
