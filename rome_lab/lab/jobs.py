@@ -72,6 +72,8 @@ class Job(threading.Thread):
         if self.stopping.is_set() and threading.current_thread() is self:
             raise Stopped
 
+    check.only_watches = True  # so that it is no hook that an identity of the model would have to name
+
     def stop(self) -> None:
         self.stopping.set()
 

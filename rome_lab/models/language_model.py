@@ -246,7 +246,8 @@ class LanguageModel:
         weights = every_weight(self.model, originals)
         places = (self.layout.blocks, self.layout.attn, self.layout.mlp, self.layout.memory or "")
         for path, module in self.model.named_modules():
-            if module._forward_hooks or module._forward_pre_hooks:
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            if not all(getattr(hook, "only_watches", False) for hook in hooks):
                 logger.warning(
                     "The hook on %s takes no part in the identity of %s, nor in stored results.", path, self.name
                 )

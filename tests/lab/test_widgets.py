@@ -442,6 +442,12 @@ def test_an_error_while_a_chosen_fact_is_filled_in_is_said_in_the_panel(tiny) ->
     assert panel.form.subject.value == FACT.subject, "the fields are as they were"
 
 
+def test_the_hook_that_stops_a_job_is_none_to_warn_of(tiny) -> None:
+    kept = []
+    Job(tiny, lambda: tiny.fingerprint(), lambda result, notes: kept.append((result, notes))).join()
+    assert kept == [(tiny.fingerprint(), [])]
+
+
 def test_a_model_is_freed_after_its_last_job(tiny) -> None:
     lm = model_of_long_texts()
     held, job = weakref.ref(lm), Job(lm, lambda: "", lambda result, notes: None)
