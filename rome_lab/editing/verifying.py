@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from rome_lab.base import USER_CACHE, Store
+from rome_lab.base import USER_CACHE, Store, opened
 from rome_lab.editing.edit import Edit
 from rome_lab.editing.exact import rome
 from rome_lab.editing.keys import key_size
@@ -81,8 +81,15 @@ def verify(
         store: where the verdicts are kept, for `causal_trace`, which refuses a model with a wrong one.
 
     Returns: columns check, difference, limit, verdict, remark.
+
+    Raises:
+        ValueError: the subject is not in the prompt, or the model gives what is not a number.
+        OSError: the store cannot be written; found before any work is done.
     """
+    if kept := opened(store):
+        kept.check_writable()
     plain = PlainRuns(lm, read_prompt(lm, prompt, subject), seed)
+    lm.check_finite(plain.clean, "verify")  # of these weights alone, while verdicts are kept for all models of the kind
     checks: dict[str, Callable[[], list[Verdict]]] = {
         "readout": partial(check_readouts, plain),
         "score of a text": partial(check_scores, plain),

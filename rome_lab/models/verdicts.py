@@ -19,6 +19,9 @@ from rome_lab.models.identity import function_of
 from rome_lab.models.language_model import LanguageModel
 from rome_lab.models.process import precisions
 
+VERIFYING = (
+    "rome_lab.editing.verifying"  # the module that reaches verdicts, by all that it tries: they end with its code
+)
 EXACT, ROUNDED, WRONG, IMPOSSIBLE = "exact to float", "exact to the dtype", "wrong", "not possible"
 
 
@@ -54,7 +57,6 @@ def inputs_of(lm: LanguageModel) -> dict[str, Json]:
         "attention": str(lm.model.config._attn_implementation),
         "device": lm.device.type,
         "versions": [torch.__version__, transformers.__version__],
-        "code": code_version("rome_lab.models.blocks"),
     }
 
 
@@ -62,13 +64,16 @@ def keep_verdicts(
     lm: LanguageModel, verdicts: Sequence[Verdict], store: Store | str | Path | None = USER_CACHE
 ) -> None:
     """Keep the verdicts on models of this kind, instead of any that were kept before."""
-    (opened(store) or Basket()).save(inputs_of(lm), {}, {"verdicts": [asdict(x) for x in verdicts]})
+    kept = {"code": code_version(VERIFYING), "verdicts": [asdict(x) for x in verdicts]}
+    (opened(store) or Basket()).save(inputs_of(lm), {}, kept)
 
 
 def verdicts_of(lm: LanguageModel, store: Store | str | Path | None = USER_CACHE) -> list[Verdict] | None:
-    """The verdicts that are kept on models of this kind; None where there are none."""
+    """The verdicts that are kept on models of this kind; None where there are none, or where the code is another now."""
     record = (opened(store) or Basket()).load(inputs_of(lm))
-    return None if record is None else [Verdict(**row) for row in record.meta["verdicts"]]
+    if record is None or record.meta.get("code") != code_version(VERIFYING):
+        return None
+    return [Verdict(**row) for row in record.meta["verdicts"]]
 
 
 def check_verified(lm: LanguageModel, doing: str) -> None:

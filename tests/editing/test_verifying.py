@@ -12,8 +12,10 @@ from torch import nn
 from unheard import unheard_model
 
 from rome_lab import Fact, LanguageModel, causal_trace, load_model, trace_facts, verify
-from rome_lab.editing import verifying
-from rome_lab.models import verdicts_of
+from rome_lab.base.versions import modules_behind
+from rome_lab.editing import update, verifying
+from rome_lab.models import blocks, verdicts, verdicts_of
+from rome_lab.tracing import sweep
 
 PROMPT = (verifying.TRIAL_PROMPT, verifying.TRIAL_SUBJECT)
 
@@ -114,3 +116,29 @@ def test_loading_says_that_a_model_was_never_verified(tmp_path, caplog):
 def test_the_embedded_model_is_exact(lm):
     table = verify(lm, progress=False)
     assert set(table.verdict) == {"exact to float"}
+
+
+def test_broken_weights_are_no_verdict_on_the_kind_of_model():
+    lm = tiny_model("llama")
+    assert lm.readout  # made while the weights were intact
+    with torch.no_grad():
+        lm.mlp(2).down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"verify: .*layers\.2\.mlp\.down_proj\.weight hold NaN"):
+        verify(lm, progress=False)
+    assert verdicts_of(lm) is None
+
+
+def test_where_no_verdict_can_be_kept_nothing_is_tried(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        verify(tiny_model("llama"), store=tmp_path / "file", progress=False)
+
+
+def test_a_verdict_ends_with_the_code_that_it_is_on(monkeypatch):
+    lm, wrong = tiny_model("llama"), verdicts.Verdict("trace state", 1.0, 0.1, "wrong", "")
+    verdicts.keep_verdicts(lm, [wrong])
+    assert verdicts_of(lm) == [wrong]
+    behind = modules_behind(verdicts.VERIFYING)
+    assert {verifying.__name__, sweep.__name__, update.__name__, blocks.__name__} <= set(behind)
+    monkeypatch.setattr(verdicts, "code_version", lambda module: "mended")
+    assert verdicts_of(lm) is None
