@@ -144,19 +144,20 @@ def suited_products(device: torch.device) -> Iterator[None]:
     rounding, `precisions`, and with it the key of stored results, still names the default.
     """
     global suited
-    if device.type != "cpu" or precisions() != PRODUCTS["default"] or quickest_products() == "default":
-        yield
-        return
-    with changing:
-        suited += 1
-        put_in_force(PRODUCTS[quickest_products()])
+    with changing:  # who comes while the ways are measured waits for what comes of it
+        is_free = device.type == "cpu" and precisions() == PRODUCTS["default"]
+        choice = quickest_products() if is_free else "default"
+        if choice != "default":
+            suited += 1
+            put_in_force(PRODUCTS[choice])
     try:
         yield
     finally:
-        with changing:
-            suited -= 1
-            if not suited:
-                put_in_force(PRODUCTS["default"])
+        if choice != "default":
+            with changing:
+                suited -= 1
+                if not suited:
+                    put_in_force(PRODUCTS["default"])
 
 
 @cache
@@ -164,15 +165,22 @@ def quickest_products() -> str:
     """The choice whose products take least time on this CPU, with the threads there are now, of those that are accurate.
 
     On processors without matrix units for bfloat16 "fast" is as accurate as the default, and quicker where oneDNN is
-    quicker than MKL (AMD); on those with them it is quicker still, and off by 3e-3. Measured once, in half a second at most.
+    quicker than MKL (AMD); on those with them it is quicker still, and off by 3e-3. Measured once, in half a second at
+    most, by who holds `changing` and has found the default in force.
     """
+    global suited
     seconds = {}
     A, B = torch.randn(2, TIMED_SIZE, TIMED_SIZE, generator=torch.Generator().manual_seed(0))
-    for choice in PRODUCTS:
-        with products(choice):
+    product = partial(torch.nn.functional.linear, A, B)
+    suited += 1  # meanwhile other threads are told of the default
+    try:
+        for choice in PRODUCTS:
+            put_in_force(PRODUCTS[choice])
             if choice == "default" or product_error("cpu", TIMED_SIZE) <= ACCURATE:
-                product = partial(torch.nn.functional.linear, A, B)
                 seconds[choice] = min(timeit.repeat(product, number=3, repeat=7))
+    finally:
+        suited -= 1
+        put_in_force(PRODUCTS["default"])
     return min(seconds, key=seconds.__getitem__)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 
 import pytest
 import torch
@@ -117,3 +119,32 @@ def test_a_way_that_is_not_accurate_is_not_the_quickest(monkeypatch) -> None:
 def test_what_is_quickest_here_is_accurate() -> None:
     with products(module.quickest_products()):
         assert product_error("cpu", 500) <= module.ACCURATE
+
+
+def test_threads_that_trace_first_measure_once_and_never_see_what_is_measured(monkeypatch) -> None:
+    measured, seen = [], []
+
+    def repeat(product, number, repeat):
+        measured.append(module.precisions_now())
+        time.sleep(0.05)  # for the others to come meanwhile
+        return [1 / len(measured)]  # the last is the quickest
+
+    def work() -> None:
+        with module.suited_products(torch.device("cpu")):
+            seen.append((precisions(), module.precisions_now()))
+
+    monkeypatch.setattr(module, "TIMED_SIZE", 8)
+    monkeypatch.setattr(module, "product_error", lambda device, size: 0.0)
+    monkeypatch.setattr(module.timeit, "repeat", repeat)
+    module.quickest_products.cache_clear()
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.02)
+        for thread in threads:
+            thread.join()
+    finally:
+        module.quickest_products.cache_clear()
+    assert measured == [*PRODUCTS.values()] and seen == [(PRODUCTS["default"], PRODUCTS["fast"])] * 4
+    assert module.precisions_now() == PRODUCTS["default"]
