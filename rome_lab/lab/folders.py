@@ -6,6 +6,7 @@ size, or of another model, goes to a folder below it that is named after what di
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -29,8 +30,13 @@ def folder_of_figures(notebook: str, parameters: Mapping[str, Json]) -> str:
         return str(folder)
     differing = {name: value for name, value in drawn_with(parameters).items() if earlier.get(name, value) != value}
     words = (f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in differing.items())
+    if not differing:
+        return str(folder)
     name = re.sub(r"[^\w.=,+-]+", "-", ",".join(words))[:LONGEST]
-    return str(folder / name) if differing else str(folder)
+    # Long values are cut, and signs that no folder may bear replaced, so that other parameters may have taken the name.
+    names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+    ours = drawn_with(parameters)
+    return str(next(folder / x for x in names if parameters_of(folder / x).get(notebook, ours) == ours))
 
 
 def note_parameters(notebook: str, parameters: Mapping[str, Json]) -> None:

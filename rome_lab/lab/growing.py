@@ -107,6 +107,11 @@ class Growing:
     begun: float = field(default_factory=time.monotonic)
     drawing: float = 0.0  # seconds that pictures have taken
 
+    def __post_init__(self) -> None:
+        """Take away what an earlier run left: it may be of another model."""
+        for path in self.folder.glob("figure_*.png"):
+            path.unlink()
+
     def expect(self, facts: Iterable[Fact], kinds: Sequence[str]) -> int:
         """Count the traces of these facts to the work that lies ahead; returns how much that is."""
         prompts = [read_prompt(self.lm, fact) for fact in facts]
@@ -152,7 +157,7 @@ class Growing:
     def draw(self) -> None:
         """Draw what there is."""
         begin = time.monotonic()
-        is_first = not any(self.folder.glob("figure_1.png"))
+        is_first = not self.drawing
         n_facts = len(self.averaged) // len(KINDS)
         traces = Traces(self.averaged) if n_facts > 1 else None
         average = traces and traces.average()

@@ -81,6 +81,19 @@ def test_a_folder_is_named_after_what_differs(tmp_path):
     assert other == str(tmp_path / "model=org-it-s-large,n_facts=3")
 
 
+def test_settings_whose_names_are_cut_or_alike_do_not_share_a_folder(tmp_path):
+    made = {"figures": str(tmp_path), "model": "small"}
+    note_parameters("claims", made)
+    folders = []
+    for model in ("org/a", "org-a", "x" * 200, "x" * 201):
+        folder = folder_of_figures("claims", made | {"model": model})
+        Path(folder).mkdir()
+        note_parameters("claims", made | {"model": model, "figures": folder})
+        assert folder_of_figures("claims", made | {"model": model}) == folder
+        folders.append(Path(folder).name)
+    assert folders == ["model=org-a", "model=org-a-2", f"model={'x' * 74}", f"model={'x' * 74}-2"]
+
+
 def test_a_note_that_cannot_be_read_is_not_overwritten(tmp_path):
     (tmp_path / "parameters.json").write_text("{")
     with pytest.raises(ValueError, match=r"parameters\.json cannot be read .*remove it"):
@@ -121,6 +134,8 @@ def test_pictures_grow_and_the_bar_ends_where_the_work_does(tmp_path):
     lm = talkative_model()
     facts = known(lm)
     bar = Bar()
+    for name in ("figure_1", "figure_7"):
+        (tmp_path / f"{name}.png").write_text("of another model")
     growing = Growing(tmp_path, lm, bar, window=3)
     settings = {"samples": 1, "window": 3, "progress": False}
     growing.expect(facts[:1], ("state", "mlp", "attn"))
