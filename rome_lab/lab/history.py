@@ -148,17 +148,20 @@ def fact_code(fact: Fact) -> str:
     return f"rl.Fact({', '.join(parts)})"
 
 
+def settings_code(settings: EditSettings) -> str:
+    """Settings as code; what they have by default is left out."""
+    default = EditSettings()
+    names = [field.name for field in fields(settings) if getattr(settings, field.name) != getattr(default, field.name)]
+    return f"rl.editing.EditSettings({', '.join(f'{name}={getattr(settings, name)!r}' for name in names)})"
+
+
 def edit_code(request: EditRequest, layer: int) -> str:
     """The code that makes an edit anew."""
-    default = EditSettings()
-    settings = request.settings or default
-    names = [field.name for field in fields(settings) if getattr(settings, field.name) != getattr(default, field.name)]
-    changed = ", ".join(f"{name}={getattr(settings, name)!r}" for name in names)
     lines = [
         f"    {fact_code(request.fact)},",
         f"    {request.target!r},",
         f"    {layer},",
-        f"    hparams=rl.editing.EditSettings({changed}),",
+        f"    hparams={settings_code(request.settings or EditSettings())},",
         f"    tokens={request.tokens},",
     ]
     return "\n".join(["rl.rome(", "    lm,", *lines, ")"])

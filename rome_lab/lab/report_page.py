@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from rome_lab.base import package_versions, visible
 from rome_lab.editing import Edit
+from rome_lab.lab.history import fact_code, settings_code
 from rome_lab.lab.interactive import TracePicture
 from rome_lab.lab.looks import Look, Probe
 from rome_lab.lab.page import compared_page
@@ -34,11 +35,17 @@ STILL_RESOLUTION = 250  # dots an inch, of the pictures that are printed
 
 @dataclass(frozen=True, eq=False)
 class Edited:
-    """An edit, what the model says under it, and its audit."""
+    """An edit, what the model says under it, and its audit.
+
+    Attributes:
+        is_given: whether it was there already; otherwise it was made, with C measured on so many `tokens`.
+    """
 
     edit: Edit
     after: Look
     audited: pd.DataFrame
+    is_given: bool
+    tokens: int | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,14 +188,17 @@ def basis(lm: LanguageModel, findings: Findings) -> dict[str, str]:
 
 
 def code_of(lm: LanguageModel, findings: Findings) -> str:
-    """Python that makes the page again."""
-    fact, trace, edited = findings.probe.fact, findings.traces[0], findings.edited
-    parts = [repr(fact.subject), repr(fact.template), repr(fact.object)]
-    parts += [f"relation={fact.relation!r}"] if fact.relation else []
-    parts += [f"templates={fact.templates!r}"] if fact.templates else []
-    lines = ["import rome_lab as rl", "", f"lm = rl.load_model({lm.name!r})", f"fact = rl.Fact({', '.join(parts)})"]
+    """Python that makes the page again, but for other edits in force, which the page names."""
+    trace, edited = findings.traces[0], findings.edited
+    dtype = str(lm.dtype).removeprefix("torch.")
+    loaded = repr(lm.name) if dtype == "float32" else f"{lm.name!r}, dtype={dtype!r}"
+    lines = ["import rome_lab as rl", "", f"lm = rl.load_model({loaded})", f"fact = {fact_code(findings.probe.fact)}"]
     options = f"samples={trace.samples}, seed={trace.seed}"
-    if edited:
-        target = findings.probe.target
-        options = f"target={target!r}, layer={edited.edit.layer}, {options}"
+    if edited and edited.is_given:
+        lines.append(f'edit = rl.load_edit("...")  # the file of edit {edited.edit.digest[:12]}')
+        options = f"edit, {options}"
+    elif edited:
+        lines.append(f"settings = {settings_code(edited.edit.settings)}")
+        how = f"layer={edited.edit.layer}, hparams=settings, tokens={edited.tokens}"
+        options = f"{findings.probe.target!r}, {how}, {options}"
     return "\n".join([*lines, f"rl.report(lm, fact, {options})"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -123,6 +124,16 @@ def test_a_target_is_edited_by_the_settings_that_are_given_and_progress_is_told(
     assert [name for name, _ in steps][-1] == f"Writing {path}"
     assert all(0 <= done <= 1 for _, done in steps) and steps[-1][1] > 0.9
     assert any(name.startswith("v*: step") for name, _ in steps)
+
+
+def test_the_code_on_the_page_makes_the_same_edit_again(tiny, edit, pages, tmp_path, monkeypatch) -> None:
+    page = report(tiny, FACT, "Rome", tmp_path / "a.html", **HOW, **QUICK)
+    code = unescape(re.search(r"<pre>(import rome_lab.*?)</pre>", page.read_text("utf-8"), re.DOTALL)[1])
+    monkeypatch.setattr("rome_lab.load_model", lambda name: tiny)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert f"edit {edit.digest[:12]}" in read(tmp_path / "report.html").text
+    assert f"the file of edit {edit.digest[:12]}" in read(pages["edited"]).text  # which is not made anew
 
 
 def test_nothing_is_fetched(pages) -> None:
