@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from rome_lab.base import package_versions
 from rome_lab.editing import verify
 from rome_lab.facts import Fact
-from rome_lab.lab.batch import NotebookError, main, parser, take_parameters
+from rome_lab.lab.batch import NotebookError, main, parser, prepare, take_parameters
 from rome_lab.lab.growing import TRACED, draw_figures
 from rome_lab.lab.plots import cell_table, heatmap, save_figure
 from rome_lab.lab.reporting import report
@@ -175,15 +177,19 @@ def trace_and_draw(options: argparse.Namespace) -> int | None:
     if batch.list or batch.params:  # what only the notebooks one by one know
         return run_notebooks(options, TRACED, n_facts=options.n_facts)
     parameters = common_parameters(options) | {"n_facts": options.n_facts} | given
+    disable_progress_bar()  # one bar shows all
     executed = draw_figures(batch.notebooks[0].parent, parameters, batch.runs, not batch.quiet)
     print(f"The notebooks as they were run are in {executed.parent}, such as {executed}.")
 
 
 def evaluate_methods(options: argparse.Namespace) -> int:
-    status = run_notebooks(options, ["evaluation"], n_cases=options.n_cases)
-    if status or options.edits == "none":
-        return status
-    return run_notebooks(options, ["many_edits"], sizes=f"[{options.edits}]", least=10)
+    plans: dict[str, dict[str, object]] = {"evaluation": {"n_cases": options.n_cases}}
+    if options.edits != "none":
+        plans["many_edits"] = {"sizes": f"[{options.edits}]", "least": 10}
+    given, _ = take_parameters(options.rest)
+    for name, values in plans.items():  # what the second refuses is to be known before the first has run for hours
+        prepare(Path(notebook_path(name)), common_parameters(options) | values | given)
+    return next((status for name in plans if (status := run_notebooks(options, [name], **plans[name]))), 0)
 
 
 def model_and_fact(options: argparse.Namespace) -> tuple[LanguageModel, Fact]:
