@@ -46,7 +46,7 @@ def facts_to_show(
 def draw_figures(
     notebooks: str | Path, parameters: Mapping[str, object], runs: str | Path = "runs", progress: bool = True
 ) -> Path:
-    """Trace what the notebooks of `TRACED` show, and run them; returns the folder of their figures.
+    """Trace what the notebooks of `TRACED` show, and run them; returns the executed copy of the last.
 
     Args:
         notebooks: the folder that holds them.

@@ -237,7 +237,7 @@ class Panel:
     def run_report(self) -> str:
         """Write the report of what the fields name, and give it to the browser."""
         request = self.typed()
-        name = "-".join(re.findall(r"\w+", request.fact.subject.lower()))
+        name = "-".join(re.findall(r"\w+", f"{request.fact.prompt} {request.target}".lower()))[-60:].strip("-")
         with self.lm.overlay.only([]):
             given = {"layer": request.layer, "hparams": request.settings, "tokens": request.tokens}
             path = Path(self.folder).expanduser() / f"report-{name}.html"

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from rome_lab.lab import command
 from rome_lab.lab.batch import (
     NotebookError,
     main,
@@ -476,3 +477,13 @@ def is_running(pid: int) -> bool:
         return False
     stat = Path(f"/proc/{pid}/stat")
     return not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_evaluate_refuses_what_its_second_notebook_does_not_know_before_the_first_runs(monkeypatch, capsys) -> None:
+    ran = []
+    monkeypatch.setattr(command, "main", lambda arguments: ran.append(arguments) or 0)
+    assert command.run_command(["evaluate", "--edits", "1,x"]) == 2
+    assert command.run_command(["evaluate", "-p", "n_cases", "3"]) == 2  # of the first only
+    assert not ran and "many_edits" in capsys.readouterr().err
+    assert command.run_command(["evaluate", "--n-cases", "3"]) == 0 and len(ran) == 2
+    assert command.run_command(["evaluate", "--edits", "none", "-p", "n_cases", "3"]) == 0 and len(ran) == 3

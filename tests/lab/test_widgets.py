@@ -317,6 +317,19 @@ def test_an_edit_is_saved_listed_downloaded_and_loaded_and_a_model_exported(tiny
     assert torch.equal(logits(tiny), edited)
 
 
+def test_reports_of_two_questions_about_one_subject_are_two_files(tiny, tmp_path, monkeypatch) -> None:
+    panel, written = Panel(tiny, REQUEST, folder=str(tmp_path)), []
+    monkeypatch.setattr(
+        "rome_lab.lab.panel.report", lambda lm, fact, target, path, **rest: written.append(path) or path.write_text("")
+    )
+    for target in ("Rome", "Tokyo", ""):
+        panel.form.target.value = target
+        assert press(panel, panel.report_button).startswith("Written: ")
+    panel.form.prompt.value = "The Eiffel Tower is made of " + "very " * 5 + "pure"
+    assert press(panel, panel.report_button).startswith("Written: ")
+    assert len({*written}) == 4 and all(len(path.name) < 80 for path in written)
+
+
 def test_a_file_that_is_no_edit_is_refused_inline(tiny, tmp_path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"garbage")
     panel = Panel(tiny, REQUEST, folder=str(tmp_path))
