@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
-from rome_lab.models import LanguageModel
+from rome_lab.models import LanguageModel, alone_with
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,8 @@ class Job(threading.Thread):
         hooks = [block.register_forward_pre_hook(self.check) for block in self.lm.blocks]
         library.addHandler(notes)
         try:
-            result = self.work()
+            with alone_with(self.lm):
+                result = self.work()
         except Exception as error:
             logger.debug("a job failed", exc_info=True)
             result = error

@@ -7,6 +7,7 @@ is_mask, BY_HEAD                            which arguments of a block are masks
 check_recording(lm, recording, doing)       whether parts of a text give what the whole gave
 with output_changed(module, change)         what a module says passes through `change`
 with last_token_only(feed_forward)          an MLP is given the last token of each text only
+with alone_with(lm)                         no other thread may trace the model
 with suited_attention(lm)                   attention as it is fastest for the short texts of a trace
 """
 
@@ -16,10 +17,12 @@ import contextlib
 import inspect
 import itertools
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -42,15 +45,38 @@ def suited_attention(lm: LanguageModel) -> Iterator[None]:
     and with fast products, every one costs a call of oneDNN, a quarter of the time of a trace. In float64 it stays, since
     transformers' plain attention takes its softmax in float32.
     """
-    before = lm.model.config._attn_implementation
-    if lm.device.type != "cpu" or lm.dtype == torch.float64:
-        yield
-        return
-    lm.model.set_attn_implementation("eager")
+    with alone_with(lm):
+        before = lm.model.config._attn_implementation
+        if lm.device.type != "cpu" or lm.dtype == torch.float64:
+            yield
+            return
+        lm.model.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            lm.model.set_attn_implementation(before)
+
+
+model_locks: WeakKeyDictionary[LanguageModel, threading.RLock] = WeakKeyDictionary()
+"""A lock for each model that was worked on."""
+
+
+@contextmanager
+def alone_with(lm: LanguageModel) -> Iterator[None]:
+    """Within the context no other thread may trace the model: hooks act on the runs of all threads.
+
+    Raises:
+        RuntimeError: another thread works on it.
+    """
+    lock = model_locks.setdefault(lm, threading.RLock())
+    if not lock.acquire(blocking=False):
+        raise RuntimeError(
+            f"{lm.name} is at work in another thread, whose hooks would act here, too; wait until it is done."
+        )
     try:
         yield
     finally:
-        lm.model.set_attn_implementation(before)
+        lock.release()
 
 
 BY_HEAD = ("alibi", "position_bias")

@@ -461,6 +461,17 @@ def test_the_hook_that_stops_a_job_is_none_to_warn_of(tiny) -> None:
     assert kept == [(tiny.fingerprint(), [])]
 
 
+def test_a_model_that_a_job_works_on_is_traced_in_no_cell(tiny) -> None:
+    go, begun, kept = threading.Event(), threading.Event(), []
+    job = Job(tiny, lambda: begun.set() or str(go.wait(30)), lambda result, notes: kept.append(result))
+    assert begun.wait(30)
+    with pytest.raises(RuntimeError, match="at work in another thread"):
+        causal_trace(tiny, FACT.prompt, FACT.subject, samples=1)
+    go.set()
+    job.join()
+    assert kept == ["True"] and causal_trace(tiny, FACT.prompt, FACT.subject, samples=1).p_clean > 0
+
+
 def test_a_model_is_freed_after_its_last_job(tiny) -> None:
     lm = model_of_long_texts()
     held, job = weakref.ref(lm), Job(lm, lambda: "", lambda result, notes: None)
