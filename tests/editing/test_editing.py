@@ -452,7 +452,7 @@ def test_a_prompt_instead_of_a_fact_and_no_facts_at_all_are_refused() -> None:
 
 def test_a_target_that_the_model_says_already_is_refused(lm) -> None:
     fact = Fact("Eiffel Tower", "The {} is located in the city of", "Paris")
-    with pytest.raises(ValueError, match=r"already goes on from 'The Eiffel .* with 'Paris' \(p 0\.\d+\).*audit"):
+    with pytest.raises(ValueError, match=r"already goes on from 'The Eiffel .* with 'Paris' \(p 0\.\d+\).*undo the edit in force"):
         rome(lm, fact, "Paris", 6)
 
 
