@@ -452,7 +452,9 @@ def test_a_prompt_instead_of_a_fact_and_no_facts_at_all_are_refused() -> None:
 
 def test_a_target_that_the_model_says_already_is_refused(lm) -> None:
     fact = Fact("Eiffel Tower", "The {} is located in the city of", "Paris")
-    with pytest.raises(ValueError, match=r"already goes on from 'The Eiffel .* with 'Paris' \(p 0\.\d+\).*undo the edit in force"):
+    with pytest.raises(
+        ValueError, match=r"already goes on from 'The Eiffel .* with 'Paris' \(p 0\.\d+\).*undo the edit in force"
+    ):
         rome(lm, fact, "Paris", 6)
 
 
@@ -460,7 +462,9 @@ def test_a_model_with_broken_weights_is_refused() -> None:
     lm = tiny_model("llama")
     with torch.no_grad():
         lm.memory(2).weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"gives what is not a number, because the weights model\.layers\.2.* hold NaN"):
+    with pytest.raises(
+        ValueError, match=r"gives what is not a number, because the weights model\.layers\.2.* hold NaN"
+    ):
         rome(lm, FACT, "Rome", 1, C=torch.eye(48), hparams=FEW, progress=False)
 
 
