@@ -174,8 +174,8 @@ def check_recording(lm: LanguageModel, recording: Recording, doing: str) -> None
 
     The blocks of families that are known by name are not run for it.
     """
-    own = recording.logits
-    if (error := excess(at_least_float32(lm.logits(recording.states[-1][:, -1])), own)) > 1:
+    ours = at_least_float32(lm.logits(recording.states[-1][:, -1]))
+    if (error := excess(ours, recording.logits, lm.is_rounded)) > 1:
         raise ValueError(
             f"{doing}: {lm.name} does something between its last block and its logits that rome_lab does not know (log "
             f"probabilities differ by {error:.0f} times what rounding explains)."

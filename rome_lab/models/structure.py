@@ -93,7 +93,10 @@ def find_structure(model: nn.Module) -> Layout:
     changed = probe(model)
     changed[0, -1] += 1
     first, again = (run[names[-1]].returned.flatten(0, -2)[0] for run in (calls, watched(model, changed)))
-    if (again - first).abs().max() > 1e-2 * first.abs().max():  # expert by expert, the same numbers round otherwise
+    rounding = (
+        max(torch.finfo(first.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
+    )  # the experts' is not the same twice
+    if (again - first).abs().max() > rounding * first.abs().max():
         raise unfit(model, "its tokens see those behind them, so it is no decoder")
     kept = [0, *(calls[name].kept for name in names)]
     if bare := [layer for layer in range(len(names)) if kept[layer + 1] != kept[layer] + 1]:

@@ -328,8 +328,8 @@ def test_html_in_facts_and_edits_is_shown_as_text(lm) -> None:
     edit = replace(make(lm), facts=(fact,), targets=(evil,))
     with edit.applied(lm):
         panel = Panel(lm, EditRequest(fact, evil, 1))
-        panel.say(evil, "error", [evil])
-    texts = [shown, panel.status.value, *(row.children[0].value for row in panel.edits.children[1:])]
+        panel.status.say(evil, "error", [evil])
+    texts = [shown, panel.status.html, *(row.children[0].value for row in panel.edits.children[1:])]
     assert len(texts) == 3
     for text in texts:
         assert not Tags(text).names & {"script", "img", "src", "onerror", "onclick"}
