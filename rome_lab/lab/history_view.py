@@ -8,7 +8,7 @@ import ipywidgets as w
 
 from rome_lab.lab.history import History, Step
 from rome_lab.lab.interactive import TracePicture
-from rome_lab.lab.live import LiveText
+from rome_lab.lab.live import LiveText, row
 from rome_lab.lab.page import compared_page
 from rome_lab.lab.plots import TITLES
 
@@ -24,10 +24,7 @@ class HistoryView:
         for field in (self.first, self.second):
             field.style.description_width = "70px"
             field.add_class("rl-wide")
-        row = w.HBox([self.first, self.second])
-        row.add_class("rl-line")
-        title = w.HTML("<b>History</b>")
-        self.widget = w.VBox([title, row, self.shown])
+        self.widget = w.VBox([w.HTML("<b>History</b>"), row([self.first, self.second]), self.shown])
         self.list_steps()
         for field in (self.first, self.second):
             field.observe(lambda _: self.show(), "value")

@@ -15,9 +15,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.resources import files
 
-import anywidget
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -29,6 +27,7 @@ from matplotlib.figure import Figure
 from rome_lab.base import visible
 from rome_lab.editing import Edit
 from rome_lab.lab.jobs import check_idle
+from rome_lab.lab.live import HouseWidget
 from rome_lab.lab.plots import COLUMN_WIDTH, cell_table, heatmap, shared_limits
 from rome_lab.models import LanguageModel
 from rome_lab.tracing import KINDS, CellAnswers, RunAnswers, Trace, answers_at, restored_layers
@@ -90,7 +89,7 @@ def check_traces(traces: Sequence[Trace]) -> None:
             )
 
 
-class TracePicture(anywidget.AnyWidget):
+class TracePicture(HouseWidget):
     """The widget that `show` returns.
 
     Attributes:
@@ -104,8 +103,7 @@ class TracePicture(anywidget.AnyWidget):
     layer = traitlets.Int(default_value=None, allow_none=True).tag(sync=True)
     picture = traitlets.Dict().tag(sync=True)
     saves = traitlets.Bool(True).tag(sync=True)
-    _esm = traitlets.Unicode().tag(sync=True)
-    _css = traitlets.Unicode().tag(sync=True)
+    drawn_by = "interactive"
 
     def __init__(
         self,
@@ -124,14 +122,6 @@ class TracePicture(anywidget.AnyWidget):
         """Draw these traces instead."""
         self.traces, self.titles = tuple(traces), tuple(titles)
         self.picture = self.described()
-
-    @traitlets.default("_esm")
-    def _script(self) -> str:
-        return files("rome_lab.lab").joinpath("interactive.js").read_text("utf-8")
-
-    @traitlets.default("_css")
-    def _style(self) -> str:
-        return files("rome_lab.lab").joinpath("interactive.css").read_text("utf-8")
 
     def figure(self) -> Figure:
         """The heatmaps of all traces in one figure of matplotlib, with linked colour scales."""
@@ -187,8 +177,7 @@ class TracePicture(anywidget.AnyWidget):
         if isinstance(message, dict) and message.get("ask") == "file" and message.get("suffix") in FILE_TYPES:
             suffix = message["suffix"]
             name = "-".join(re.findall(r"\w+", self.traces[0].subject.lower())) or "trace"
-            data = base64.b64encode(self.file(suffix)).decode()
-            return self.send({"file": {"name": f"trace-{name}.{suffix}", "type": FILE_TYPES[suffix], "data": data}})
+            return self.send_file(f"trace-{name}.{suffix}", FILE_TYPES[suffix], self.file(suffix))
         if not isinstance(message, dict) or message.get("ask") != "answers":
             return
         cell = {name: message.get(name) for name in ("trace", "token", "layer")}

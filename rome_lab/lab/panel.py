@@ -7,7 +7,6 @@ What takes longer than a moment runs as a `Job`, so that the kernel goes on hear
 
 from __future__ import annotations
 
-import base64
 import html
 import re
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from rome_lab.lab.form import EditForm
 from rome_lab.lab.history import History, Step, counted, edit_code, edits_named, trace_code
 from rome_lab.lab.history_view import HistoryView
 from rome_lab.lab.jobs import Job, Stopped, check_idle, stop_when_interrupted, wait_for_job
-from rome_lab.lab.live import LiveText, StatusLine
+from rome_lab.lab.live import LiveText, StatusLine, placed, row
 from rome_lab.lab.looks import Look, Probe, look_at, probe_of
 from rome_lab.lab.page import compared_page
 from rome_lab.lab.pictured import TraceView
@@ -72,7 +71,7 @@ class Panel:
         self.build()
         if same:
             self.form.take(old.form)
-        if not same:
+        else:
             self.record("the model at first")
         self.latest[lm] = ref(self)
         self.list_edits()
@@ -109,8 +108,6 @@ class Panel:
         parts = (w.VBox([self.edits, self.edits_line]), self.saved.widget, self.history_view.widget)
         for part in parts:
             part.add_class("rl-part")
-        for box in self.saved.widget.children[:2]:
-            box.add_class("rl-line")
         self.widget = placed("rl-edit", [top, self.answers, *parts])
         for field in (form.subject, form.prompt, form.target, form.layer):
             field.observe(lambda _: self.mark(), "value")
@@ -242,8 +239,7 @@ class Panel:
             given = {"layer": request.layer, "hparams": request.settings, "tokens": request.tokens}
             path = Path(self.folder).expanduser() / f"report-{name}.html"
             report(self.lm, request.fact, request.target or None, path, samples=self.samples, tell=self.tell, **given)
-        data = base64.b64encode(path.read_bytes()).decode()
-        self.status.send({"file": {"name": path.name, "type": "text/html", "data": data}})
+        self.status.send_file(path.name, "text/html", path.read_bytes())
         return f"Written: {path}, of the model without the edits in force; your browser has it, too."
 
     # What is shown
@@ -311,20 +307,6 @@ class Panel:
             save.on_click(lambda _, edit=edit: self.start(partial(self.saved.save, edit), self.edits_line))
             rows.append(row([label, undo, save]))
         self.edits.children = rows
-
-
-def placed(name: str, children: list[w.Widget]) -> w.VBox:
-    """A box that panel.css lays out."""
-    box = w.VBox(children)
-    box.add_class(name)
-    return box
-
-
-def row(children: list[w.Widget]) -> w.HBox:
-    """Widgets side by side, in more lines where there is no room."""
-    box = w.HBox(children)
-    box.add_class("rl-line")
-    return box
 
 
 def sentence(error: Exception) -> str:

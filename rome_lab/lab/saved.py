@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 import ipywidgets as w
 
 from rome_lab.editing import Edit, load_edit
-from rome_lab.lab.live import StatusLine
+from rome_lab.lab.history import counted
+from rome_lab.lab.live import StatusLine, row
 from rome_lab.models import LanguageModel
 
 CHOOSE = "choose a saved edit …"
@@ -43,7 +43,7 @@ class SavedEdits:
             field.style.description_width = "90px"
             field.add_class("rl-wide")
         rows = [[self.files, self.load_button, self.download_button], [self.export_folder, self.export_button]]
-        self.widget = w.VBox([*(w.HBox(row) for row in rows), self.line])
+        self.widget = w.VBox([*map(row, rows), self.line])
         self.list_files()
 
     def list_files(self, chosen: Path | None = None) -> None:
@@ -82,16 +82,15 @@ class SavedEdits:
         """Send the chosen file to the browser."""
         try:
             path = self.chosen()
-            file = {"name": path.name, "type": "application/octet-stream"}
-            self.line.send({"file": file | {"data": base64.b64encode(path.read_bytes()).decode()}})
+            self.line.send_file(path.name, "application/octet-stream", path.read_bytes())
             self.line.say(f"Downloaded: {path.name}.")
         except (ValueError, OSError) as error:
             self.line.say(str(error), "error")
 
     def export(self) -> str:
-        folder, count = Path(self.export_folder.value.strip()).expanduser(), len(self.lm.edits)
+        folder = Path(self.export_folder.value.strip()).expanduser()
+        edits = counted(self.lm.edits)
         self.line.progress(f"Writing {folder} …", 0.0)
         self.lm.save_pretrained(folder)
         self.list_files()
-        edits = f"{count} edit{'' if count == 1 else 's'}" if count else "no edits"
         return f"Exported: {folder}, a model with {edits} that plain transformers loads."
