@@ -44,6 +44,7 @@ from rome_lab.tracing import (
     KINDS,
     FixedNoise,
     GaussianNoise,
+    Runs,
     TraceSettings,
     columns_of,
     restore,
@@ -190,6 +191,11 @@ class PlainRuns:
         return log_mean(self.run(self.noise, held)[:, self.answer])
 
     @cached_property
+    def recorded(self) -> Runs:
+        """The same runs as a trace records them, from which it makes the restored ones."""
+        return run_clean_and_corrupted(self.lm, self.prompt, None, TraceSettings(FixedNoise(self.noise), window=WINDOW))
+
+    @cached_property
     def limit(self) -> float:
         """How far log p may be off: `ROUNDINGS` times as far as rounding every number of the embeddings takes it."""
         generator = torch.Generator().manual_seed(0)
@@ -234,13 +240,12 @@ def check_scores(plain: PlainRuns) -> list[Verdict]:
 def check_kind(plain: PlainRuns, label: str, cells: int, seed: int) -> list[Verdict]:
     """One sort of trace, beside one run of the whole model for each of some cells."""
     lm, prompt, (kind, severed) = plain.lm, plain.prompt, KINDS[label]
-    runs = run_clean_and_corrupted(lm, prompt, None, TraceSettings(FixedNoise(plain.noise), window=WINDOW))
     last, n = prompt.subject_range[1] - 1, len(prompt.ids)
     rng = np.random.default_rng(seed)
     tokens = [last, n - 1, int(rng.integers(prompt.subject_range[0], n))]  # three are swept, not all
     places = [(x, int(rng.integers(lm.n_layers))) for x in itertools.islice(itertools.cycle(tokens), max(0, cells - 2))]
     chosen = dict.fromkeys([(last, lm.n_layers // 3), (n - 1, 2 * lm.n_layers // 3), *places])
-    trace = restore(runs, kind, severed, sorted(set(tokens)))
+    trace = restore(plain.recorded, kind, severed, sorted(set(tokens)))
     own = np.array([plain.restored(kind, severed, *cell) for cell in chosen])
     ours = np.log([trace.p_restored[cell] for cell in chosen])
     limit, spread = plain.limit, float(np.ptp([*own, log_mean(plain.corrupted[:, plain.answer])]))
@@ -274,9 +279,7 @@ def check_edit(plain: PlainRuns) -> list[Verdict]:
     same = torch.equal(read_weight(module), before)
     limit = ROUNDINGS[lm.is_rounded] * precision_of(lm)
     return [
-        judged(
-            lm, f"edit of layer {layer}", error if changed else float("nan"), limit, "|W_hat k* - v*| / |v*|, in a run"
-        ),
+        judged(lm, f"edit of layer {layer}", error, limit, "|W_hat k* - v*| / |v*|, in a run"),
         Verdict(
             "undo", float(not same), 0.0, EXACT if same else WRONG, "weights that are not bit for bit what they were"
         ),

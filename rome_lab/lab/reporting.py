@@ -17,8 +17,16 @@ from rome_lab.lab.jobs import Job, check_idle
 from rome_lab.lab.looks import Probe, look_at, probe_of
 from rome_lab.lab.report_page import Edited, Findings, page_of, strongest_of
 from rome_lab.lab.trials import EditRequest, Tell, make_edit
-from rome_lab.models import LanguageModel
-from rome_lab.tracing import KINDS, CellAnswers, Traces, answers_at, causal_trace, trace_facts
+from rome_lab.models import LanguageModel, check_verified
+from rome_lab.tracing import (
+    KINDS,
+    CellAnswers,
+    Traces,
+    TraceSettings,
+    answers_at,
+    run_clean_and_corrupted,
+    trace_of_kind,
+)
 
 
 def report(
@@ -63,7 +71,7 @@ def report(
         text = text.strip()
     check_whole("report", samples=(samples, 1), seed=(seed, 0))
     with tqdm(
-        total=3 + len(KINDS) + 3 * (text is not None), unit="step", disable=not progress or tell is not None
+        total=4 + len(KINDS) + 3 * (text is not None), unit="step", disable=not progress or tell is not None
     ) as bar:
         stages = Stages(bar, tell)
         others = [edit for edit in lm.edits if given is None or edit.digest != given.digest]
@@ -141,13 +149,14 @@ def traced(
 
     A fact that the model does not know is traced by what it says instead, its most probable next token.
     """
+    stages.begin("Running the model clean and corrupted")
+    check_verified(lm, "report")
+    prompt = (fact, None) if known else (fact.prompt, fact.subject)
+    runs = run_clean_and_corrupted(lm, *prompt, TraceSettings(**settings))
     traces = []
-    for label, (kind, severed) in KINDS.items():
+    for label in KINDS:
         stages.begin(f"Tracing {label}")
-        if known:
-            traces += trace_facts(lm, [fact], [label], progress=False, **settings)
-        else:
-            traces.append(causal_trace(lm, fact.prompt, fact.subject, kind, severed=severed, **settings))
+        traces.append(trace_of_kind(runs, label))
     stages.begin("Asking at the strongest place")
     return Traces(traces), answers_at(lm, traces[0], *strongest_of(traces[0]))
 

@@ -2,7 +2,8 @@
 
 causal_trace, trace_facts           one fact; many, kept in a store
 Trace, Traces, KINDS                what comes of them: probabilities by token and layer; means over facts, with intervals
-run_clean_and_corrupted, restore    the same in two steps, with TraceSettings, for some tokens only
+run_clean_and_corrupted, restore    the same in two steps, by Runs with TraceSettings, for some tokens only, or by label:
+                                    trace_of_kind
 GaussianNoise, FixedNoise           what makes a corrupted run corrupted
 answers_at                          what the model says in the three runs of one cell: CellAnswers, a RunAnswers each
 BUCKETS, buckets                    where in a prompt a token stands
@@ -18,9 +19,9 @@ from rome_lab.tracing.averaging import BUCKETS, Traces, buckets
 from rome_lab.tracing.cell_answers import CellAnswers, RunAnswers, answers_at, restored_layers
 from rome_lab.tracing.corruption import FixedNoise, GaussianNoise
 from rome_lab.tracing.many_facts import trace_facts
-from rome_lab.tracing.one_fact import causal_trace, restore
+from rome_lab.tracing.one_fact import causal_trace, restore, trace_of_kind
 from rome_lab.tracing.paper_claims import claims, claims_at_fact
 from rome_lab.tracing.readings import beside_paper, strongest, strongest_places, trace_random_weights
-from rome_lab.tracing.runs import TraceSettings, run_clean_and_corrupted
+from rome_lab.tracing.runs import Runs, TraceSettings, run_clean_and_corrupted
 from rome_lab.tracing.sweep import READ_TOGETHER, columns_of
 from rome_lab.tracing.trace import KINDS, Trace
