@@ -134,16 +134,21 @@ class Growing:
         return layers * sum(n_tokens - token for token in tokens)
 
     def trace_shown(self, facts: Sequence[Fact], settings: Mapping[str, object]) -> None:
-        """Trace what Figure 1 shows one by one, and draw it."""
+        """Trace what Figure 1 shows one by one, and draw it fact by fact."""
         self.shown = []
-        for fact in facts:
-            self.bar.set_description(f"tracing {fact.subject}")
-            self.shown += trace_facts(self.lm, [fact], SHOWN, each=self.count, **settings)
-            self.draw()
+        trace_facts(self.lm, facts, SHOWN, each=self.add_shown, **settings)
 
     def count(self, trace: Trace) -> None:
         """Move the bar on by the work of a trace."""
         self.bar.update(self.steps(trace.label, len(trace.tokens), trace.subject_range))
+
+    def add_shown(self, trace: Trace) -> None:
+        """Take one more trace of what Figure 1 shows."""
+        self.bar.set_description(f"tracing {trace.subject}")
+        self.count(trace)
+        self.shown.append(trace)
+        if len(self.shown) % len(SHOWN) == 0:
+            self.draw()
 
     def add(self, trace: Trace) -> None:
         """Take one more trace of the facts behind the averages; `KINDS` come in their order, fact by fact."""
