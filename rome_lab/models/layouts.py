@@ -43,21 +43,15 @@ class Layout:
         if not has(model, self.blocks):
             return self.blocks
         blocks = list(attrgetter(self.blocks)(model))
-        lacked = (
-            [
-                f"{self.blocks}[{i}].{path}"
-                for i, x in enumerate(blocks)
-                for path in (self.attn, self.mlp)
-                if not has(x, path)
-            ]
-            + [path for path in self.tail[:1] if not has(model, path)]
-            + (
-                []
-                if self.memory is None or any(has(x, self.memory) for x in blocks)
-                else [f"{self.blocks}[0].{self.memory}"]
-            )
-        )
-        return lacked[0] if lacked else ""
+        for number, block in enumerate(blocks):
+            for path in (self.attn, self.mlp):
+                if not has(block, path):
+                    return f"{self.blocks}[{number}].{path}"
+        if self.tail and not has(model, self.tail[0]):
+            return self.tail[0]
+        if self.memory is not None and not any(has(block, self.memory) for block in blocks):
+            return f"{self.blocks}[0].{self.memory}"
+        return ""
 
 
 def has(module: nn.Module, path: str) -> bool:
