@@ -133,9 +133,7 @@ def add_notebook_options(branch: argparse.ArgumentParser, number: str, default: 
     )
     branch.add_argument(f"--{number}", type=int, default=default, help=f"{about} (%(default)s)")
     branch.add_argument("--seed", type=int, default=0, help="of all that is chosen at random (%(default)s)")
-    branch.add_argument(
-        "--figures", help="folder for what is drawn; figures, or branch below it where others are there"
-    )
+    branch.add_argument("--figures", help="folder for what is drawn; figures, or one below it where others are there")
 
 
 def add_edit_options(branch: argparse.ArgumentParser) -> None:
