@@ -56,7 +56,8 @@ SETTINGS_search = $(empty)  of search: N_SEARCH=$(N_SEARCH), also set apart from
 setup: .venv/ready ## create .venv with the pinned requirements and the embedded model
 
 PINNED := requirements.txt requirements-cluster.txt
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+install_in = $(1)/bin/python -m pip install --quiet --disable-pip-version-check
+INSTALL := $(call install_in,.venv)
 NO_PACKAGES := { echo 'make setup: the packages could not be installed; the reason is above. Behind a proxy: HTTPS_PROXY=http://NAME:PORT make setup. Without a network: make wheels on a machine of the same kind that has one, copy the folder wheels/ here, and PIP_NO_INDEX=1 PIP_FIND_LINKS="$$PWD/wheels" make setup' >&2; exit 1; }
 
 .venv/ready: $(PINNED) requirements-model.txt pyproject.toml
@@ -106,7 +107,7 @@ bench: .venv/ready ## measure tracing and edits beside the plain ways: speed, me
 peers: .venv/peers/ready ## the part of bench beside TransformerLens, nnsight, pyvene and causal-tracer, in an environment of their own
 	.venv/peers/bin/python -m benchmarks.peers --page benchmarks/peers.md
 
-PEERS := .venv/peers/bin/python -m pip install --quiet --disable-pip-version-check
+PEERS := $(call install_in,.venv/peers)
 .venv/peers/ready: benchmarks/requirements-peers.txt requirements.txt requirements-model.txt | .venv/ready
 	@$(PYTHON) -m venv .venv/peers
 	@$(PEERS) -r requirements.txt -r benchmarks/requirements-peers.txt || $(NO_PACKAGES)
@@ -142,8 +143,8 @@ site: .venv/site ## build these pages, the notebooks as they were run last and t
 	$(BIN)/python docs/build_site.py site
 
 .venv/site: requirements-site.txt | .venv/ready
-	$(BIN)/pip install --quiet -r requirements-site.txt
-	touch $@
+	@$(INSTALL) -r requirements-site.txt || $(NO_PACKAGES)
+	@touch $@
 
 numbers: .venv/ready ## put right the numbers of the README and of docs/, from the committed tables that they name
 	$(BIN)/python docs/number_sources.py --write
