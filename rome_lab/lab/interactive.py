@@ -28,7 +28,7 @@ from rome_lab.base import visible
 from rome_lab.editing import Edit
 from rome_lab.lab.jobs import check_idle
 from rome_lab.lab.live import HouseWidget
-from rome_lab.lab.plots import COLUMN_WIDTH, cell_table, heatmap, shared_limits
+from rome_lab.lab.plots import cell_table, heatmaps, shared_limits
 from rome_lab.models import LanguageModel
 from rome_lab.tracing import KINDS, CellAnswers, RunAnswers, Trace, answers_at, restored_layers
 
@@ -125,14 +125,7 @@ class TracePicture(HouseWidget):
 
     def figure(self) -> Figure:
         """The heatmaps of all traces in one figure of matplotlib, with linked colour scales."""
-        count, height = len(self.traces), 0.6 + 0.15 * len(self.traces[0].tokens)
-        figure = Figure(figsize=(COLUMN_WIDTH * count, height), layout="constrained")
-        limits = shared_limits(*self.traces)
-        for number, (trace, ax) in enumerate(zip(self.traces, np.ravel(figure.subplots(1, count)), strict=True)):
-            heatmap(trace, ax, **limits)
-            if self.titles:
-                ax.set_title(self.titles[number], fontsize=ax.title.get_fontsize())
-        return figure
+        return heatmaps(self.traces, shared_limits(*self.traces), self.titles)
 
     def png(self) -> bytes:
         """The figure, for where scripts do not run."""

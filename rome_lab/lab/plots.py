@@ -1,6 +1,7 @@
 """Results in, Axes out: the figures of the paper, and the files behind them.
 
     heatmap(trace)                  one fact: p_restored by token and layer (Figure 1a-c)
+    heatmaps(traces, limits)        several traces of one prompt side by side, as a figure of their own
     average_heatmap(average, kind)  mean effect by bucket and layer (Figures 1 and 2)
     lines(average, kind)            mean effects with 95% intervals (Figure 7)
     severed_lines(average)          effect at the last subject token, ordinary and severed (Figure 3)
@@ -87,12 +88,27 @@ def heatmap(trace: Trace, ax: Axes | None = None, vmin: float | None = None, vma
 
     Args: vmin, vmax: the least range of the colour scale; see `shared_limits`.
     """
-    ax = ax or new_axes(0.6 + 0.15 * len(trace.tokens))
+    ax = ax or new_axes(heatmap_height(trace))
     scale = Scale(trace.kind, trace.p_corrupted, vmin, vmax, f'p("{visible(trace.answer.strip())}")')
     _draw_cells(ax, np.asarray(trace.p_restored), token_names(trace.tokens, trace.subject_range), scale)
     ax.set_title(TITLES[trace.label])
     ax.set_xlabel("layer" if trace.kind == "state" else f"middle of the {trace.window} restored layers")
     return finish(ax, layer_ticks())
+
+
+def heatmaps(traces: Sequence[Trace], limits: Mapping[str, float], titles: Sequence[str] = ()) -> Figure:
+    """Traces of one prompt side by side in a figure that pyplot does not keep, in the colours of `shared_limits`."""
+    figure = Figure(figsize=(COLUMN_WIDTH * len(traces), heatmap_height(traces[0])), layout="constrained")
+    for number, (trace, ax) in enumerate(zip(traces, np.ravel(figure.subplots(1, len(traces))), strict=True)):
+        heatmap(trace, ax, **limits)
+        if titles:
+            ax.set_title(titles[number], fontsize=ax.title.get_fontsize())
+    return figure
+
+
+def heatmap_height(trace: Trace) -> float:
+    """Of a heatmap in print, in inches."""
+    return 0.6 + 0.15 * len(trace.tokens)
 
 
 def average_heatmap(

@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from rome_lab.base import package_versions, visible
 from rome_lab.editing import Edit
@@ -24,7 +23,7 @@ from rome_lab.lab.history import fact_code, settings_code
 from rome_lab.lab.interactive import TracePicture
 from rome_lab.lab.looks import Look, Probe
 from rome_lab.lab.page import compared_page
-from rome_lab.lab.plots import COLUMN_WIDTH, TITLES, heatmap, shared_limits
+from rome_lab.lab.plots import TITLES, heatmaps, shared_limits
 from rome_lab.models import LanguageModel
 from rome_lab.tracing import CellAnswers, Trace, Traces, claims_at_fact
 
@@ -158,10 +157,8 @@ def changed(findings: Findings) -> dict[str, object] | None:
 
 def still(trace: Trace, together: list[Trace]) -> str:
     """The heatmap as a PNG, for print and for where scripts do not run; its colours are those of the others."""
-    figure = Figure(figsize=(COLUMN_WIDTH, 0.6 + 0.15 * len(trace.tokens)), layout="constrained")
-    heatmap(trace, figure.subplots(), **shared_limits(*together))
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=STILL_RESOLUTION)
+    heatmaps([trace], shared_limits(*together)).savefig(file, format="png", dpi=STILL_RESOLUTION)
     return base64.b64encode(file.getvalue()).decode()
 
 
