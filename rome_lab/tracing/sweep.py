@@ -96,7 +96,7 @@ class Sweep:
         joined = 0
         for depth, states in enumerate(runs.recording.states):
             texts = texts.to(states.device)
-            for column in (column for column in map(self.columns.__getitem__, self.order) if column.joins == depth):
+            for column in (self.columns[place] for place in self.order if self.columns[place].joins == depth):
                 trunk = None if column.trunk is None else begin[column.trunk]
                 texts[joined : joined + samples] = (
                     states[1:, first:] if trunk is None else texts[trunk : trunk + samples]
