@@ -26,9 +26,9 @@ from rome_lab.base.files import write_atomically
 from rome_lab.editing import Method, Rome
 from rome_lab.editing.methods import IdentityRome
 from rome_lab.evaluation import Cases, JudgeSettings, evaluate, summarise
-from rome_lab.evaluation.built_cases import build_cases
 from rome_lab.evaluation.cases import check
 from rome_lab.evaluation.rewriting import rewrite_prompts
+from rome_lab.facts.built_cases import build_cases
 from rome_lab.facts.known import KnownFacts, known_facts, rank
 from rome_lab.studies.evaluation.paper import paired
 from rome_lab.studies.search import MeasuredRome

@@ -7,8 +7,8 @@ from dataclasses import replace
 from rome_lab.editing.fine_tuning import Tuning
 from rome_lab.editing.methods import METHODS, FineTuning, Method
 from rome_lab.editing.settings import EditSettings
-from rome_lab.evaluation.case import Case
 from rome_lab.evaluation.judging import JudgeSettings
+from rome_lab.facts.case import Case
 from rome_lab.facts.fact import Fact
 
 EDITING = EditSettings(prefix_lengths=(3, 4), steps=3)

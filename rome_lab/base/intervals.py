@@ -1,4 +1,8 @@
-"""Means over facts, or cases, with their 95% intervals: `mean_ci`, the one place where an interval is computed."""
+"""Means over facts, or cases, with their 95% intervals, which are computed nowhere else.
+
+mean_ci(values)             of each column
+harmonic_mean_ci(values)    of the columns together: S of ES, PS and NS
+"""
 
 from __future__ import annotations
 
@@ -34,3 +38,23 @@ def mean_ci(values: np.ndarray) -> MeanCI:
         variance = np.where(present, (values - mean) ** 2, 0.0).sum(axis=0) / (n - 1)
         half_width = stats.t.ppf(0.975, n - 1) * np.sqrt(variance / n)
     return MeanCI(mean, mean - half_width, mean + half_width, n)
+
+
+def harmonic_mean_ci(values: np.ndarray) -> MeanCI:
+    """Harmonic mean of the columns' means, with a 95% interval by the delta method, over the rows without NaN.
+
+        S = k / (1/m_1 + ... + 1/m_k),   dS/dm_j = (S / m_j)^2 / k
+
+    The interval is the t-interval of the linearised cases, S + sum_j dS/dm_j (x_j - m_j), so it takes account of how the
+    columns vary together.
+
+    Args:    values: (F, k), none negative.
+    Returns: MeanCI of scalars. S is 0 where a mean is 0; all its values are 0 then, so they add nothing to the spread.
+    """
+    complete = values[~np.isnan(values).any(axis=1)]
+    if not len(complete):
+        return mean_ci(complete[:, 0])
+    means = complete.mean(axis=0)
+    score = stats.hmean(means)
+    gradient = np.divide(score, means, out=np.zeros_like(means), where=means > 0) ** 2 / len(means)
+    return mean_ci(score + (complete - means) @ gradient)

@@ -12,8 +12,8 @@ names_touched, spared                     what requests touch, and a case withou
 
 from rome_lab.evaluation.bench import Bench, judged_or_why
 from rome_lab.evaluation.bystanders import known_pool, names_touched, spared
-from rome_lab.evaluation.case import Case, Cases
 from rome_lab.evaluation.cases import known_cases, load_cases, set_apart
 from rome_lab.evaluation.evaluating import evaluate, methods_of, reference_corpus, remarks, story
 from rome_lab.evaluation.judging import SCORES_ONLY, JudgeSettings, damage, questions_of
 from rome_lab.evaluation.metrics import METRICS, S_OF, summarise
+from rome_lab.facts import Case, Cases

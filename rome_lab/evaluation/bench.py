@@ -13,9 +13,8 @@ from typing import TypeAlias
 from rome_lab.base import Json, Store, canonical_json, code_version
 from rome_lab.editing import Method, Optima, Proposal, Request
 from rome_lab.evaluation.bystanders import known_pool, spared, unrelated_to
-from rome_lab.evaluation.case import Case
 from rome_lab.evaluation.judging import JudgeSettings, judge_all
-from rome_lab.facts import Fact
+from rome_lab.facts import Case, Fact
 from rome_lab.models import LanguageModel
 
 CaseTask: TypeAlias = tuple[Case, Sequence[Method], Sequence[Sequence[Request]]]  # of each method, what it is given

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from rome_lab.base import Store, mentions, seed_from
 from rome_lab.editing import Request
-from rome_lab.evaluation.case import Case
-from rome_lab.facts import Fact, known_facts, load_facts
+from rome_lab.facts import Case, Fact, known_facts, load_facts
 from rome_lab.models import LanguageModel
 
 POOL = 400  # known facts, among which those are chosen that a case does not touch

@@ -19,14 +19,15 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from rome_lab.base import Store, mentions, seed_from
-from rome_lab.evaluation.built_cases import build_cases
-from rome_lab.evaluation.case import Case, Cases, Unusable
 from rome_lab.evaluation.rewriting import rewrite_prompts
 from rome_lab.facts import (
+    Case,
+    Cases,
     Parsed,
     RecordForm,
+    Unusable,
+    build_cases,
     completions,
-    continuation_ids,
     identity_by,
     known_facts,
     load_facts,
@@ -34,6 +35,7 @@ from rome_lab.facts import (
     read_counterfact,
     read_each,
     read_zsre,
+    shares_first_token,
     text_at,
 )
 from rome_lab.models import LanguageModel
@@ -166,12 +168,6 @@ def check(lm: LanguageModel, cases: Cases) -> Cases:
     """The cases without those whose target shares its first token with the true object, by the tokenizer of `lm`."""
     kept = tuple(case for case in cases if not shares_first_token(lm, case))
     return Cases(kept, dict(Counter(cases.dropped) + Counter({SHARED_TOKEN: len(cases) - len(kept)})))
-
-
-def shares_first_token(lm: LanguageModel, case: Case) -> bool:
-    """Whether target and true object begin alike, so that it says little which is the more probable one; never in zsRE."""
-    first = [continuation_ids(lm, case.fact.prompt, text)[0] for text in (case.target, case.fact.object)]
-    return case.form != "zsre" and first[0] == first[1]
 
 
 def prefers_true(lm: LanguageModel, cases: Sequence[Case]) -> list[bool]:

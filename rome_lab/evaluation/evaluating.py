@@ -21,10 +21,9 @@ from rome_lab.base import Store, opened, seed_from
 from rome_lab.editing import METHODS, Method
 from rome_lab.evaluation.bench import Bench
 from rome_lab.evaluation.bystanders import requests_by_case
-from rome_lab.evaluation.case import Case
 from rome_lab.evaluation.judging import JudgeSettings
 from rome_lab.evaluation.metrics import METRICS
-from rome_lab.facts import Fact
+from rome_lab.facts import Case, Fact
 from rome_lab.models import LanguageModel
 
 if TYPE_CHECKING:

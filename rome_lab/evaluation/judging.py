@@ -16,9 +16,8 @@ import numpy as np
 
 from rome_lab.base import check_whole
 from rome_lab.editing import TEXT
-from rome_lab.evaluation.case import Case
-from rome_lab.evaluation.metrics import generation_entropy, magnitude, reference_score, success, token_accuracy
-from rome_lab.facts import Fact, question
+from rome_lab.evaluation.metrics import generation_entropy, magnitude, reference_score, token_accuracy
+from rome_lab.facts import Case, Fact, question, success
 from rome_lab.models import Change, LanguageModel, Question, Score, generate, score
 
 
@@ -115,12 +114,7 @@ def questions_of(
         return question(lm, owner, preamble + prompt, continuation)
 
     return {
-        "rewrite": [ask(case.fact.prompt, case.target)],
-        "rewrite_true": [ask(case.fact.prompt, case.fact.object)],
-        "paraphrases": [ask(prompt, case.target) for prompt in case.paraphrases],
-        "paraphrases_true": [ask(prompt, case.fact.object) for prompt in case.paraphrases],
-        "neighbours": [ask(*pair) for pair in zip(case.neighbours, case.neighbour_answers, strict=True)],
-        "neighbours_target": [ask(prompt, case.target) for prompt in case.neighbours],
+        **{name: [ask(*pair) for pair in pairs] for name, pairs in case.pairs.items()},
         **questions_of_damage(lm, owner, preamble, settings),
     }
 

@@ -1,7 +1,7 @@
 """What an edit is judged by: the paper's metrics on plain numbers and texts, and their means over cases.
 
     METRICS                                      every metric: its definition and its unit
-    success, magnitude                           ES, PS, NS and EM, PM, NM of one case
+    magnitude                                    EM, PM and NM of one case (ES, PS and NS: `rome_lab.facts.success`)
     token_accuracy                               zsRE's efficacy, paraphrase and specificity of one case
     generation_entropy, reference_score          GE and RS of one case
     summarise                                    means over cases with 95% intervals, and S
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from rome_lab.base import MeanCI, mean_ci
+from rome_lab.base import MeanCI, harmonic_mean_ci, mean_ci
 
 
 @dataclass(frozen=True)
@@ -79,24 +79,10 @@ S_OF = ("ES", "PS", "NS")
 WORDS = re.compile(r"\w+|[^\w\s]")
 
 
-def success(own: Sequence[float], other: Sequence[float]) -> float:
-    """ES, PS or NS of a case: the share, in %, of its prompts at which P(own) > P(other); a tie is no success.
-
-    Differs: the authors' code takes the mean of log P over a text's tokens, under which a long text that is sure of its
-    end can win although its beginning is unlikely. The two agree where both texts have one token.
-
-    Args: own, other: for each prompt, log P of the whole text: the sum over all its tokens, teacher forced.
-
-    >>> success([-1.0, -3.0], [-2.0, -3.0])
-    50.0
-    """
-    return 100.0 * float(np.mean(np.asarray(own) > np.asarray(other)))
-
-
 def magnitude(own: Sequence[float], other: Sequence[float]) -> float:
     """EM, PM or NM of a case: the mean over its prompts of P(own) - P(other), in percentage points.
 
-    Args: own, other: as in `success`.
+    Args: own, other: for each prompt, log P of the whole text: the sum over all its tokens, teacher forced.
     """
     return 100.0 * float(np.mean(np.exp(own) - np.exp(other)))
 
@@ -201,23 +187,3 @@ def summaries(part: pd.DataFrame, metrics: Sequence[str]) -> dict[str, dict[str,
         for metric, (mean, low, high, n) in means.items()
         if n > 0
     }
-
-
-def harmonic_mean_ci(values: np.ndarray) -> MeanCI:
-    """Harmonic mean of the columns' means, with a 95% interval by the delta method, over the rows without NaN.
-
-        S = k / (1/m_1 + ... + 1/m_k),   dS/dm_j = (S / m_j)^2 / k
-
-    The interval is the t-interval of the linearised cases, S + sum_j dS/dm_j (x_j - m_j), so it takes account of how the
-    columns vary together.
-
-    Args:    values: (F, k), none negative.
-    Returns: MeanCI of scalars. S is 0 where a mean is 0; all its values are 0 then, so they add nothing to the spread.
-    """
-    complete = values[~np.isnan(values).any(axis=1)]
-    if not len(complete):
-        return mean_ci(complete[:, 0])
-    means = complete.mean(axis=0)
-    score = stats.hmean(means)
-    gradient = np.divide(score, means, out=np.zeros_like(means), where=means > 0) ** 2 / len(means)
-    return mean_ci(score + (complete - means) @ gradient)

@@ -7,12 +7,17 @@ read_prompt, Prompt             a prompt as tokens, and which of them are the su
 continuation_ids, question      with which tokens a text goes on
 completions                     how probable a model finds texts behind prompts, and whether it would say them
 known_among, object_token       which facts it would begin to complete, and by which token
+build_cases                     what a model is asked of a fact that it is made to change: target, paraphrases, neighbours
+Case, Cases                     that as things; Unusable says why a fact gives none
+success, shares_first_token     the share of a case's prompts that follow; whether its target and object begin alike
 template_of                     a prompt with "{}" for its subject
 open_set, read_each             records of a set or file, as RecordForm says what they state; identity_by tells them apart
 read_counterfact, read_zsre     the fact that a record of these sets states
 embedded_records, text_at       rows of the project's own files; the text at a place in a record, which is Parsed JSON
 """
 
+from rome_lab.facts.built_cases import build_cases
+from rome_lab.facts.case import Case, Cases, Unusable, shares_first_token, success
 from rome_lab.facts.completion import completions, known_among, object_token
 from rome_lab.facts.fact import Fact
 from rome_lab.facts.known import known_facts

@@ -13,10 +13,10 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from rome_lab.evaluation.built_cases import build_cases
-from rome_lab.evaluation.case import Case, Cases
 from rome_lab.evaluation.cases import check, known_cases, load_cases, prefers_true
 from rome_lab.evaluation.rewriting import FITTING, rewrite_prompts, words_added
+from rome_lab.facts.built_cases import build_cases
+from rome_lab.facts.case import Case, Cases
 from rome_lab.facts.fact import Fact
 from rome_lab.facts.known import known_facts
 from rome_lab.facts.sources import embedded_records, load_facts, load_relations

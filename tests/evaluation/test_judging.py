@@ -14,8 +14,8 @@ from tiny import FAMILIES, tiny_model
 
 from rome_lab.editing.auditing import TEXT
 from rome_lab.evaluation import metrics
-from rome_lab.evaluation.case import Case
 from rome_lab.evaluation.judging import JudgeSettings, judge_all, judge_case
+from rome_lab.facts.case import Case
 from rome_lab.facts.fact import Fact
 from rome_lab.facts.prompts import continuation_ids
 from rome_lab.models import sampling, scoring

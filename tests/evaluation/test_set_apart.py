@@ -8,8 +8,8 @@ import pytest
 from bench import case
 
 from rome_lab.evaluation import cases as sources
-from rome_lab.evaluation.case import Cases
 from rome_lab.evaluation.cases import set_apart
+from rome_lab.facts.case import Cases
 
 
 def counterfact(number: int) -> dict:

@@ -1,13 +1,21 @@
-"""Cases as things: `Case`, one request with the prompts that judge it, and `Cases`, a sequence of them."""
+"""Cases as things: what a model is asked about one fact, before and after it is made to say something else.
+
+Case, Cases                     one request with the prompts that judge it, and a sequence of them
+shares_first_token(lm, case)    whether target and true object begin alike
+success(own, other)             ES, PS or NS: at how many of a case's prompts the one text is more probable than the other
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import pandas as pd
 
-from rome_lab.facts import Fact
+from rome_lab.facts.fact import Fact
+from rome_lab.facts.prompts import continuation_ids
+from rome_lab.models import LanguageModel
 
 CASE_KINDS = ("counterfact", "zsre")
 
@@ -47,6 +55,17 @@ class Case:
                 f"Case {self.id!r}: {len(self.neighbours)} neighbours have {len(self.neighbour_answers)} answers; "
                 "give each neighbour its own."
             )
+
+    @property
+    def pairs(self) -> dict[str, list[tuple[str, str]]]:
+        """Prompts with the texts whose probabilities are compared: at each prompt the target's and the object's."""
+        texts = {"": self.target, "_true": self.fact.object}
+        asking = {"rewrite": (self.fact.prompt,), "paraphrases": self.paraphrases}
+        own = [(f"{name}{end}", prompts, text) for name, prompts in asking.items() for end, text in texts.items()]
+        return {name: [(prompt, text) for prompt in prompts] for name, prompts, text in own} | {
+            "neighbours": list(zip(self.neighbours, self.neighbour_answers, strict=True)),
+            "neighbours_target": [(prompt, self.target) for prompt in self.neighbours],
+        }
 
 
 @dataclass(frozen=True, repr=False)
@@ -95,3 +114,23 @@ class Cases(Sequence[Case]):
 
 class Unusable(ValueError):
     """Why a case cannot be judged: a reason that is the same for all cases that it concerns, so that it can be counted."""
+
+
+def success(own: Sequence[float], other: Sequence[float]) -> float:
+    """ES, PS or NS of a case: the share, in %, of its prompts at which P(own) > P(other); a tie is no success.
+
+    Differs: the authors' code takes the mean of log P over a text's tokens, under which a long text that is sure of its
+    end can win although its beginning is unlikely. The two agree where both texts have one token.
+
+    Args: own, other: for each prompt, log P of the whole text: the sum over all its tokens, teacher forced.
+
+    >>> success([-1.0, -3.0], [-2.0, -3.0])
+    50.0
+    """
+    return 100.0 * float(np.mean(np.asarray(own) > np.asarray(other)))
+
+
+def shares_first_token(lm: LanguageModel, case: Case) -> bool:
+    """Whether target and true object begin alike, so that it says little which is the more probable one; never in zsRE."""
+    first = [continuation_ids(lm, case.fact.prompt, text)[0] for text in (case.target, case.fact.object)]
+    return case.form != "zsre" and first[0] == first[1]

@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from rome_lab.base import holds, mentions, seed_from
-from rome_lab.evaluation.case import Case, Cases, Unusable
-from rome_lab.facts import Fact, embedded_records, load_relations, text_at
+from rome_lab.facts.case import Case, Cases, Unusable
+from rome_lab.facts.fact import Fact
+from rome_lab.facts.records import text_at
+from rome_lab.facts.sources import embedded_records, load_relations
 
 PLAIN_PARAPHRASES = 2  # paraphrases by another template alone; one more comes after an unrelated sentence
 NEIGHBOURS = 6  # at most, each about another subject
