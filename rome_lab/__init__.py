@@ -19,7 +19,17 @@ from rome_lab.evaluation import evaluate
 from rome_lab.facts import Fact, known_facts, load_facts
 from rome_lab.lab import plot_history, plots, report, show
 from rome_lab.models import LanguageModel, choose_products, load_model
-from rome_lab.tracing import FixedNoise, GaussianNoise, Trace, Traces, causal_trace, claims, trace_facts
+from rome_lab.tracing import (
+    FixedNoise,
+    GaussianNoise,
+    SubjectSwap,
+    Trace,
+    Traces,
+    causal_trace,
+    claims,
+    swap_pairs,
+    trace_facts,
+)
 
 __all__ = [
     "Edit",
@@ -30,6 +40,7 @@ __all__ = [
     "GaussianNoise",
     "LanguageModel",
     "SampledText",
+    "SubjectSwap",
     "Trace",
     "Traces",
     "WikipediaText",
@@ -51,6 +62,7 @@ __all__ = [
     "rome",
     "rome_many",
     "show",
+    "swap_pairs",
     "trace_facts",
     "verify",
 ]

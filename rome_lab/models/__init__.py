@@ -6,7 +6,7 @@ Layout, find_layout             where a family has its parts; an UnfitModelError
 record_run, Recording           one run of a whole model, and all that it left behind
 run_block, run_blocks           blocks on the last tokens of a recorded text; joined puts recordings together, and
                                 check_recording says whether parts give what the whole gave
-output_changed                  what a module says, changed within a context; last_token_only spares it tokens
+output_changed, input_changed   what a module says or is given, changed within a context; last_token_only spares it tokens
 alone_with                      keeps other threads from tracing the model within a context
 suited_attention, causal_mask   which attention a trace runs with, and its mask; is_mask and BY_HEAD tell arguments of blocks
 at_least_float32                of what is to be summed; last_logits_only spares the logits of other tokens
@@ -32,6 +32,7 @@ from rome_lab.models.blocks import (
     at_least_float32,
     causal_mask,
     check_recording,
+    input_changed,
     is_mask,
     joined,
     last_logits_only,

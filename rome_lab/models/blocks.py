@@ -6,6 +6,7 @@ run_blocks, joined                          several blocks; several recordings a
 is_mask, BY_HEAD                            which arguments of a block are masks, and which say something of every head
 check_recording(lm, recording, doing)       whether parts of a text give what the whole gave
 with output_changed(module, change)         what a module says passes through `change`
+with input_changed(module, change)          what a module is given first passes through `change`
 with last_token_only(feed_forward)          an MLP is given the last token of each text only
 with alone_with(lm)                         no other thread may trace the model
 with suited_attention(lm)                   attention as it is fastest for the short texts of a trace
@@ -91,6 +92,8 @@ class Recording:
         states: L + 1 tensors (B, T, D); number l is what block l was given, number L what the last block returned.
         attn, mlp: L tensors (B, T, D), the attention's and the MLP's contribution at each layer.
         attention_keys, attention_values: L tensors (B, heads, T, D_head), as the attention uses them.
+        heads: L tensors (B, T, heads, D_head), each head's part of what the attention's last matrix is given; none where
+            heads cannot be told apart.
         arguments: L dictionaries, the keyword arguments that the model gave each block, with a batch of one.
         logits: (B, V) at the last token, float32 at least.
     """
@@ -98,6 +101,7 @@ class Recording:
     states: list[torch.Tensor]
     attn: list[torch.Tensor]
     mlp: list[torch.Tensor]
+    heads: list[torch.Tensor]
     attention_keys: list[torch.Tensor]
     attention_values: list[torch.Tensor]
     arguments: list[dict[str, Any]]
@@ -109,7 +113,8 @@ def record_run(
     lm: LanguageModel, ids: torch.Tensor, change_embedding: Callable[[torch.Tensor], torch.Tensor]
 ) -> Recording:
     """Run the whole model on ids (B, T), its embedding module's output (B, T, D) passed through `change_embedding`."""
-    states, attn, mlp, arguments = [], [], [], []
+    states, attn, mlp, heads, arguments = [], [], [], [], []
+    heads_out = lm.heads_out or []
 
     def keep_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = named_arguments(module, args, kwargs)
@@ -125,6 +130,8 @@ def record_run(
             hooks.callback(block.register_forward_pre_hook(keep_input, with_kwargs=True).remove)
             hooks.enter_context(output_changed(lm.attn(layer), lambda x: attn.append(copied(x.view(shape)))))
             hooks.enter_context(output_changed(lm.mlp(layer), lambda x: mlp.append(copied(x.view(shape)))))
+        for module in heads_out:
+            hooks.enter_context(input_changed(module, lambda x: heads.append(copied(x.view(shape)))))
         hooks.enter_context(output_changed(lm.blocks[-1], lambda x: states.append(x)))
         cache = DynamicCache()
         logits = lm.model(input_ids=ids, past_key_values=cache, use_cache=True, **last_logits_only(lm.model)).logits
@@ -132,6 +139,7 @@ def record_run(
         states=states,
         attn=attn,
         mlp=mlp,
+        heads=[x.unflatten(-1, (-1, layer.values.shape[-1])) for x, layer in zip(heads, cache.layers, strict=False)],
         attention_keys=[layer.keys for layer in cache.layers],
         attention_values=[layer.values for layer in cache.layers],
         arguments=arguments,
@@ -231,7 +239,7 @@ def joined(parts: Sequence[Recording]) -> Recording:
     """The recordings of parts of a batch as that of the whole batch."""
     if len(parts) == 1:
         return parts[0]
-    lists = ("states", "attn", "mlp", "attention_keys", "attention_values")
+    lists = ("states", "attn", "mlp", "heads", "attention_keys", "attention_values")
     columns = {name: zip(*(getattr(part, name) for part in parts), strict=True) for name in lists}
     return Recording(
         **{name: [torch.cat(tensors) for tensors in column] for name, column in columns.items()},
@@ -340,6 +348,21 @@ def output_changed(module: nn.Module, change: Callable[[torch.Tensor], torch.Ten
 
 
 @contextlib.contextmanager
+def input_changed(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Iterator[None]:
+    """Within the context, what `module` is given first passes through `change`, which may return None to leave it alone."""
+
+    def hook(module: nn.Module, args: tuple) -> tuple | None:
+        changed = change(args[0])
+        return None if changed is None else (changed, *args[1:])
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
 def last_token_only(feed_forward: nn.Module | None) -> Iterator[None]:
     """Within the context, an MLP is given the last token of each text only; what it says is added to all of its tokens.
 
@@ -347,15 +370,11 @@ def last_token_only(feed_forward: nn.Module | None) -> Iterator[None]:
         feed_forward: called with (B, N, D); where there is none, nothing is spared.
     """
 
-    def narrow(module: nn.Module, args: tuple) -> tuple:
-        return (args[0][:, -1:], *args[1:])
-
-    handle = feed_forward.register_forward_pre_hook(narrow) if feed_forward is not None else None
-    try:
+    if feed_forward is None:
         yield
-    finally:
-        if handle:
-            handle.remove()
+    else:
+        with input_changed(feed_forward, lambda given: given[:, -1:]):
+            yield
 
 
 def last_logits_only(model: nn.Module) -> dict[str, int]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.pytorch_utils import Conv1D
 
 from rome_lab.base import check_writable, explained
+from rome_lab.models.heads import find_heads
 from rome_lab.models.identity import Identity, identify
 from rome_lab.models.layouts import LAYOUTS, Layout, has
 from rome_lab.models.overlay import Overlay, WeightChange
@@ -144,6 +145,14 @@ class LanguageModel:
         """
         path = self.layout.feed_forward if self.layout in LAYOUTS else ""
         return attrgetter(path)(self.blocks[layer]) if path else None
+
+    @cached_property
+    def heads_out(self) -> list[nn.Module] | None:
+        """By layer, the matrix that ends the attention; its input is the heads' values, one after the other.
+
+        None in models whose heads cannot be told apart there, see `rome_lab.models.heads`.
+        """
+        return find_heads(self.model, self.blocks, self.is_rounded)
 
     @cached_property
     def sparse(self) -> frozenset[int]:

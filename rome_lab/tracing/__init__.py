@@ -4,7 +4,9 @@ causal_trace, trace_facts           one fact; many, kept in a store
 Trace, Traces, KINDS                what comes of them: probabilities by token and layer; means over facts, with intervals
 run_clean_and_corrupted, restore    the same in two steps, by Runs with TraceSettings, for some tokens only, or by label:
                                     trace_of_kind
-GaussianNoise, FixedNoise           what makes a corrupted run corrupted
+GaussianNoise, FixedNoise           what makes a corrupted run corrupted; SubjectSwap: another subject instead
+swap_pairs, SwapPair                facts with a partner whose subject can stand in their place
+METRICS, Readings                   what is read of the runs, beside the probability
 answers_at                          what the model says in the three runs of one cell: CellAnswers, a RunAnswers each
 BUCKETS, buckets                    where in a prompt a token stands
 claims, claims_at_fact              the paper's claims, put to the test over many facts; what one fact says of them
@@ -17,9 +19,11 @@ columns_of, restored_layers         which layers a column restores; READ_TOGETHE
 
 from rome_lab.tracing.averaging import BUCKETS, Traces, buckets
 from rome_lab.tracing.cell_answers import CellAnswers, RunAnswers, answers_at, restored_layers
-from rome_lab.tracing.corruption import FixedNoise, GaussianNoise
+from rome_lab.tracing.corruption import FixedNoise, GaussianNoise, SubjectSwap
 from rome_lab.tracing.many_facts import trace_facts
+from rome_lab.tracing.metrics import METRICS, Readings
 from rome_lab.tracing.one_fact import causal_trace, restore, trace_of_kind
+from rome_lab.tracing.pairs import SwapPair, swap_pairs
 from rome_lab.tracing.paper_claims import claims, claims_at_fact
 from rome_lab.tracing.readings import beside_paper, strongest, strongest_places, trace_random_weights
 from rome_lab.tracing.runs import Runs, TraceSettings, run_clean_and_corrupted

@@ -9,7 +9,7 @@ probabilities that the trace holds: another model, or one that has been edited s
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,8 +26,7 @@ from rome_lab.models import (
     suited_attention,
     text_bytes,
 )
-from rome_lab.tracing.corruption import GaussianNoise
-from rome_lab.tracing.one_fact import following
+from rome_lab.tracing.corruption import GaussianNoise, SubjectSwap
 from rome_lab.tracing.runs import Runs, TraceSettings, run_clean_and_corrupted
 from rome_lab.tracing.sweep import Column, columns_of
 from rome_lab.tracing.trace import Trace
@@ -82,6 +81,8 @@ def answers_at(lm: LanguageModel, trace: Trace, token: int, layer: int, n: int =
             be made again, since the trace was made with a `FixedNoise` or another corruption of one's own.
         MemoryError: the memory of the device does not suffice.
     """
+    if trace.token is not None:
+        raise ValueError("answers_at: it is for traces by token and layer; a trace of heads has no such cells.")
     n_tokens, n_layers = trace.p_restored.shape
     check_whole("answers_at", n=(n, 1), token=(token, 0), layer=(layer, 0))
     if token >= n_tokens or layer >= n_layers:
@@ -89,7 +90,8 @@ def answers_at(lm: LanguageModel, trace: Trace, token: int, layer: int, n: int =
             f"answers_at: there is no cell at token {token}, layer {layer}; the trace has {n_tokens} tokens and "
             f"{n_layers} layers, counted from 0."
         )
-    settings = TraceSettings(GaussianNoise(std=trace.noise_std), trace.samples, trace.window, trace.seed)
+    corruption = SubjectSwap(trace.swapped) if trace.swapped else GaussianNoise(std=trace.noise_std)
+    settings = TraceSettings(corruption, trace.samples, trace.window, trace.seed, direction=trace.direction)
     runs = same_answer(run_clean_and_corrupted(lm, same_prompt(lm, trace), None, settings), trace)
     column = columns_of(trace.kind, n_layers, trace.window)[layer]
     logits = [runs.recording.logits[:1], runs.recording.logits[1:], restored_logits(runs, trace, token, column)]
@@ -129,23 +131,23 @@ def same_answer(runs: Runs, trace: Trace) -> Runs:
     ids = [runs.answer_id, *lm.tokenizer(text, add_special_tokens=False)["input_ids"]]
     ids += continuation_ids(lm, runs.prompt.text, text)[:1] if text.strip() else []
     token = next((i for i in ids if lm.tokenizer.decode([i]) == text), runs.answer_id)
-    return following(runs, token)
+    return replace(runs, answer_id=token)
 
 
 def restored_logits(runs: Runs, trace: Trace, token: int, column: Column) -> torch.Tensor:
-    """(S, V): the corrupted runs from the restored layer on, with the clean values put in at one token."""
+    """(S, V): the runs restored into, from the restored layer on, with the other run's values put in at one token."""
     lm, recording = runs.lm, runs.recording
 
     def finish(rows: range) -> torch.Tensor:
-        samples = slice(rows.start + 1, rows.stop + 1)  # row 0 of the recording is the clean run
-        hidden = recording.states[column.depth][samples].clone()  # (R, T, D)
+        samples = slice(rows.start, rows.stop)
+        hidden = recording.states[column.depth][runs.base[samples]]  # (R, T, D)
         if trace.kind == "state":
-            hidden[:, token] = recording.states[column.depth][0, token]
+            hidden[:, token] = recording.states[column.depth][runs.source[samples], token]
         for layer in range(column.depth, lm.n_layers):
             with ExitStack() as hooks:
                 if trace.severed or trace.kind != "state" and layer <= column.last:
                     hooks.enter_context(module_held(runs, trace, token, layer, samples))
-                hidden = run_block(lm, layer, hidden.to(recording.states[layer].device), recording)
+                hidden = run_block(lm, layer, hidden.to(recording.states[layer].device), recording, runs.base[samples])
         return at_least_float32(lm.logits(hidden[:, -1]))
 
     together = Batching(lm, "answers_at", text_bytes(lm, len(runs.prompt.ids)))
@@ -158,11 +160,11 @@ def module_held(runs: Runs, trace: Trace, token: int, layer: int, samples: slice
     lm, recording = runs.lm, runs.recording
     is_mlp = (trace.severed or trace.kind) == "mlp"
     outputs = (recording.mlp if is_mlp else recording.attn)[layer]
-    value = outputs[samples, token] if trace.severed else outputs[0, token]  # (R, D) or (D,)
+    value = outputs[(runs.base if trace.severed else runs.source)[samples], token]  # (R, D)
 
     def hold(output: torch.Tensor) -> torch.Tensor:
         output = output.clone()
-        output.view(len(recording.states[0][samples]), -1, output.shape[-1])[:, token] = value
+        output.view(len(value), -1, output.shape[-1])[:, token] = value
         return output
 
     return output_changed(lm.mlp(layer) if is_mlp else lm.attn(layer), hold)

@@ -1,8 +1,9 @@
-"""What makes a corrupted run corrupted: noise added to the embeddings of the subject's tokens (B.1).
+"""What makes a corrupted run corrupted: noise on the embeddings of the subject's tokens (B.1), or another subject.
 
 Corruption         what a class must have to be one; add yours here, and its name to the front door
 GaussianNoise      the paper's: independent, of a multiple of sigma_t, which `embedding_std` measures
 FixedNoise         exactly the given noise
+SubjectSwap        another subject of as many tokens in the subject's place, instead of noise
 noise_key          which noise a fact gets
 """
 
@@ -12,13 +13,13 @@ import hashlib
 import json
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 
-from rome_lab.base import seed_from
-from rome_lab.facts import load_facts
+from rome_lab.base import check_text, seed_from
+from rome_lab.facts import Prompt, load_facts
 from rome_lab.models import LanguageModel
 
 
@@ -105,6 +106,64 @@ class FixedNoise:
 
     def describe(self, lm: LanguageModel) -> dict[str, object]:
         return {"fixed": hashlib.sha256(self.tensor.contiguous().numpy().tobytes()).hexdigest()}
+
+
+@dataclass(frozen=True)
+class SubjectSwap:
+    """Another subject of as many tokens in the place of the subject: symmetric token replacement.
+
+    Source: Zhang and Nanda 2024, arXiv 2309.16042. There is one corrupted run, the model's own run of the other prompt.
+
+    Attributes:
+        subject: the other subject.
+        object: what the model says of it, by which the logit difference is against it; None where it does not matter.
+    """
+
+    subject: str
+    object: str | None = None
+    samples: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        for name, value in (("subject", self.subject), ("object", self.object)):
+            if value is not None:
+                check_text(f"SubjectSwap: the {name}", value)
+                if not value.strip():
+                    raise ValueError(f"SubjectSwap: the {name} is empty; write it out.")
+
+    def swapped_ids(self, lm: LanguageModel, prompt: Prompt) -> torch.Tensor:
+        """(T,) the tokens of the prompt with the other subject in it.
+
+        Raises: ValueError: they are not as many, the others do not stay what they are, or nothing changes.
+        """
+        begin, end = prompt.subject_range
+        offsets = lm.tokenizer(prompt.text, return_offsets_mapping=True)["offset_mapping"]
+        place = prompt.text.index(prompt.subject, offsets[begin][0])
+        text = prompt.text[:place] + self.subject + prompt.text[place + len(prompt.subject) :]
+        ids = torch.tensor(lm.tokenizer(text)["input_ids"], device=lm.device)
+        lm.check_ids(ids.tolist())
+        tokens = len(ids) - len(prompt.ids) + end - begin
+        if len(ids) != len(prompt.ids):
+            raise ValueError(
+                f"SubjectSwap: {self.subject!r} makes {tokens} tokens in {text!r} and {prompt.subject!r} {end - begin}; "
+                "choose one of as many, such as swap_pairs(lm, facts) finds."
+            )
+        if not (torch.equal(ids[:begin], prompt.ids[:begin]) and torch.equal(ids[end:], prompt.ids[end:])):
+            raise ValueError(
+                f"SubjectSwap: {self.subject!r} changes other tokens of {prompt.text!r} than the subject's."
+            )
+        if torch.equal(ids, prompt.ids):
+            raise ValueError(f"SubjectSwap: {self.subject!r} is the subject itself; choose another one.")
+        return ids
+
+    def std(self, lm: LanguageModel) -> float:
+        """0: there is no noise."""
+        return 0.0
+
+    def measured(self, lm: LanguageModel) -> SubjectSwap:
+        return self
+
+    def describe(self, lm: LanguageModel) -> dict[str, object]:
+        return {"swap": self.subject}
 
 
 def noise_key(seed: int, prompt: str, subject_range: tuple[int, int]) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from rome_lab.base import Json, Record, Store, code_version, opened
@@ -16,9 +17,11 @@ from rome_lab.facts import Fact, read_prompt
 from rome_lab.models import LanguageModel, check_verified
 from rome_lab.tracing.averaging import Traces
 from rome_lab.tracing.corruption import Corruption
+from rome_lab.tracing.metrics import METRICS, Readings, check_metric
 from rome_lab.tracing.one_fact import trace_of_kind
+from rome_lab.tracing.pairs import SwapPair
 from rome_lab.tracing.runs import TraceSettings, UnknownFactError, run_clean_and_corrupted
-from rome_lab.tracing.trace import KINDS, Trace
+from rome_lab.tracing.trace import HEAD, KINDS, Trace
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -31,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 def trace_facts(
     lm: LanguageModel,
-    facts: Iterable[Fact],
+    facts: Iterable[Fact | SwapPair],
     kinds: Iterable[str] = ("state", "mlp", "attn"),
     store: Store | str | Path | None = None,
     progress: bool = True,
@@ -41,6 +44,8 @@ def trace_facts(
     window: int = 10,
     seed: int = 0,
     max_rows: int | None = None,
+    metric: str = "probability",
+    direction: str = "denoise",
     client: Client | None = None,
     each: Callable[[Trace], object] | None = None,
 ) -> Traces:
@@ -49,10 +54,12 @@ def trace_facts(
     The severed kinds are traced at the last subject token only, which is what Figure 3 shows.
 
     Args:
-        kinds: labels of `KINDS`: "state", "mlp", "attn", "severed-mlp", "severed-attn".
+        facts: facts, or pairs that `swap_pairs` finds. In a pair the partner's object is the foil of the logit difference,
+            and where no other corruption is given, the partner's subject stands in the corrupted run.
+        kinds: "state", "mlp", "attn", "severed-mlp", "severed-attn", "head".
         store: folder of results; written after every fact, so that an interrupted run goes on where it was.
         progress: show a bar over the facts.
-        corruption, samples, window, seed, max_rows: as in `causal_trace`.
+        corruption, samples, window, seed, max_rows, metric, direction: as in `causal_trace`; the store keeps all metrics.
         client: of a Dask cluster, whose workers trace what the store does not hold; see `rome_lab.models.workers`.
         each: called with every trace as soon as it is there, those of the store among them.
 
@@ -64,8 +71,8 @@ def trace_facts(
         RuntimeError: the cluster has failed, and what was finished is in the store; or the store loses what it is given.
     """
     kinds, facts = tuple(kinds), list(dict.fromkeys(facts))
-    if others := set(kinds) - set(KINDS):
-        raise ValueError(f"trace_facts: unknown kinds {sorted(others)}; choose from {', '.join(KINDS)}.")
+    if others := set(kinds) - {*KINDS, HEAD}:
+        raise ValueError(f"trace_facts: unknown kinds {sorted(others)}; choose from {', '.join((*KINDS, HEAD))}.")
     if twice := sorted({kind for kind in kinds if kinds.count(kind) > 1}):
         raise ValueError(f"trace_facts: the kinds {twice} are given more than once; name each once.")
     if not facts:
@@ -74,16 +81,19 @@ def trace_facts(
     if store:
         store.check_writable()
     check_verified(lm, "trace_facts")
-    settings = TraceSettings(corruption, samples, window, seed, max_rows)
+    settings = TraceSettings(corruption, samples, window, seed, max_rows, direction)
     settings = replace(settings, corruption=settings.corruption.measured(lm))
-    unknown: dict[Fact, str] = {}
+    pairs = [x for x in facts if isinstance(x, SwapPair)]
+    check_metric("trace_facts", metric, settings.foil or (pairs if len(pairs) == len(facts) else None))
+    plan = TracePlan(kinds, settings, corruption is None, metric)
+    unknown: dict[Fact | SwapPair, str] = {}
     if client is None:
-        plan = TracePlan(kinds, settings, corruption_inputs(lm, settings) | lm.identity().key() if store else {})
+        plan = replace(plan, common=lm.identity().key() if store else {})
     else:
         from rome_lab.models import Workers  # needs dask.distributed, which is an optional extra
 
         workers = Workers(client, lm, store)
-        plan, store = TracePlan(kinds, settings, corruption_inputs(lm, settings) | workers.key), workers.store
+        plan, store = replace(plan, common=workers.key), workers.store
         unknown = trace_on_workers(workers, facts, plan, progress)
     traces = []
     for fact in tqdm(facts, desc="tracing", unit="fact", disable=not progress or client is not None):
@@ -101,27 +111,34 @@ def trace_facts(
     return Traces(traces)
 
 
-def corruption_inputs(lm: LanguageModel, settings: TraceSettings) -> dict[str, Json]:
-    """The corruption as a part of the inputs of a stored trace."""
-    return {"corruption": settings.corruption.describe(lm)}
-
-
 @dataclass(frozen=True)
 class TracePlan:
     """What is traced of every fact.
 
     Attributes:
-        kinds: labels of `KINDS`.
-        common: what the store's inputs of all traces have in common: the model, and the corruption; of no use without one.
+        kinds: labels of `KINDS`, or "head".
+        swaps: whether the partner of a pair stands in its corrupted run.
+        metric: what the effects are in; all are stored.
+        common: what the store's inputs of all traces have in common: the model; of no use without one.
     """
 
     kinds: tuple[str, ...]
     settings: TraceSettings
-    common: Mapping[str, Json]
+    swaps: bool
+    metric: str
+    common: Mapping[str, Json] = field(default_factory=dict)
 
-    def inputs(self, lm: LanguageModel, fact: Fact) -> dict[str, dict[str, Json]]:
+    def settings_for(self, fact: Fact | SwapPair) -> TraceSettings:
+        """The settings, with what the partner of a pair brings."""
+        if isinstance(fact, Fact):
+            return self.settings
+        swap = {"corruption": fact.swap} if self.swaps else {}
+        return replace(self.settings, **swap, foil=self.settings.foil or fact.partner.object)
+
+    def inputs(self, lm: LanguageModel, fact: Fact | SwapPair) -> dict[str, dict[str, Json]]:
         """Label -> everything that determines this trace of the fact."""
-        prompt, settings = read_prompt(lm, fact), self.settings
+        settings, fact = self.settings_for(fact), fact_in(fact)
+        prompt = read_prompt(lm, fact)
         of_fact = {
             **self.common,
             "what": "trace",
@@ -131,18 +148,24 @@ class TracePlan:
             "object": fact.object,
             "ids": prompt.ids.tolist(),
             "subject_range": list(prompt.subject_range),
+            "corruption": settings.corruption.describe(lm),
             "samples": settings.samples,
             "seed": settings.seed,
+            "direction": settings.direction,
+            "foil": settings.foil,
         }
-        return {
-            label: of_fact | {"kind": kind, "severed": severed, "window": None if kind == "state" else settings.window}
-            for label, (kind, severed) in ((label, KINDS[label]) for label in self.kinds)
-        }
+        windows = {"mlp": settings.window, "attn": settings.window}
+        return {label: of_fact | {"label": label, "window": windows.get(label)} for label in self.kinds}
+
+
+def fact_in(fact: Fact | SwapPair) -> Fact:
+    """The fact itself, or that of a pair."""
+    return fact if isinstance(fact, Fact) else fact.fact
 
 
 def trace_fact(
     lm: LanguageModel,
-    fact: Fact,
+    fact: Fact | SwapPair,
     store: Store | None,
     plan: TracePlan,
     each: Callable[[Trace], object] | None = None,
@@ -153,21 +176,24 @@ def trace_fact(
     for label in plan.kinds:
         record = store.load(inputs[label]) if store else None
         if record is None:
-            runs = runs or run_clean_and_corrupted(lm, fact, None, plan.settings)
-            traces.append(trace_of_kind(runs, label))
+            runs = runs or run_clean_and_corrupted(lm, fact_in(fact), None, plan.settings_for(fact))
+            trace = trace_of_kind(runs, label)
             if store:
-                store.save(inputs[label], *trace_record(traces[-1]))
+                store.save(inputs[label], *trace_record(trace))
         else:
-            traces.append(trace_from_record(record))
+            trace = trace_from_record(record)
+        traces.append(trace.by(plan.metric))
         if each:
             each(traces[-1])
     return traces
 
 
-def trace_on_workers(workers: Workers, facts: Sequence[Fact], plan: TracePlan, progress: bool) -> dict[Fact, str]:
+def trace_on_workers(
+    workers: Workers, facts: Sequence[Fact | SwapPair], plan: TracePlan, progress: bool
+) -> dict[Fact | SwapPair, str]:
     """Have the workers trace what the store does not hold; returns the facts that the model does not know, and why."""
 
-    def missing(fact: Fact, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    def missing(fact: Fact | SwapPair, kinds: tuple[str, ...]) -> tuple[str, ...]:
         inputs = replace(plan, kinds=kinds).inputs(workers.lm, fact)
         return tuple(label for label in kinds if workers.store.load(inputs[label]) is None)
 
@@ -178,13 +204,15 @@ def trace_on_workers(workers: Workers, facts: Sequence[Fact], plan: TracePlan, p
     for (fact, kinds), reason in zip(tasks, reasons, strict=True):
         if not reason and missing(fact, kinds):
             raise RuntimeError(
-                f"trace_facts: the workers have traced {fact.prompt!r}, and it was written to {workers.store.folder}, but "
-                "is not there; see that nothing removes or alters files in the store, and call again."
+                f"trace_facts: the workers have traced {fact_in(fact).prompt!r}, and it was written to "
+                f"{workers.store.folder}, but is not there; see that nothing alters files in the store, and call again."
             )
     return {fact: reason for (fact, _), reason in zip(tasks, reasons, strict=True) if reason}
 
 
-def trace_there(lm: LanguageModel, task: tuple[Fact, tuple[str, ...]], store: Store, plan: TracePlan) -> str | None:
+def trace_there(
+    lm: LanguageModel, task: tuple[Fact | SwapPair, tuple[str, ...]], store: Store, plan: TracePlan
+) -> str | None:
     """On a worker: trace some kinds of one fact into the store; returns why the model does not know it, or None."""
     fact, kinds = task
     try:
@@ -194,14 +222,23 @@ def trace_there(lm: LanguageModel, task: tuple[Fact, tuple[str, ...]], store: St
     return None
 
 
-def trace_record(trace: Trace) -> tuple[dict, dict[str, Json]]:
+def trace_record(trace: Trace) -> tuple[dict[str, np.ndarray], dict[str, Json]]:
     """A trace as arrays and JSON."""
-    meta = {name: value for name, value in asdict(trace).items() if name != "p_restored"}
-    return {"p_restored": trace.p_restored}, meta
+    readings = {"probability": trace.read("probability"), **trace.further}
+    arrays = {f"{part}_{name}": getattr(x, part) for name, x in readings.items() for part in ("restored", "variance")}
+    meta = asdict(replace(trace, metric="probability", further={}))
+    meta |= {name: {"clean": x.clean, "corrupted": x.corrupted} for name, x in trace.further.items()}
+    return arrays, {name: value for name, value in meta.items() if name not in ("p_restored", "p_variance", "further")}
 
 
 def trace_from_record(record: Record) -> Trace:
     """The trace that `trace_record` took apart."""
-    meta = dict(record.meta)
+    meta, arrays = dict(record.meta), record.arrays
+    further = {
+        name: Readings(**meta.pop(name), restored=arrays[f"restored_{name}"], variance=arrays[f"variance_{name}"])
+        for name in METRICS
+        if name in meta
+    }
     meta |= {"tokens": tuple(meta["tokens"]), "subject_range": tuple(meta["subject_range"])}
-    return Trace(p_restored=record.arrays["p_restored"], **meta)
+    of_p = {"p_restored": arrays["restored_probability"], "p_variance": arrays["variance_probability"]}
+    return Trace(**of_p, **meta, further=further)

@@ -5,13 +5,13 @@ The runs are those of `rome_lab.tracing.runs`; each token is swept by `rome_lab.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from rome_lab.facts import Fact, continuation_ids
+from rome_lab.facts import Fact
 from rome_lab.models import (
     LanguageModel,
     check_verified,
@@ -20,10 +20,11 @@ from rome_lab.models import (
     suited_attention,
     suited_products,
 )
-from rome_lab.tracing.corruption import Corruption
-from rome_lab.tracing.runs import Runs, TraceSettings, probability, run_clean_and_corrupted
+from rome_lab.tracing.corruption import Corruption, SubjectSwap
+from rome_lab.tracing.metrics import Readings, check_metric
+from rome_lab.tracing.runs import Runs, TraceSettings, run_clean_and_corrupted
 from rome_lab.tracing.sweep import Sweep, columns_of
-from rome_lab.tracing.trace import KINDS, Trace
+from rome_lab.tracing.trace import HEAD, KINDS, Trace
 
 
 def causal_trace(
@@ -36,9 +37,13 @@ def causal_trace(
     window: int = 10,
     seed: int = 0,
     *,
+    metric: str = "probability",
+    direction: str = "denoise",
     severed: str | None = None,
+    token: int | None = None,
     max_rows: int | None = None,
     answer: str | None = None,
+    foil: str | None = None,
     callback: Callable[[Trace], None] | None = None,
     despite_verdict: bool = False,
 ) -> Trace:
@@ -50,46 +55,50 @@ def causal_trace(
         prompt: the beginning of a sentence, whose most probable next token is the answer o; or a Fact that `lm` knows,
             whose answer is the first token of its object.
         subject: the part of the prompt to corrupt; a Fact brings its own.
-        kind: what to restore: "state" (one block output), "mlp" or "attn" (`window` layers of module outputs).
-        corruption: `GaussianNoise()`, 3 sigma_t, by default.
-        samples, window, seed: see `TraceSettings`.
+        kind: what to restore: "state" (one block output), "mlp" or "attn" (`window` layers of module outputs), or "head"
+            (one head's part of one attention's output, at one token: its slice of what the attention's last matrix is
+            given).
+        corruption: `GaussianNoise()`, 3 sigma_t, by default; or `SubjectSwap(subject, object)`.
+        samples, window, seed, direction, foil: see `TraceSettings`; a swap has one sample.
+        metric: of `METRICS`, what `effect` is in; all that are defined are read and kept.
         severed: "mlp" or "attn" holds that module's outputs at the restored token, above the restored layer, at
-            their values in the same corrupted run (Figure 3). In models whose MLP stands beside the attention both
-            read the restored state directly, so that severing one leaves the other's reading intact.
+            their values in the same corrupted run (Figure 3), or clean run where the direction is "noise". In models whose
+            MLP stands beside the attention both read the restored state directly, so that severing one leaves the other's
+            reading intact.
+        token: where heads are restored, the last one by default.
         max_rows: most texts in one call of a block; by default as many as fit in the free memory. Where memory runs
             out all the same, the batch is halved. What blocks hand on, up to L * S texts, is kept whole.
+        answer: what the answer is, instead of what the model says.
         despite_verdict: trace a model that `rl.verify` found to come out wrong.
 
-    Returns: a Trace; `p_restored` is (T, L).
+    Returns: a Trace; `p_restored` and `effect` are (T, L), or (L, heads).
 
     In bfloat16 and float16 the probabilities are off by as much as `load_model` says.
 
     Raises:
         ValueError: bad arguments; the subject is not in the prompt; the prompt is too long; the model does not know
-            the Fact; the model's weights hold NaN.
+            the Fact; the model's weights hold NaN; another subject of other length; a foil that begins as the answer does,
+            or a logit difference without one; a model whose heads cannot be told apart.
         MemoryError: the memory of the device does not suffice for a single text, or for what is kept whole.
     """
-    if (kind, severed) not in KINDS.values():
+    if (kind, severed) not in (*KINDS.values(), (HEAD, None)):
         raise ValueError(
-            f"causal_trace: kind={kind!r} with severed={severed!r} is not defined; expected kind 'state', 'mlp' or "
-            "'attn', and severed 'mlp' or 'attn' only with kind 'state'."
+            f"causal_trace: kind={kind!r} with severed={severed!r} is not defined; expected kind 'state', 'mlp', "
+            "'attn' or 'head', and severed 'mlp' or 'attn' only with kind 'state'."
         )
+    if token is not None and kind != HEAD:
+        raise ValueError(f"causal_trace: a token is chosen for heads only; kind {kind!r} restores every token.")
     if not despite_verdict:
         check_verified(lm, "causal_trace")
-    runs = run_clean_and_corrupted(lm, prompt, subject, TraceSettings(corruption, samples, window, seed, max_rows))
-    if answer is not None:
-        runs = following(runs, continuation_ids(lm, runs.prompt.text, answer)[0])
-    return restore(runs, kind, severed, callback=callback)
-
-
-def following(runs: Runs, token: int) -> Runs:
-    """The same runs, but the probability that is followed is that of another token."""
-    return replace(runs, answer_id=token, p=probability(runs.recording.logits, token))
+    settings = TraceSettings(corruption, samples, window, seed, max_rows, direction, foil)
+    check_metric("causal_trace", metric, settings.foil)
+    runs = run_clean_and_corrupted(lm, prompt, subject, settings, answer)
+    return restore(runs, kind, severed, None if token is None else [token], callback).by(metric)
 
 
 def trace_of_kind(runs: Runs, label: str) -> Trace:
-    """The trace of one of `KINDS` that `trace_facts` keeps: severed ones at the last subject token only (Figure 3)."""
-    kind, severed = KINDS[label]
+    """The trace of a label that `trace_facts` keeps: severed ones at the last subject token only (Figure 3)."""
+    kind, severed = KINDS.get(label, (label, None))
     return restore(runs, kind, severed, [runs.prompt.subject_range[1] - 1] if severed else None)
 
 
@@ -99,13 +108,29 @@ def restore(
     runs: Runs,
     kind: str,
     severed: str | None = None,
-    tokens: Collection[int] | None = None,
+    tokens: Sequence[int] | None = None,
     callback: Callable[[Trace], None] | None = None,
 ) -> Trace:
-    """The restored runs of all layers at `tokens`, all tokens by default; the rows of other tokens are NaN."""
+    """The restored runs of all layers at `tokens`, all tokens by default; the rows of other tokens are NaN.
+
+    Heads are restored at one token, by default the last.
+    """
     lm, prompt, settings = runs.lm, runs.prompt, runs.settings
     begin, end = prompt.subject_range
-    columns = columns_of(kind, lm.n_layers, settings.window)
+    heads = heads_of(runs) if kind == HEAD else 0
+    columns = columns_of(kind, lm.n_layers, settings.window, heads)
+    if tokens is None:
+        tokens = [len(prompt.ids) - 1] if heads else range(len(prompt.ids))
+    if outside := [token for token in tokens if not 0 <= token < len(prompt.ids)]:
+        raise ValueError(
+            f"causal_trace: there is no token {outside[0]}; the prompt has {len(prompt.ids)}, counted from 0."
+        )
+    shape = (lm.n_layers, heads) if heads else (len(prompt.ids), lm.n_layers)
+    readings = {
+        metric: Readings(float(p[0]), float(p[1:].mean()), np.full(shape, np.nan), np.full(shape, np.nan))
+        for metric, p in runs.metrics.items()
+    }
+    of_p = readings.pop("probability")
     trace = Trace(
         kind=kind,
         severed=severed,
@@ -114,19 +139,57 @@ def restore(
         answer=lm.tokenizer.decode([runs.answer_id]),
         tokens=prompt.tokens(lm),
         subject_range=(begin, end),
-        p_clean=float(runs.p[0]),
-        p_corrupted=float(runs.p[1:].mean()),
-        p_restored=np.full((len(prompt.ids), lm.n_layers), np.nan),
+        p_clean=of_p.clean,
+        p_corrupted=of_p.corrupted,
+        p_restored=of_p.restored,
         noise_std=runs.noise_std,
         samples=settings.samples,
         window=settings.window,
         seed=settings.seed,
+        direction=settings.direction,
+        foil=None if runs.foil_id is None else lm.tokenizer.decode([runs.foil_id]),
+        swapped=settings.corruption.subject if isinstance(settings.corruption, SubjectSwap) else None,
+        token=tokens[0] if heads else None,
+        p_variance=of_p.variance,
+        further=readings,
     )
     with suited_attention(lm), suited_products(lm.device), freed_memory_kept():
-        for token in range(len(prompt.ids)) if tokens is None else tokens:
+        for token in tokens:
             # Restoring a token left of the subject restores what never changed.
-            swept = Sweep(runs, token, kind, severed, columns)
-            trace.p_restored[token] = trace.p_corrupted if token < begin else swept.p_restored()
+            swept = Sweep(runs, token, kind, severed, columns).metrics() if token >= begin else None
+            for metric in runs.metrics:
+                part = trace.read(metric)
+                at_base = runs.metrics[metric][runs.base.numpy()]  # (S,)
+                place = ... if heads else token
+                values = np.full((len(columns), settings.samples), at_base) if swept is None else swept[metric]
+                mean = (
+                    np.full(len(columns), replace(trace, metric=metric).base) if swept is None else values.mean(axis=1)
+                )
+                part.restored[place] = mean.reshape(part.restored[place].shape)
+                if settings.samples > 1:
+                    spread = (values - at_base).var(axis=1, ddof=1)
+                    part.variance[place] = spread.reshape(part.variance[place].shape)
             if callback:
-                callback(replace(trace, p_restored=trace.p_restored.copy()))
+                callback(copy_of(trace))
     return trace
+
+
+def copy_of(trace: Trace) -> Trace:
+    """The trace as it is now, while more is being restored."""
+    further = {x: replace(y, restored=y.restored.copy(), variance=y.variance.copy()) for x, y in trace.further.items()}
+    arrays = {name: getattr(trace, name).copy() for name in ("p_restored", "p_variance")}
+    return replace(trace, **arrays, further=further)
+
+
+def heads_of(runs: Runs) -> int:
+    """Number of heads of each layer.
+
+    Raises: ValueError: they cannot be told apart, or are not as many in every layer.
+    """
+    numbers = {x.shape[2] for x in runs.recording.heads}
+    if len(numbers) != 1:
+        raise ValueError(
+            f"causal_trace: the heads of {runs.lm.name} cannot be told apart: what its attention's last matrix is given "
+            "is not one head's values after the other's, in as many heads in every layer; restore kind 'attn' instead."
+        )
+    return numbers.pop()

@@ -8,12 +8,13 @@ UnknownFactError                   the model does not complete the fact's prompt
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from rome_lab.base import OneLine, check_whole
-from rome_lab.facts import Fact, Prompt, object_token, read_prompt
+from rome_lab.facts import Fact, Prompt, continuation_ids, object_token, read_prompt
 from rome_lab.models import (
     Batching,
     LanguageModel,
@@ -27,12 +28,9 @@ from rome_lab.models import (
     suited_products,
     text_bytes,
 )
-from rome_lab.tracing.corruption import Corruption, FixedNoise, GaussianNoise, noise_key
-
-
-def probability(logits: torch.Tensor, token_id: int) -> np.ndarray:
-    """(...) float64: softmax over the last axis of `logits`, at one token."""
-    return (logits[..., token_id] - logits.logsumexp(-1)).exp().cpu().double().numpy()
+from rome_lab.tracing.corruption import Corruption, FixedNoise, GaussianNoise, SubjectSwap, noise_key
+from rome_lab.tracing.metrics import read_metrics
+from rome_lab.tracing.trace import DIRECTIONS
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,8 @@ class TraceSettings:
         window: length of the runs of layers that "mlp" and "attn" restore: 10 is [l - 4, l + 5].
         seed: of the noise, together with the prompt.
         max_rows: most texts in one call of a block; as many as fit in the free memory by default.
+        direction: "denoise" restores clean values into the corrupted runs, "noise" corrupted ones into the clean run.
+        foil: what the logit difference is against; the other subject's object where the corruption is a `SubjectSwap`.
     """
 
     corruption: Corruption | None = None
@@ -52,14 +52,20 @@ class TraceSettings:
     window: int = 10
     seed: int = 0
     max_rows: int | None = None
+    direction: str = "denoise"
+    foil: str | None = None
 
     def __post_init__(self) -> None:
         limits = {} if self.max_rows is None else {"max_rows": (self.max_rows, 1)}
         check_whole("causal_trace", samples=(self.samples, 1), window=(self.window, 1), **limits)
         if self.corruption is None:
             object.__setattr__(self, "corruption", GaussianNoise())
-        if isinstance(self.corruption, FixedNoise):
+        if self.direction not in DIRECTIONS:
+            raise ValueError(f"causal_trace: direction is {self.direction!r}; expected 'denoise' or 'noise'.")
+        if isinstance(self.corruption, FixedNoise | SubjectSwap):
             object.__setattr__(self, "samples", self.corruption.samples)
+        if isinstance(self.corruption, SubjectSwap) and self.foil is None:
+            object.__setattr__(self, "foil", self.corruption.object)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -68,8 +74,8 @@ class Runs(OneLine):
 
     Attributes:
         recording: of 1 + S rows; row 0 is the clean run, the others are the corrupted runs.
-        answer_id: the token whose probability is followed.
-        p: (1 + S,) its probability in each row.
+        answer_id: the token that is followed.
+        foil_id: the token that the logit difference is against, where there is one.
         noise_std: nu.
     """
 
@@ -78,8 +84,25 @@ class Runs(OneLine):
     settings: TraceSettings
     recording: Recording
     answer_id: int
-    p: np.ndarray
+    foil_id: int | None
     noise_std: float
+
+    @cached_property
+    def metrics(self) -> dict[str, np.ndarray]:
+        """Metric -> (1 + S,), read in each row."""
+        return read_metrics(self.recording.logits, self.answer_id, self.foil_id)
+
+    @property
+    def base(self) -> torch.Tensor:
+        """(S,) the row that each sample restores into."""
+        rows = torch.arange(1, 1 + self.settings.samples)
+        return torch.zeros_like(rows) if self.settings.direction == "noise" else rows
+
+    @property
+    def source(self) -> torch.Tensor:
+        """(S,) the row that what is restored comes from."""
+        rows = torch.arange(1, 1 + self.settings.samples)
+        return rows if self.settings.direction == "noise" else torch.zeros_like(rows)
 
 
 class UnknownFactError(ValueError):
@@ -88,34 +111,64 @@ class UnknownFactError(ValueError):
 
 @enough_room("causal_trace")
 def run_clean_and_corrupted(
-    lm: LanguageModel, prompt: str | Fact | Prompt, subject: str | None, settings: TraceSettings
+    lm: LanguageModel,
+    prompt: str | Fact | Prompt,
+    subject: str | None,
+    settings: TraceSettings,
+    answer: str | None = None,
 ) -> Runs:
-    """Record the clean run and the S corrupted runs, together where they fit."""
+    """Record the clean run and the S corrupted runs, together where they fit.
+
+    Args: answer: what to follow, whatever the model says; by default what it says, which has to be a Fact's object.
+
+    Raises: see `rome_lab.causal_trace`.
+    """
     read = prompt if isinstance(prompt, Prompt) else read_prompt(lm, prompt, subject)
     begin, end = read.subject_range
     settings = replace(settings, corruption=settings.corruption.measured(lm))
-    shape = (settings.samples, end - begin, lm.embedding.weight.shape[1])
-    noise = settings.corruption.noise(lm, shape, noise_key(settings.seed, read.text, read.subject_range))
-    noise = torch.cat([torch.zeros_like(noise[:1]), noise])  # (1 + S, subject tokens, D)
+    ids = read.ids.expand(1 + settings.samples, -1)
+    if isinstance(settings.corruption, SubjectSwap):
+        ids, noise = torch.stack([read.ids, settings.corruption.swapped_ids(lm, read)]), None
+    else:
+        shape = (settings.samples, end - begin, lm.embedding.weight.shape[1])
+        noise = settings.corruption.noise(lm, shape, noise_key(settings.seed, read.text, read.subject_range))
+        noise = torch.cat([torch.zeros_like(noise[:1]), noise])  # (1 + S, subject tokens, D)
 
     def record_part(rows: range) -> Recording:
-        def corrupt(embedded: torch.Tensor) -> torch.Tensor:
+        def corrupt(embedded: torch.Tensor) -> torch.Tensor | None:
+            if noise is None:
+                return None
             embedded = embedded.clone()
             embedded[:, begin:end] += noise[rows.start : rows.stop].to(embedded)
             return embedded
 
-        return record_run(lm, read.ids.expand(len(rows), -1), corrupt)
+        return record_run(lm, ids[rows.start : rows.stop], corrupt)
 
     together = Batching(lm, "causal_trace", text_bytes(lm, len(read.ids)), settings.max_rows)
     with suited_attention(lm), suited_products(lm.device), freed_memory_kept():
-        recording = joined(list(together.over(range(len(noise)), record_part)))
+        recording = joined(list(together.over(range(len(ids)), record_part)))
     lm.check_finite(recording.logits, "causal_trace")
     with suited_attention(lm):
         check_recording(lm, recording, "causal_trace")
-    answer_id = known_answer(lm, prompt, recording.logits[0]) if isinstance(prompt, Fact) else None
-    answer_id = int(recording.logits[0].argmax()) if answer_id is None else answer_id
-    p = probability(recording.logits, answer_id)
-    return Runs(lm, read, settings, recording, answer_id, p, settings.corruption.std(lm))
+    if answer is not None:
+        answer_id = continuation_ids(lm, read.text, answer)[0]
+    elif isinstance(prompt, Fact):
+        answer_id = known_answer(lm, prompt, recording.logits[0])
+    else:
+        answer_id = int(recording.logits[0].argmax())
+    foil_id = None if settings.foil is None else foil_token(lm, read.text, settings.foil, answer_id)
+    return Runs(lm, read, settings, recording, answer_id, foil_id, settings.corruption.std(lm))
+
+
+def foil_token(lm: LanguageModel, prompt: str, foil: str, answer_id: int) -> int:
+    """The first token of a foil; a ValueError where it is the answer's own."""
+    foil_id = continuation_ids(lm, prompt, foil)[0]
+    if foil_id == answer_id:
+        raise ValueError(
+            f"causal_trace: the foil {foil!r} begins with the same token as the answer, "
+            f"{lm.tokenizer.decode([answer_id])!r}, so that their logits cannot differ; give another foil."
+        )
+    return foil_id
 
 
 def known_answer(lm: LanguageModel, fact: Fact, logits: torch.Tensor) -> int:

@@ -10,7 +10,6 @@ the arithmetic that is left out would give what is kept, or what nobody reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -18,8 +17,17 @@ from functools import cached_property, partial
 import numpy as np
 import torch
 
-from rome_lab.models import Batching, at_least_float32, last_token_only, output_changed, run_block, text_bytes
-from rome_lab.tracing.runs import Runs, probability
+from rome_lab.models import (
+    Batching,
+    at_least_float32,
+    input_changed,
+    last_token_only,
+    output_changed,
+    run_block,
+    text_bytes,
+)
+from rome_lab.tracing.metrics import read_metrics
+from rome_lab.tracing.runs import Runs
 
 READ_TOGETHER = 80  # texts whose logits are made at once: those of more do not stay in a processor's cache
 
@@ -30,12 +38,14 @@ class Column:
 
     Attributes:
         trunk: another column that begins at the same layer and ends later, if there is one: both are one run up to `last`.
+        heads: which heads are restored, where heads are.
     """
 
     depth: int
     first: int
     last: int
     trunk: int | None = None
+    heads: tuple[int, ...] = ()
 
     @property
     def joins(self) -> int:
@@ -43,8 +53,10 @@ class Column:
         return self.depth if self.trunk is None else self.last + 1
 
 
-def columns_of(kind: str, n_layers: int, window: int) -> list[Column]:
-    """The L columns of one kind, by layer."""
+def columns_of(kind: str, n_layers: int, window: int, heads: int = 0) -> list[Column]:
+    """The L columns of one kind, by layer; of kind "head" there is one for each head, by layer and head."""
+    if kind == "head":
+        return [Column(x, x, x, heads=(head,)) for x in range(n_layers) for head in range(heads)]
     if kind == "state":
         return [Column(layer + 1, layer, layer) for layer in range(n_layers)]
     # Differs: the authors' published code restores [l - 5, l + 4]; this is the paper's [l - 4, l + 5] (B.2).
@@ -79,12 +91,12 @@ class Sweep:
 
     @property
     def stays_clean(self) -> bool:
-        """Whether all that follows at the restored token is as in the clean run: nothing left of it is corrupted."""
+        """Whether all that follows at the restored token is as in the run it comes from: nothing left of it differs."""
         begin, length = self.runs.prompt.subject_range[0], len(self.runs.prompt.ids)
         return self.kind == "state" and not self.severed and self.token == begin and begin + 1 < length
 
-    def p_restored(self) -> np.ndarray:
-        """(L,) mean over the samples of the answer's probability."""
+    def metrics(self) -> dict[str, np.ndarray]:
+        """Metric -> (columns, S), see `read_metrics`."""
         runs, samples = self.runs, self.runs.settings.samples
         together = Batching(runs.lm, "causal_trace", text_bytes(runs.lm, len(runs.prompt.ids)), runs.settings.max_rows)
         first = self.token + self.stays_clean
@@ -99,53 +111,78 @@ class Sweep:
             for column in (self.columns[place] for place in self.order if self.columns[place].joins == depth):
                 trunk = None if column.trunk is None else begin[column.trunk]
                 texts[joined : joined + samples] = (
-                    states[1:, first:] if trunk is None else texts[trunk : trunk + samples]
+                    states[runs.base, first:] if trunk is None else texts[trunk : trunk + samples]
                 )
                 if self.kind == "state" and not self.stays_clean:
-                    texts[joined : joined + samples, 0] = states[0, self.token]
+                    texts[joined : joined + samples, 0] = states[runs.source, self.token]
                 joined += samples
             if depth < runs.lm.n_layers:
                 together.each(range(joined), partial(self.go_through, depth, texts))
         few = replace(together, most=min(READ_TOGETHER, together.most or READ_TOGETHER))
         parts = few.over(texts[:, -1], lambda last: at_least_float32(runs.lm.logits(last)))
-        p = np.concatenate([probability(logits, runs.answer_id) for logits in parts])
-        means = np.empty(len(self.columns))
-        means[self.order] = p.reshape(-1, samples).mean(axis=1)
-        return means
+        parts = [read_metrics(logits, runs.answer_id, runs.foil_id) for logits in parts]
+        metrics = {}
+        for name in parts[0]:
+            metrics[name] = np.empty((len(self.columns), samples))
+            metrics[name][self.order] = np.concatenate([part[name] for part in parts]).reshape(-1, samples)
+        return metrics
 
     def go_through(self, layer: int, texts: torch.Tensor, rows: range) -> None:
         """Put what block `layer` makes of some rows of the texts, (C * S, N, D), in their place."""
         lm, part = self.runs.lm, slice(rows.start, rows.stop)
-        continued = 1 + torch.arange(rows.start, rows.stop, device=texts.device) % self.runs.settings.samples
-        if self.stays_clean:
-            continued = torch.zeros_like(continued)  # the row of the clean run
+        sample = torch.arange(rows.start, rows.stop) % self.runs.settings.samples
+        continued = (self.runs.source if self.stays_clean else self.runs.base)[sample].to(texts.device)
         with ExitStack() as hooks:
             if layer == lm.n_layers - 1 and texts.shape[1] > 1:
                 # Nothing reads the other tokens, what is held at the restored one among them.
                 hooks.enter_context(last_token_only(lm.feed_forward(layer)))
             else:
-                for module, change in self.held_outputs(layer, rows, continued):
-                    hooks.enter_context(output_changed(module, change))
+                self.hold(layer, rows, sample, hooks)
             texts[part] = run_block(lm, layer, texts[part], self.runs.recording, continued)
 
-    def held_outputs(
-        self, layer: int, rows: range, continued: torch.Tensor
-    ) -> list[tuple[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]]:
-        """Modules of `layer` whose output at the token is held, each with the change that holds it."""
+    def hold(self, layer: int, rows: range, sample: torch.Tensor, hooks: ExitStack) -> None:
+        """Have modules of `layer` hold, in some rows, what they said or were given at the token in another run."""
         name = self.severed or self.kind
-        if name == "state":
-            return []
         columns = [self.columns[self.order[row // self.runs.settings.samples]] for row in rows]
         held = [i for i, column in enumerate(columns) if self.severed or column.first <= layer <= column.last]
-        if not held:
-            return []
+        if name == "state" or not held:
+            return
         lm, recording = self.runs.lm, self.runs.recording
+        # Severed: each sample's own value. Restored: that of the run which is restored from.
+        run = (self.runs.base if self.severed else self.runs.source)[sample[held]]
+        if name == "head":
+            value = recording.heads[layer][run.to(recording.heads[layer].device), self.token]  # (R, heads, D_head)
+            of_head = torch.zeros(len(held), value.shape[1], dtype=torch.bool)
+            for row, i in enumerate(held):
+                of_head[row, list(columns[i].heads)] = True
+            hooks.enter_context(input_changed(lm.heads_out[layer], Held(len(rows), held, value, of_head)))
+            return
         outputs = (recording.mlp if name == "mlp" else recording.attn)[layer]
-        # Severed: each sample's own corrupted value (R, D). Restored: the clean value (D,).
-        value = outputs[continued.to(outputs.device), self.token] if self.severed else outputs[0, self.token]
+        module = lm.mlp(layer) if name == "mlp" else lm.attn(layer)
+        hooks.enter_context(output_changed(module, Held(len(rows), held, outputs[run.to(outputs.device), self.token])))
 
-        def hold(output: torch.Tensor) -> torch.Tensor:
-            output.view(len(rows), -1, output.shape[-1])[held, 0] = value
-            return output
 
-        return [(lm.mlp(layer) if name == "mlp" else lm.attn(layer), hold)]
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A change of a tensor for `rows` texts of N tokens: the first token of some texts is given a value.
+
+    Attributes:
+        held: (R,) places of those texts.
+        value: (R, D); or, of heads, (R, heads, D_head).
+        of_head: (R, heads) which heads are given it.
+    """
+
+    rows: int
+    held: list[int]
+    value: torch.Tensor
+    of_head: torch.Tensor | None = None
+
+    def __call__(self, given: torch.Tensor) -> torch.Tensor:
+        if self.of_head is None:
+            given.view(self.rows, -1, given.shape[-1])[self.held, 0] = self.value
+            return given
+        given = given.clone()
+        at_token = given.view(self.rows, -1, *self.value.shape[1:])  # (rows, N, heads, D_head)
+        mask = self.of_head[..., None].to(given.device)
+        at_token[self.held, 0] = torch.where(mask, self.value, at_token[self.held, 0])
+        return given

@@ -96,7 +96,7 @@ def test_a_fact_places_its_subject_where_plain_text_would_not() -> None:
     runs = run_clean_and_corrupted(lm, second, None, TraceSettings(**QUICK))
     trace = restore(runs, "state")
     cell = answers_at(lm, trace, second.subject_range[0], 1)
-    assert cell.corrupted.p_answer == pytest.approx(runs.p[1:].mean(), abs=1e-6)
+    assert cell.corrupted.p_answer == pytest.approx(runs.metrics["probability"][1:].mean(), abs=1e-6)
 
 
 def test_restored_layers_are_clipped_at_the_ends() -> None:
