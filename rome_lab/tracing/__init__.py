@@ -6,7 +6,7 @@ run_clean_and_corrupted, restore    the same in two steps, by Runs with TraceSet
                                     trace_of_kind
 GaussianNoise, FixedNoise           what makes a corrupted run corrupted; SubjectSwap: another subject instead
 swap_pairs, SwapPair                facts with a partner whose subject can stand in their place
-METRICS, Readings                   what is read of the runs, beside the probability
+TRACE_METRICS, Readings                   what is read of the runs, beside the probability
 answers_at                          what the model says in the three runs of one cell: CellAnswers, a RunAnswers each
 BUCKETS, buckets                    where in a prompt a token stands
 claims, claims_at_fact              the paper's claims, put to the test over many facts; what one fact says of them
@@ -21,7 +21,7 @@ from rome_lab.tracing.averaging import BUCKETS, Traces, buckets
 from rome_lab.tracing.cell_answers import CellAnswers, RunAnswers, answers_at, restored_layers
 from rome_lab.tracing.corruption import FixedNoise, GaussianNoise, SubjectSwap
 from rome_lab.tracing.many_facts import trace_facts
-from rome_lab.tracing.metrics import METRICS, Readings
+from rome_lab.tracing.metrics import TRACE_METRICS, Readings
 from rome_lab.tracing.one_fact import causal_trace, restore, trace_of_kind
 from rome_lab.tracing.pairs import SwapPair, swap_pairs
 from rome_lab.tracing.paper_claims import claims, claims_at_fact

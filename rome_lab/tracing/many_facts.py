@@ -17,7 +17,7 @@ from rome_lab.facts import Fact, read_prompt
 from rome_lab.models import LanguageModel, check_verified
 from rome_lab.tracing.averaging import Traces
 from rome_lab.tracing.corruption import Corruption
-from rome_lab.tracing.metrics import METRICS, Readings, check_metric
+from rome_lab.tracing.metrics import TRACE_METRICS, Readings, check_metric
 from rome_lab.tracing.one_fact import trace_of_kind
 from rome_lab.tracing.pairs import SwapPair
 from rome_lab.tracing.runs import TraceSettings, UnknownFactError, run_clean_and_corrupted
@@ -236,7 +236,7 @@ def trace_from_record(record: Record) -> Trace:
     meta, arrays = dict(record.meta), record.arrays
     further = {
         name: Readings(**meta.pop(name), restored=arrays[f"restored_{name}"], variance=arrays[f"variance_{name}"])
-        for name in METRICS
+        for name in TRACE_METRICS
         if name in meta
     }
     meta |= {"tokens": tuple(meta["tokens"]), "subject_range": tuple(meta["subject_range"])}

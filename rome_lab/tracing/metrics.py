@@ -1,6 +1,6 @@
 """The metrics of a run: what is read off the logits at the last token, all of them at once.
 
-METRICS                    metric -> the least difference of clean and corrupted run by which an effect may be divided
+TRACE_METRICS                    metric -> the least difference of clean and corrupted run by which an effect may be divided
 Readings                   one metric in the clean, the corrupted and all restored runs
 read_metrics               the metrics of logits
 check_metric               whether a metric is one, and defined here
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-METRICS: dict[str, float] = {"probability": 0.02, "log_probability": 0.2, "logit_difference": 0.2}
+TRACE_METRICS: dict[str, float] = {"probability": 0.02, "log_probability": 0.2, "logit_difference": 0.2}
 """Metric -> where clean and corrupted run differ by less, effects divided by that difference say nothing."""
 
 
@@ -49,8 +49,8 @@ def read_metrics(logits: torch.Tensor, answer_id: int, foil_id: int | None) -> d
 
 def check_metric(doing: str, metric: str, foil: object) -> None:
     """Raise a ValueError where there is no such metric, or it needs a foil and has none."""
-    if metric not in METRICS:
-        raise ValueError(f"{doing}: metric is {metric!r}; expected one of {', '.join(map(repr, METRICS))}.")
+    if metric not in TRACE_METRICS:
+        raise ValueError(f"{doing}: metric is {metric!r}; expected one of {', '.join(map(repr, TRACE_METRICS))}.")
     if metric == "logit_difference" and foil is None:
         raise ValueError(
             f"{doing}: a logit difference is against a foil, another object that could stand there; give foil=..., or "

@@ -60,7 +60,7 @@ def causal_trace(
             given).
         corruption: `GaussianNoise()`, 3 sigma_t, by default; or `SubjectSwap(subject, object)`.
         samples, window, seed, direction, foil: see `TraceSettings`; a swap has one sample.
-        metric: of `METRICS`, what `effect` is in; all that are defined are read and kept.
+        metric: of `TRACE_METRICS`, what `effect` is in; all that are defined are read and kept.
         severed: "mlp" or "attn" holds that module's outputs at the restored token, above the restored layer, at
             their values in the same corrupted run (Figure 3), or clean run where the direction is "noise". In models whose
             MLP stands beside the attention both read the restored state directly, so that severing one leaves the other's

@@ -84,8 +84,8 @@ def swap_pairs(
     """
     given = list(dict.fromkeys(facts))
     pairs, alone = {}, []
-    for wanted in (None,) if n is None else (2 * n, None):  # a larger sample begins with the smaller one
-        known = known_facts(lm, given, wanted, seed, progress=progress, store=store)
+    for size in (None,) if n is None else (2 * n, None):  # a larger sample begins with the smaller one
+        known = known_facts(lm, given, size, seed, progress=progress, store=store)
         for fact in known[len(pairs) + len(alone) :]:
             if len(pairs) == n:
                 break

@@ -155,15 +155,17 @@ class Sweep:
             of_head = torch.zeros(len(held), value.shape[1], dtype=torch.bool)
             for row, i in enumerate(held):
                 of_head[row, list(columns[i].heads)] = True
-            hooks.enter_context(input_changed(lm.heads_out[layer], Held(len(rows), held, value, of_head)))
+            hooks.enter_context(input_changed(lm.heads_out[layer], HoldAt(len(rows), held, value, of_head)))
             return
         outputs = (recording.mlp if name == "mlp" else recording.attn)[layer]
         module = lm.mlp(layer) if name == "mlp" else lm.attn(layer)
-        hooks.enter_context(output_changed(module, Held(len(rows), held, outputs[run.to(outputs.device), self.token])))
+        hooks.enter_context(
+            output_changed(module, HoldAt(len(rows), held, outputs[run.to(outputs.device), self.token]))
+        )
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class HoldAt:
     """A change of a tensor for `rows` texts of N tokens: the first token of some texts is given a value.
 
     Attributes:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
-from rome_lab.tracing.metrics import METRICS, Readings
+from rome_lab.tracing.metrics import TRACE_METRICS, Readings
 
 KINDS: dict[str, tuple[str, str | None]] = {
     "state": ("state", None),
@@ -41,7 +41,7 @@ class Trace:
         noise_std: nu, standard deviation of the noise on the subject's embeddings; 0 where another subject stands there.
         samples, window, seed: the settings; `window` is the length of the runs that "mlp" and "attn" restore.
         direction: of `DIRECTIONS`.
-        metric: which of `METRICS` `effect` is in.
+        metric: which of `TRACE_METRICS` `effect` is in.
         foil: text of the token that the logit difference is against, where there is one.
         swapped: the subject that stands in the subject's place in the corrupted run, where no noise does.
         token: where the heads were restored.
@@ -107,19 +107,19 @@ class Trace:
 
     @property
     def has_normalised(self) -> bool:
-        """Whether `whole` is far enough from zero to divide by, see `METRICS`."""
-        return abs(self.whole) >= METRICS[self.metric]
+        """Whether `whole` is far enough from zero to divide by, see `TRACE_METRICS`."""
+        return abs(self.whole) >= TRACE_METRICS[self.metric]
 
     @property
     def normalised_effect(self) -> np.ndarray:
         """(T, L): `effect` as a share of `whole`: 0 where restoring does nothing, 1 where it does all.
 
-        Raises: ValueError: clean and corrupted run hardly differ, see `METRICS`.
+        Raises: ValueError: clean and corrupted run hardly differ, see `TRACE_METRICS`.
         """
         if not self.has_normalised:
             raise ValueError(
                 f"Trace: of {self.prompt!r} clean and corrupted run differ by {abs(self.whole):.3g} in {self.metric}, less "
-                f"than {METRICS[self.metric]:g}, so that no share of it says anything; choose another fact or metric."
+                f"than {TRACE_METRICS[self.metric]:g}, so that no share of it says anything; choose another fact or metric."
             )
         return self.effect / self.whole
 
