@@ -27,6 +27,7 @@ from rome_lab.tracing import (
     Traces,
     causal_trace,
     claims,
+    knockout,
     swap_pairs,
     trace_facts,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "covariances",
     "describe_edit",
     "evaluate",
+    "knockout",
     "known_facts",
     "load_edit",
     "load_facts",

@@ -6,7 +6,8 @@ run_clean_and_corrupted, restore    the same in two steps, by Runs with TraceSet
                                     trace_of_kind
 GaussianNoise, FixedNoise           what makes a corrupted run corrupted; SubjectSwap: another subject instead
 swap_pairs, SwapPair                facts with a partner whose subject can stand in their place
-TRACE_METRICS, Readings                   what is read of the runs, beside the probability
+knockout, Knockout                  attention from the last token masked in runs of layers
+TRACE_METRICS, Readings             what is read of the runs, beside the probability
 answers_at                          what the model says in the three runs of one cell: CellAnswers, a RunAnswers each
 BUCKETS, buckets                    where in a prompt a token stands
 claims, claims_at_fact              the paper's claims, put to the test over many facts; what one fact says of them
@@ -20,6 +21,7 @@ columns_of, restored_layers         which layers a column restores; READ_TOGETHE
 from rome_lab.tracing.averaging import BUCKETS, Traces, buckets
 from rome_lab.tracing.cell_answers import CellAnswers, RunAnswers, answers_at, restored_layers
 from rome_lab.tracing.corruption import FixedNoise, GaussianNoise, SubjectSwap
+from rome_lab.tracing.knocking_out import Knockout, knockout
 from rome_lab.tracing.many_facts import trace_facts
 from rome_lab.tracing.metrics import TRACE_METRICS, Readings
 from rome_lab.tracing.one_fact import causal_trace, restore, trace_of_kind

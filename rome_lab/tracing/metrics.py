@@ -40,6 +40,7 @@ def probability(logits: torch.Tensor, token_id: int) -> np.ndarray:
 
 def read_metrics(logits: torch.Tensor, answer_id: int, foil_id: int | None) -> dict[str, np.ndarray]:
     """Metric -> (...) float64 of logits (..., V): P[o], log P[o], and logit[o] - logit[foil] where there is a foil."""
+    logits = logits.detach()
     answer = logits[..., answer_id]
     metrics = {"probability": probability(logits, answer_id), "log_probability": answer - logits.logsumexp(-1)}
     if foil_id is not None:
