@@ -6,6 +6,7 @@ harmonic_mean_ci(values)    of the columns together: S of ES, PS and NS
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,22 +22,35 @@ class MeanCI(NamedTuple):
     n_facts: np.ndarray
 
 
-def mean_ci(values: np.ndarray) -> MeanCI:
+def mean_ci(values: np.ndarray, clusters: Sequence[Hashable] | None = None) -> MeanCI:
     """Mean and 95% t-interval over the first axis, NaN standing for facts without a value.
 
-        mean +- t(0.975, n - 1) s / sqrt(n),   s the sample standard deviation over the n facts
+        mean +- t(0.975, g - 1) sqrt(g / (g - 1) sum over clusters of (sum of x - mean)^2) / n
 
-    The bounds are NaN where n = 1, all but n where n = 0. Nothing is clipped to possible probabilities.
+    g is the number of clusters. Without clusters each fact is one of its own, and this is the common t-interval, of n - 1
+    degrees of freedom; it is right for a random draw from a set of facts. With them it is right for a draw of new clusters,
+    such as relations, whose facts are alike (Liang and Zeger 1986).
 
-    Args:    values: (F, ...), one value a fact.
+    The bounds are NaN where g = 1, all but n where n = 0. Nothing is clipped to possible probabilities.
+
+    Args:
+        values: (F, ...), one value a fact.
+        clusters: F labels; None is a cluster of its own.
+
     Returns: MeanCI of arrays (...).
     """
     present = ~np.isnan(values)
     n = present.sum(axis=0)
+    labels = range(len(values)) if clusters is None else [i if x is None else (x,) for i, x in enumerate(clusters)]
+    places = {label: place for place, label in enumerate(dict.fromkeys(labels))}
+    member = np.zeros((len(places), len(values)))
+    member[[places[label] for label in labels], range(len(values))] = 1
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = np.where(present, values, 0.0).sum(axis=0) / n
-        variance = np.where(present, (values - mean) ** 2, 0.0).sum(axis=0) / (n - 1)
-        half_width = stats.t.ppf(0.975, n - 1) * np.sqrt(variance / n)
+        g = (np.tensordot(member, present, 1) > 0).sum(axis=0)
+        sums = np.tensordot(member, np.where(present, values - mean, 0.0), 1)  # (clusters, ...)
+        error = np.sqrt(g / (g - 1) * (sums**2).sum(axis=0)) / n
+        half_width = stats.t.ppf(0.975, g - 1) * error
     return MeanCI(mean, mean - half_width, mean + half_width, n)
 
 

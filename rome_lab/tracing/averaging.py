@@ -4,20 +4,27 @@
     Traces                                           an immutable sequence of traces; trace_facts returns one
     Traces.fact_means, fact_table                    the average within each fact: a row a bucket, or tidy
     Traces.average, gap                              the average over facts, and the gap between two kinds, with intervals
+    Traces.average_heads                             the average over facts by layer and head
+    Traces.spread                                    how much of an average's variance lies between facts, and within them
     Traces.summary                                   the numbers of appendices B.1 and B.2 beside the paper's
 
-The fact, not the token, is the unit of sampling. Sizes: F facts, B buckets, L layers, T tokens.
+The fact, not the token, is the unit of sampling; facts of one relation are alike, so that intervals may be clustered by it.
+Sizes: F facts, B buckets, L layers, T tokens.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from rome_lab.base import MeanCI, mean_ci
-from rome_lab.tracing.trace import KINDS, Trace
+from rome_lab.tracing.trace import HEAD, KINDS, Trace
+
+logger = logging.getLogger(__name__)
 
 BUCKETS: dict[str, str] = {
     "subject_first": "first subject token",
@@ -28,7 +35,7 @@ BUCKETS: dict[str, str] = {
     "last": "last token",
 }
 """Bucket -> name on figures, in the order of the prompt."""
-_QUANTITIES = ("indirect_effect", "p_restored")
+_QUANTITIES = ("indirect_effect", "p_restored", "effect", "normalised_effect")
 _PAPER_PEAKS = {  # kind -> bucket and layer of the highest mean p_restored, that mean, and the mean of the facts' best
     "state": ("subject_last", 15, 0.150, 0.195),
     "mlp": ("subject_last", 17, 0.150, 0.236),
@@ -63,6 +70,35 @@ def buckets(n_tokens: int, subject_range: tuple[int, int]) -> list[str | None]:
     return names
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Where the variance of an average effect comes from.
+
+    Attributes:
+        between: variance of the facts' true effects; estimated, so that it may come out below zero.
+        within: variance of one sample's effect around its fact's.
+        samples, facts: S and F of the traces.
+    """
+
+    between: float
+    within: float
+    samples: int
+    facts: int
+
+    def error(self, samples: int, facts: int | None = None) -> float:
+        """Standard error of the mean with so many samples a fact, and so many facts."""
+        return float(np.sqrt(max(self.between, 0.0) + self.within / samples) / np.sqrt(facts or self.facts))
+
+    def best_samples(self, fact_cost: float, sample_cost: float) -> int:
+        """The S of the least error for a given cost of all: sqrt(within / between * fact_cost / sample_cost), at least 1.
+
+        Args: fact_cost, sample_cost: of a fact whatever its samples, such as its clean run, and of each sample, in one unit.
+        """
+        if self.between <= 0:
+            return self.samples
+        return max(1, round(float(np.sqrt(self.within / self.between * fact_cost / sample_cost))))
+
+
 class Traces(tuple[Trace, ...]):
     """An immutable sequence of traces of one model, of any number of facts and kinds."""
 
@@ -88,9 +124,9 @@ class Traces(tuple[Trace, ...]):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Labels of the traces, each once, in the order of `KINDS`."""
+        """Labels of the traces, each once, in the order of `KINDS`, heads last."""
         labels = {trace.label for trace in self}
-        return tuple(label for label in KINDS if label in labels)
+        return tuple(label for label in (*KINDS, HEAD) if label in labels)
 
     @property
     def n_facts(self) -> int:
@@ -98,28 +134,33 @@ class Traces(tuple[Trace, ...]):
         return len({_fact_of(trace) for trace in self})
 
     def of(self, kind: str) -> Traces:
-        """The traces of one kind, a label of `KINDS`."""
-        if kind not in KINDS:
-            raise ValueError(f"Traces.of: unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
+        """The traces of one kind, a label of `KINDS` or "head"."""
+        if kind not in (*KINDS, HEAD):
+            raise ValueError(f"Traces.of: unknown kind {kind!r}; choose one of {', '.join((*KINDS, HEAD))}")
         return Traces(trace for trace in self if trace.label == kind)
 
     def fact_means(self, quantity: str = "indirect_effect") -> pd.DataFrame:
         """The average of a quantity over the tokens of each bucket, within each fact.
 
-        Args:    quantity: "indirect_effect" (restored minus corrupted, paired within the fact) or "p_restored".
-        Returns: a row for each kind, fact and bucket, a column a layer. Facts are counted in the order of their first
-                 trace, the same for all kinds. NaN where a fact has no trace of the kind, no token in the bucket, or one
-                 in it that was not restored.
-        Raises:  ValueError: no traces, different numbers of layers, two traces of one fact and kind, values not finite.
+        Args:    quantity: "indirect_effect" (restored minus corrupted, paired within the fact) or "p_restored", both in
+                 probability; "effect", in each trace's metric; or "normalised_effect".
+        Returns: a row for each kind but heads, fact and bucket, a column a layer. Facts are counted in the order of their
+                 first trace, the same for all kinds. NaN where a fact has no trace of the kind, no token in the bucket, one
+                 in it that was not restored, or no normalised effect, see `Trace.has_normalised`.
+        Raises:  ValueError: no traces but of heads, different numbers of layers, metrics or directions, two traces of one
+                 fact and kind, values not finite.
         """
         if quantity not in _QUANTITIES:
             raise ValueError(f"averaging: unknown quantity {quantity!r}; choose one of {', '.join(_QUANTITIES)}")
-        layers = range(_checked_layers(self))
-        facts = {fact: i for i, fact in enumerate(dict.fromkeys(map(_fact_of, self)))}
-        every = pd.MultiIndex.from_product([self.kinds, facts.values(), BUCKETS], names=["kind", "fact", "bucket"])
+        traces = [trace for trace in self if trace.label != HEAD]
+        layers = range(_checked_layers(traces))
+        facts = {fact: i for i, fact in enumerate(dict.fromkeys(map(_fact_of, traces)))}
+        kinds = [kind for kind in self.kinds if kind != HEAD]
+        every = pd.MultiIndex.from_product([kinds, facts.values(), BUCKETS], names=["kind", "fact", "bucket"])
         means = {
             (trace.label, facts[_fact_of(trace)], bucket): mean
-            for trace in self
+            for trace in traces
+            if quantity != "normalised_effect" or trace.has_normalised
             for bucket, mean in _bucket_means(trace, getattr(trace, quantity)).items()
         }
         return pd.DataFrame([means.get(place, np.full(len(layers), np.nan)) for place in every], every, layers)
@@ -133,16 +174,74 @@ class Traces(tuple[Trace, ...]):
         categories = {"kind": pd.CategoricalDtype(list(KINDS)), "bucket": pd.CategoricalDtype(list(BUCKETS))}
         return table.astype(categories)
 
-    def average(self, quantity: str = "indirect_effect") -> pd.DataFrame:
+    def relations(self) -> list[str | None]:
+        """The relation of each fact, in the order in which `fact_means` counts them: what intervals are clustered by."""
+        return list({_fact_of(trace): trace.relation for trace in self if trace.label != HEAD}.values())
+
+    def average(self, quantity: str = "indirect_effect", clustered: bool = False) -> pd.DataFrame:
         """Average over facts by kind, bucket and layer, with 95% t-intervals over facts (Figures 1, 2 and 7).
 
         For "indirect_effect" this is the AIE, E[P*,clean h[o] - P*[o]]. Unit: probability.
 
+        Args:    quantity: see `fact_means`. clustered: by relation, see `mean_ci`.
         Returns: DataFrame: kind, bucket, layer, mean, ci_low, ci_high, n_facts; a bucket that no fact has is left out.
-                 `.attrs["quantity"]` names the quantity.
+                 `.attrs` has the quantity, whether it is clustered, and how many facts were left out for want of a
+                 normalised effect.
         Raises:  see `fact_means`.
         """
-        return _over_facts(self.fact_means(quantity), quantity)
+        table = _over_facts(self.fact_means(quantity), quantity, self.relations() if clustered else None)
+        lacking = {_fact_of(trace) for trace in self if trace.label != HEAD and not trace.has_normalised}
+        left_out = len(lacking) if quantity == "normalised_effect" else 0
+        if left_out:
+            logger.warning(
+                "average: %d of %d facts have no normalised effect, since clean and corrupted run hardly differ",
+                left_out,
+                self.n_facts,
+            )
+        table.attrs |= {"clustered": clustered, "left_out": left_out}
+        return table
+
+    def average_heads(self, clustered: bool = False) -> pd.DataFrame:
+        """Average effect of each head over facts, in the traces' metric, with 95% intervals.
+
+        Returns: DataFrame: layer, head, mean, ci_low, ci_high, n_facts.
+        Raises:  ValueError: there are no traces of heads, or of different shapes.
+        """
+        traces = self.of(HEAD)
+        if len({trace.p_restored.shape for trace in traces}) != 1:
+            raise ValueError("average_heads: these are not traces of heads of one model; trace with kind='head'.")
+        mean = mean_ci(
+            np.stack([trace.effect for trace in traces]), [t.relation for t in traces] if clustered else None
+        )
+        layer, head = np.indices(mean.mean.shape).reshape(2, -1)
+        return pd.DataFrame({"layer": layer, "head": head} | {k: v.ravel() for k, v in mean._asdict().items()})
+
+    def spread(self, kind: str, bucket: str, layer: int) -> Spread:
+        """The variance of an average effect, taken apart into what lies between facts and within them.
+
+            Var(mean over F facts) = (between + within / S) / F
+
+        Args:    kind, bucket, layer: of which average. The traces have more than one sample; the effect is in their metric.
+        Returns: Spread.
+        Raises:  ValueError: fewer than two facts have it, or their traces have one sample only.
+        """
+        traces = self.of(kind)
+        values, within = [], []
+        for trace in traces:
+            places = np.flatnonzero(np.array(buckets(len(trace.tokens), trace.subject_range)) == bucket)
+            if len(places):
+                values.append(trace.effect[places, layer].mean())
+                # The samples are shared by a bucket's tokens, whose errors may go together: at most the mean of them.
+                within.append(trace.read().variance[places, layer].mean())
+        samples = {trace.samples for trace in traces}
+        if len(values) < 2 or len(samples) != 1 or np.isnan(within).any():
+            raise ValueError(
+                "spread: it takes two facts that have the bucket, traced with one number of samples, of two or more."
+            )
+        (count,) = samples
+        within_facts = float(np.mean(within))
+        between = float(np.var(values, ddof=1)) - within_facts / count
+        return Spread(between, within_facts, count, len(values))
 
     def gap(self, kind: str, minus: str) -> pd.DataFrame:
         """Average indirect effect of one kind minus that of another, paired within the fact (Figure 3).
@@ -191,10 +290,12 @@ def _interval(values: Sequence[float] | np.ndarray) -> dict[str, float]:
     return {name: value.item() for name, value in mean_ci(np.asarray(values))._asdict().items()}
 
 
-def _over_facts(means: pd.DataFrame, quantity: str) -> pd.DataFrame:
+def _over_facts(means: pd.DataFrame, quantity: str, relations: Sequence[str | None] | None = None) -> pd.DataFrame:
     """A row for each kind, fact and bucket to rows of `Traces.average`."""
     parts = [
-        pd.DataFrame({"kind": kind, "bucket": bucket, "layer": means.columns} | mean_ci(rows.to_numpy())._asdict())
+        pd.DataFrame(
+            {"kind": kind, "bucket": bucket, "layer": means.columns} | mean_ci(rows.to_numpy(), relations)._asdict()
+        )
         for (kind, bucket), rows in means.groupby(level=["kind", "bucket"], sort=False)
     ]
     table = pd.concat(parts)
@@ -214,10 +315,13 @@ def _bucket_means(trace: Trace, values: np.ndarray) -> dict[str, np.ndarray]:
     return {bucket: rows.mean(axis=0) for bucket, rows in rows.items() if len(rows) and not np.isnan(rows).any()}
 
 
-def _checked_layers(traces: Traces) -> int:
+def _checked_layers(traces: Sequence[Trace]) -> int:
     """The number of layers of all traces, having refused what cannot be averaged."""
     if not traces:
         raise ValueError("averaging: there are no traces; trace at least one fact first")
+    if len(ways := {(trace.metric, trace.direction) for trace in traces}) > 1:
+        listed = ", ".join(" and ".join(way) for way in sorted(ways))
+        raise ValueError(f"averaging: traces have different metrics or directions: {listed}; average those of one.")
     seen: set[tuple[object, ...]] = set()
     shapes: dict[int, str] = {}
     for trace in traces:

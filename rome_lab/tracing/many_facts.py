@@ -182,7 +182,8 @@ def trace_fact(
                 store.save(inputs[label], *trace_record(trace))
         else:
             trace = trace_from_record(record)
-        traces.append(trace.by(plan.metric))
+        # Which relation a fact is counted with is no part of what was traced.
+        traces.append(replace(trace, relation=fact_in(fact).relation).by(plan.metric))
         if each:
             each(traces[-1])
     return traces

@@ -150,6 +150,7 @@ def restore(
         foil=None if runs.foil_id is None else lm.tokenizer.decode([runs.foil_id]),
         swapped=settings.corruption.subject if isinstance(settings.corruption, SubjectSwap) else None,
         token=tokens[0] if heads else None,
+        relation=runs.relation,
         p_variance=of_p.variance,
         further=readings,
     )

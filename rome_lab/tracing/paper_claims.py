@@ -3,14 +3,14 @@
     claims(traces)             over many facts: a row a claim, with its interval and its verdict
     claims_at_fact(traces)     at one fact, which has no interval
 
-Each claim is that one average indirect effect is larger than another in half of the model's layers. The halves are
-fixed beforehand and the effects are paired within the fact, so the verdict does not come from layers picked because
-they looked good.
+Each claim is that one average effect is larger than another in half of the model's layers. The halves are fixed beforehand
+and the effects are paired within the fact, so the verdict does not come from layers picked because they looked good. The
+last layer is in neither half of the late site: restoring its state at the last token gives the whole answer in any model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,7 @@ class Claim:
         half: "lower" or "upper", the layers that the claim speaks of.
         against: "same" compares each layer with the same layer of `smaller`; "lower" compares it with the mean of the
             lower half of `smaller`.
+        trivial: layers at the end that are left out, since what the claim says of them holds by construction.
     """
 
     sentence: str
@@ -44,6 +45,12 @@ class Claim:
     smaller: Site
     half: str
     against: str = "same"
+    trivial: int = 0
+
+    def layers(self, n_layers: int) -> np.ndarray:
+        """The layers that the claim speaks of."""
+        layers = np.arange(n_layers)[_half(self.half, n_layers)]
+        return layers[layers < n_layers - self.trivial]
 
 
 CLAIMS = (
@@ -65,6 +72,7 @@ CLAIMS = (
         smaller=("state", "last"),
         half="upper",
         against="lower",
+        trivial=1,
     ),
     Claim(
         "MLP matters more than attention at the early site",
@@ -87,7 +95,9 @@ CLAIMS = (
 )
 
 
-def claims(traces: Iterable[Trace], margin: float = 0.01) -> pd.DataFrame:
+def claims(
+    traces: Iterable[Trace], margin: float = 0.01, quantity: str = "indirect_effect", clustered: bool = False
+) -> pd.DataFrame:
     """Whether each of the paper's claims holds of these traces, one row a claim.
 
     The effect is the contrast of `Claim`, averaged over its half of the layers and then over facts; a middle layer of
@@ -102,16 +112,29 @@ def claims(traces: Iterable[Trace], margin: float = 0.01) -> pd.DataFrame:
 
     `p_value` and `layers` say more, and decide nothing: in each layer of the half a paired one-sided t-test that the
     contrast is above zero, Holm-corrected over those layers; `p_value` is the smallest, `layers` those below 0.05.
-    The late site is partly given by construction, as restoring the last layer's last state restores p_clean.
+    Args:
+        quantity: "indirect_effect", in probability, or "normalised_effect", as a share; in the latter claims of any metric
+            and direction can be tested, and compared.
+        clustered: intervals by relation, right for facts of new relations; p-values stay over facts.
 
     Returns: DataFrame: claim, effect, ci_low, ci_high (95% t-interval over facts), n_facts, left_out, p_value,
              tested_layers, layers, peak_layer (of the largest mean contrast), verdict, note.
-    Raises:  ValueError: the margin is not a probability; see also `Traces.fact_means`.
+    Raises:  ValueError: the margin is not a probability; indirect effects of direction "noise", which are below zero where
+             a site matters; see also `Traces.fact_means`.
     """
     if not 0 <= margin < 1:
         raise ValueError(f"claims: margin {margin} is not a probability; give one from 0 up to, not including, 1")
-    means = Traces(traces).fact_means()
-    return pd.DataFrame([_row(claim, means, margin) for claim in CLAIMS]).astype({"peak_layer": "Int64"})
+    traces = Traces(traces)
+    if quantity not in ("indirect_effect", "normalised_effect") or (
+        quantity == "indirect_effect" and any(trace.direction == "noise" for trace in traces)
+    ):
+        raise ValueError(
+            f"claims: the quantity is {quantity!r}; expected 'indirect_effect', of direction 'denoise', or "
+            "'normalised_effect'."
+        )
+    means = traces.fact_means(quantity)
+    relations = traces.relations() if clustered else None
+    return pd.DataFrame([_row(claim, means, margin, relations) for claim in CLAIMS]).astype({"peak_layer": "Int64"})
 
 
 def claims_at_fact(traces: Iterable[Trace], margin: float = 0.01) -> pd.DataFrame:
@@ -131,7 +154,7 @@ def claims_at_fact(traces: Iterable[Trace], margin: float = 0.01) -> pd.DataFram
 
 
 def _row_of_fact(claim: Claim, means: pd.DataFrame, margin: float) -> dict[str, object]:
-    layers = np.arange(len(means.columns))[_half(claim.half, len(means.columns))]
+    layers = claim.layers(len(means.columns))
     larger = effect = np.nan
     if {claim.larger[0], claim.smaller[0]} <= set(means.index.unique("kind")) and len(layers):
         larger = _effects(means, *claim.larger)[layers].iloc[0].mean(skipna=False)
@@ -156,25 +179,30 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     return corrected
 
 
-def _row(claim: Claim, means: pd.DataFrame, margin: float) -> dict[str, object]:
+def _row(
+    claim: Claim, means: pd.DataFrame, margin: float, relations: Sequence[str | None] | None = None
+) -> dict[str, object]:
     kinds, facts, _ = (means.index.unique(level) for level in means.index.names)
     n_layers = len(means.columns)
-    layers = np.arange(n_layers)[_half(claim.half, n_layers)]
+    layers = claim.layers(n_layers)
     missing = [kind for kind in dict.fromkeys((claim.larger[0], claim.smaller[0])) if kind not in kinds]
     contrast = np.empty((0, len(layers)))
+    clusters = None
     if not missing and len(layers):
-        contrast = _contrast(claim, means)[layers].dropna().to_numpy()  # (facts that have both sites, layers)
+        both = _contrast(claim, means)[layers].dropna()  # (facts that have both sites, layers)
+        contrast = both.to_numpy()
+        clusters = None if relations is None else [relations[fact] for fact in both.index]
     n, n_all = len(contrast), len(facts)
     notes = [f"no traces of kind {kind}" for kind in missing]
     if not len(layers):
-        notes.append(f"a model of {n_layers} layer has no halves")
+        notes.append(f"a model of {n_layers} layers has none that the claim speaks of")
     elif not missing:
         notes += [f"{n_all - n} of {n_all} facts left out, for want of a trace or of the token"] if n < n_all else []
         notes += [f"needs at least {MIN_FACTS} facts"] if n < MIN_FACTS else []
     effect = low = high = p_value = np.nan
     significant, peak, verdict = layers[:0], None, "can't tell"
     if n >= MIN_FACTS:
-        effect, low, high, _ = (float(value) for value in mean_ci(contrast.mean(axis=1)))
+        effect, low, high, _ = (float(value) for value in mean_ci(contrast.mean(axis=1), clusters))
         p_values = holm(_p_above_zero(contrast))
         p_value, significant = p_values.min(), layers[p_values < SIGNIFICANCE]
         peak = int(layers[contrast.mean(axis=0).argmax()])

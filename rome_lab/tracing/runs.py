@@ -77,6 +77,7 @@ class Runs(OneLine):
         answer_id: the token that is followed.
         foil_id: the token that the logit difference is against, where there is one.
         noise_std: nu.
+        relation: of the Fact, where it is one and has one.
     """
 
     lm: LanguageModel
@@ -86,6 +87,7 @@ class Runs(OneLine):
     answer_id: int
     foil_id: int | None
     noise_std: float
+    relation: str | None = None
 
     @cached_property
     def metrics(self) -> dict[str, np.ndarray]:
@@ -157,7 +159,8 @@ def run_clean_and_corrupted(
     else:
         answer_id = int(recording.logits[0].argmax())
     foil_id = None if settings.foil is None else foil_token(lm, read.text, settings.foil, answer_id)
-    return Runs(lm, read, settings, recording, answer_id, foil_id, settings.corruption.std(lm))
+    relation = prompt.relation if isinstance(prompt, Fact) else None
+    return Runs(lm, read, settings, recording, answer_id, foil_id, settings.corruption.std(lm), relation)
 
 
 def foil_token(lm: LanguageModel, prompt: str, foil: str, answer_id: int) -> int:

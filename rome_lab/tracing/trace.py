@@ -45,6 +45,7 @@ class Trace:
         foil: text of the token that the logit difference is against, where there is one.
         swapped: the subject that stands in the subject's place in the corrupted run, where no noise does.
         token: where the heads were restored.
+        relation: of the fact, where it is known.
         p_variance: variance of the effect on the probability over the samples, shaped as p_restored.
         further: the readings of the other metrics.
     """
@@ -68,6 +69,7 @@ class Trace:
     foil: str | None = None
     swapped: str | None = None
     token: int | None = None
+    relation: str | None = None
     p_variance: np.ndarray | None = None
     further: Mapping[str, Readings] = field(default_factory=dict)
 

@@ -302,3 +302,65 @@ def test_traces_are_told_in_one_line_and_a_row_a_kind():
     table = traces._repr_html_()
     assert table.count("<tr") == 3 and "0.600" in table and "0.200" in table and "30" in table
     assert "<tr" in Traces()._repr_html_()
+
+
+@given(st.integers(0, 1000))
+def test_an_interval_of_clusters_of_equal_size_is_that_of_their_means(seed):
+    values = np.random.default_rng(seed).normal(size=(12, 2))
+    labels = ["a", "b", "c", "d"] * 3
+    means = np.stack([values[place::4].mean(axis=0) for place in range(4)])
+    clustered, expected = mean_ci(values, labels), mean_ci(means)
+    np.testing.assert_allclose(clustered.mean, expected.mean)
+    np.testing.assert_allclose(clustered.ci_low, expected.ci_low)
+    assert (clustered.n_facts == 12).all()
+
+
+def test_facts_without_a_cluster_stand_for_themselves_and_one_cluster_alone_has_no_interval():
+    values = np.random.default_rng(0).normal(size=9)
+    np.testing.assert_allclose(mean_ci(values, [None] * 9), mean_ci(values))
+    assert np.isnan(mean_ci(values, ["one"] * 9).ci_low)
+
+
+def test_normalised_effects_leave_out_and_count_facts_that_are_hardly_corrupted():
+    effect = np.full((7, 2), 0.1)
+    traces = Traces([make_trace(fact=0, effect=effect), make_trace(fact=1, effect=effect, p_corrupted=0.595)])
+    table = traces.average("normalised_effect")
+    assert table.attrs["left_out"] == 1 and (table["n_facts"] == 1).all()
+    np.testing.assert_allclose(table["mean"], 0.1 / 0.5)
+
+
+def test_traces_of_several_directions_are_not_averaged():
+    with pytest.raises(
+        ValueError, match="different metrics or directions: probability and denoise, probability and noise"
+    ):
+        Traces([make_trace(fact=0), replace(make_trace(fact=1), direction="noise")]).average()
+
+
+def test_heads_are_averaged_by_layer_and_head():
+    shape = (3, 4)
+    traces = Traces(
+        replace(make_trace(fact=x), kind="head", token=6, p_restored=0.1 + np.arange(12).reshape(shape) * (1 + x))
+        for x in range(3)
+    )
+    table = traces.average_heads()
+    row = table[(table["layer"] == 2) & (table["head"] == 1)].iloc[0]
+    assert row["mean"] == pytest.approx(9 * 2) and row["n_facts"] == 3 and len(table) == 12
+    assert row["ci_low"] == pytest.approx(float(mean_ci(np.array([9.0, 18.0, 27.0])).ci_low))
+
+
+def test_the_spread_between_and_within_facts_is_found_again():
+    rng, facts, samples = np.random.default_rng(1), 4000, 4
+    traces = []
+    for fact in range(facts):
+        drawn = 0.3 + rng.normal(scale=0.2) + rng.normal(scale=0.4, size=samples)
+        trace = make_trace(fact=fact, effect=np.full((7, 2), drawn.mean()))
+        traces.append(replace(trace, samples=samples, p_variance=np.full((7, 2), drawn.var(ddof=1))))
+    spread = Traces(traces).spread("state", "last", 0)
+    assert spread.between == pytest.approx(0.04, rel=0.15) and spread.within == pytest.approx(0.16, rel=0.1)
+    effects = np.array([trace.effect[-1, 0] for trace in traces])
+    assert spread.error(samples) == pytest.approx(effects.std(ddof=1) / np.sqrt(facts), rel=1e-3)
+    best = spread.best_samples(fact_cost=1, sample_cost=1)
+    costs = {s: spread.error(s, 1000) * np.sqrt(1 + s) for s in range(1, 30)}  # at one cost of all
+    assert costs[best] == pytest.approx(min(costs.values()), rel=0.02)
+    with pytest.raises(ValueError, match="of two or more"):
+        Traces(map(replace, traces[:5])).of("state")[:1].spread("state", "last", 0)

@@ -146,7 +146,10 @@ def check_swapped(lm, family, kind, direction, window=2):
         assert np.abs(readings.restored - table).max() <= 1e-6 * max(1, table.std()), name
     whole = ends[1]["logit_difference"] - ends[0]["logit_difference"]
     whole = whole if direction == "noise" else -whole
-    np.testing.assert_allclose(trace.normalised_effect * whole, trace.effect, atol=1e-9)
+    if trace.has_normalised:
+        np.testing.assert_allclose(trace.normalised_effect * whole, trace.effect, atol=1e-5)
+    else:
+        assert abs(whole) < 0.2
 
 
 def doubled(family):
@@ -233,7 +236,8 @@ def test_all_heads_of_a_layer_together_are_its_attention_output(family):
 def test_heads_of_every_verified_family_together_are_its_attention_output_or_are_refused(family):
     lm = family_model(family)
     if lm.heads_out is None:
-        assert family in ("gpt-oss (attention sinks)",)
+        # Sinks scale the values; the cache of the other keeps what values are made of.
+        assert family in ("gpt-oss (attention sinks)", "DeepSeek V3 (first layer dense)")
         with pytest.raises(ValueError, match="cannot be told apart"):
             causal_trace(lm, *EIFFEL, "head", samples=1)
         return
