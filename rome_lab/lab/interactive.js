@@ -38,8 +38,9 @@ const isSubject = (trace, token) => token >= trace.subject[0] && token < trace.s
 function facts(picture, trace, token, layer) {
   const p = trace.p[token][layer];
   const pairs = [["restored", `${KINDS[trace.kind]} of ${layersOf(trace, layer)}`]];
-  if (p !== null) pairs.push(["p_restored", number(p)], ["indirect effect", number(p - trace.p_corrupted, true)]);
-  pairs.push(["p_clean", number(trace.p_clean)], ["p_corrupted", number(trace.p_corrupted)]);
+  const [restored, effect, clean, corrupted] = trace.names;
+  if (p !== null) pairs.push([restored, number(p)], [effect, number(p - trace.base, true)]);
+  pairs.push([clean, number(trace.p_clean)], [corrupted, number(trace.p_corrupted)]);
   let remark = "";
   if (p === null) remark = "This token was not restored.";
   else if (token < trace.subject[0]) remark = "Left of the subject nothing is corrupted, so restoring changes nothing.";
@@ -56,7 +57,7 @@ class Panel {
     make("h4", "", this.box, trace.title);
     const scroll = make("div", "rl-scroll", this.box);
     this.grid = make("div", "rl-grid", scroll, "", {
-      role: "grid", "aria-label": `${trace.title}: probability of ${trace.answer} by restored token and layer`,
+      role: "grid", "aria-label": `${trace.title}: ${trace.metric} by restored token and layer`,
       "aria-rowcount": tokens.length, "aria-colcount": layers, "data-lm-suppress-shortcuts": "true",
     });
     this.grid.style.gridTemplateColumns = `minmax(0, max-content) repeat(${layers}, minmax(5px, 1fr))`;
@@ -105,7 +106,7 @@ class Panel {
   }
 
   addBar() {
-    const { limits: [low, high], p_clean, p_corrupted, colours, answer } = this.trace;
+    const { limits: [low, high], p_clean, p_corrupted, base, metric, colours } = this.trace;
     const bar = make("div", "rl-bar", this.box, "", { role: "img" });
     const strip = make("div", "rl-strip", bar);
     strip.style.background = `linear-gradient(to right, ${colours.filter((_, i) => i % 4 === 0).join(",")})`;
@@ -116,12 +117,12 @@ class Panel {
     this.needle.hidden = true;
     this.at = at;
     const ends = make("div", "rl-ends", bar);
-    for (const text of [number(low), `p(\u201c${answer}\u201d)`, number(high)]) make("span", "", ends, text);
+    for (const text of [number(low), metric, number(high)]) make("span", "", ends, text);
     const key = make("div", "rl-key", bar);
     make("span", "rl-corrupted", key, `corrupted ${number(p_corrupted)}`);
     make("span", "rl-clean", key, `clean ${number(p_clean)}${p_clean > high ? ", beyond the scale" : ""}`);
-    bar.setAttribute("aria-label", `colours from ${number(low)} to ${number(high)}, white at p_corrupted ` +
-      `${number(p_corrupted)}; p_clean ${number(p_clean)}`);
+    bar.setAttribute("aria-label", `colours from ${number(low)} to ${number(high)}, white at ${number(base)}; ` +
+      `corrupted ${number(p_corrupted)}, clean ${number(p_clean)}`);
   }
 
   listen() {

@@ -28,7 +28,7 @@ from rome_lab.base import visible
 from rome_lab.editing import Edit
 from rome_lab.lab.jobs import check_idle
 from rome_lab.lab.live import HouseWidget
-from rome_lab.lab.plots import cell_table, heatmaps, shared_limits
+from rome_lab.lab.plots import cell_table, heatmaps, metric_name, shared_limits
 from rome_lab.models import LanguageModel
 from rome_lab.tracing import KINDS, CellAnswers, RunAnswers, Trace, answers_at, restored_layers
 
@@ -74,7 +74,10 @@ def check_traces(traces: Sequence[Trace]) -> None:
         if not isinstance(trace, Trace):
             raise TypeError(f"show: given is a {type(trace).__name__}; expected a Trace, which causal_trace returns.")
         if trace.label not in KINDS or trace.p_restored.shape[:-1] != (len(trace.tokens),):
-            raise ValueError(f"show: traces of kind {trace.label!r} have no picture; expected {', '.join(KINDS)}.")
+            raise ValueError(
+                f"show: traces of kind {trace.label!r} cannot be touched; expected {', '.join(KINDS)}. plots.heatmap(trace) "
+                "draws heads."
+            )
         if np.isnan(trace.p_restored).all():
             raise ValueError("show: the trace has no restored runs; restore at least one token.")
     first = traces[0]
@@ -201,7 +204,7 @@ class TracePicture(HouseWidget):
 
 def picture_of(trace: Trace, ax: Axes) -> dict[str, object]:
     """One trace for the browser; the colours are read from its heatmap in `ax`."""
-    mesh = ax.collections[0]
+    mesh, readings = ax.collections[0], trace.read()
     low, high = mesh.get_clim()
     return {
         "kind": trace.kind,
@@ -209,10 +212,15 @@ def picture_of(trace: Trace, ax: Axes) -> dict[str, object]:
         "layer_label": ax.get_xlabel(),
         "answer": drawn(trace.answer.strip() or trace.answer),
         "subject": list(trace.subject_range),
-        "p_clean": trace.p_clean,
-        "p_corrupted": trace.p_corrupted,
+        "metric": drawn(metric_name(trace)),
+        "names": ["p_restored", "indirect effect", "p_clean", "p_corrupted"]
+        if trace.metric == "probability"
+        else ["restored", "effect", "clean", "corrupted"],
+        "p_clean": readings.clean,
+        "p_corrupted": readings.corrupted,
+        "base": trace.base,
         "samples": trace.samples,
-        "p": [[p if np.isfinite(p) else None for p in row] for row in trace.p_restored.tolist()],
+        "p": [[p if np.isfinite(p) else None for p in row] for row in readings.restored.tolist()],
         "layers": [list(ends) for ends in restored_layers(trace)],
         "limits": [low, high],
         "colours": [to_hex(colour) for colour in mesh.cmap(np.arange(COLOUR_STEPS))],

@@ -1,8 +1,9 @@
 """Results in, Axes out: the figures of the paper, and the files behind them.
 
-    heatmap(trace)                  one fact: p_restored by token and layer (Figure 1a-c)
+    heatmap(trace)                  one fact: p_restored, or another metric, by token and layer (Figure 1a-c); or by head
     heatmaps(traces, limits)        several traces of one prompt side by side, as a figure of their own
     average_heatmap(average, kind)  mean effect by bucket and layer (Figures 1 and 2)
+    heads_heatmap(average)          mean effect by layer and head
     lines(average, kind)            mean effects with 95% intervals (Figure 7)
     severed_lines(average)          effect at the last subject token, ordinary and severed (Figure 3)
     facts_and_average(...)          Figure 1 whole: heatmaps of several facts and of the average, a row each
@@ -52,9 +53,19 @@ TITLES = {
     "attn": "Attention restored",
     "severed-mlp": "State restored, MLP severed",
     "severed-attn": "State restored, attention severed",
+    "head": "Head restored",
 }
-QUANTITY_NAMES = {"indirect_effect": "average indirect effect", "p_restored": "average p, restored"}
-COLOUR_MAPS = {"state": ("Oranges", "Purples"), "mlp": ("RdPu", "Greens"), "attn": ("Blues", "Reds")}
+QUANTITY_NAMES = {
+    "indirect_effect": "average indirect effect",
+    "p_restored": "average p, restored",
+    "effect": "average effect",
+    "normalised_effect": "average effect, as a share",
+}
+METRIC_NAMES = {"probability": "p({})", "log_probability": "log p({})", "logit_difference": "logit of {} minus {}"}
+COLOUR_MAPS = {
+    **{"state": ("Oranges", "Purples"), "mlp": ("RdPu", "Greens")},
+    **{"attn": ("Blues", "Reds"), "head": ("Blues", "Reds")},
+}
 COLOURS = {
     **{"black": "#000000", "orange": "#E69F00", "sky": "#56B4E9", "green": "#009E73"},
     **{"blue": "#0072B2", "red": "#D55E00", "pink": "#CC79A7"},
@@ -83,16 +94,44 @@ SEVERED_STYLES = {
 def heatmap(trace: Trace, ax: Axes | None = None, vmin: float | None = None, vmax: float | None = None) -> Axes:
     """p_restored of one fact by restored token and layer; the subject's tokens bear an asterisk (Figure 1a-c).
 
-    The scale begins at p_corrupted, which is white, or lower where restoring made the answer less probable. Rows of
-    tokens that were not restored are left empty.
+    It shows the trace's metric. White is what it is in the run that is restored into: p_corrupted, for one, from which the
+    scale goes up, and down as well where restoring made the answer less probable. Rows of tokens that were not restored
+    are left empty. Of heads the rows are layers.
 
     Args: vmin, vmax: the least range of the colour scale; see `shared_limits`.
     """
     ax = ax or new_axes(heatmap_height(trace))
-    scale = Scale(trace.kind, trace.p_corrupted, vmin, vmax, f'p("{visible(trace.answer.strip())}")')
-    _draw_cells(ax, np.asarray(trace.p_restored), token_names(trace.tokens, trace.subject_range), scale)
-    ax.set_title(TITLES[trace.label])
-    ax.set_xlabel("layer" if trace.kind == "state" else f"middle of the {trace.window} restored layers")
+    scale = Scale(trace.kind, trace.base, vmin, vmax, metric_name(trace))
+    ax.set_title(TITLES[trace.label].replace("restored", "corrupted" if trace.direction == "noise" else "restored"))
+    if trace.token is not None:
+        return _draw_heads(ax, trace.read().restored, scale)
+    _draw_cells(ax, trace.read().restored, token_names(trace.tokens, trace.subject_range), scale)
+    done = "corrupted" if trace.direction == "noise" else "restored"
+    ax.set_xlabel("layer" if trace.kind == "state" else f"middle of the {trace.window} {done} layers")
+    return finish(ax, layer_ticks())
+
+
+def metric_name(trace: Trace) -> str:
+    """What a trace's metric is called beside its scale, such as p("Paris")."""
+    words = (f'"{visible(text.strip())}"' for text in (trace.answer, trace.foil or ""))
+    return METRIC_NAMES[trace.metric].format(*words)
+
+
+def heads_heatmap(average: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Mean effect by layer and head, white at zero.
+
+    Args: average: what `Traces.average_heads` returns.
+    """
+    values = average.pivot(index="layer", columns="head", values="mean").to_numpy()
+    ax = ax or new_axes(0.6 + 0.09 * len(values))
+    ax.set_title(f"{TITLES['head']} (n = {average['n_facts'].max()})")
+    return _draw_heads(ax, values, Scale("head", 0.0, None, None, QUANTITY_NAMES["effect"]))
+
+
+def _draw_heads(ax: Axes, values: np.ndarray, scale: Scale) -> Axes:
+    """(L, heads), the layers from the first, at the top, to the last."""
+    _draw_cells(ax, values, [str(x) if x % 5 == 0 else "" for x in range(len(values))], scale)
+    ax.set(xlabel="head", ylabel="layer")
     return finish(ax, layer_ticks())
 
 
@@ -108,7 +147,7 @@ def heatmaps(traces: Sequence[Trace], limits: Mapping[str, float], titles: Seque
 
 def heatmap_height(trace: Trace) -> float:
     """Of a heatmap in print, in inches."""
-    return 0.6 + 0.15 * len(trace.tokens)
+    return 0.6 + (0.15 * len(trace.tokens) if trace.token is None else 0.09 * trace.n_layers)
 
 
 def average_heatmap(
@@ -129,7 +168,7 @@ def average_heatmap(
     names = [BUCKETS[bucket] + (f" ({n})" if n < n_most else "") for bucket, n in n_facts.items()]
     ax = ax or new_axes(0.6 + 0.17 * len(present))
     quantity = average.attrs.get("quantity", "indirect_effect")
-    white = 0.0 if quantity == "indirect_effect" else np.nanmin(values)
+    white = np.nanmin(values) if quantity == "p_restored" else 0.0
     _draw_cells(ax, values, names, Scale(KINDS[kind][0], white, vmin, vmax, QUANTITY_NAMES[quantity]))
     ax.set_title(f"{TITLES[kind]} (n = {n_most})")
     ax.set_xlabel(_layer_label(kind))
@@ -235,16 +274,28 @@ def shared_limits(*data: Trace | pd.DataFrame) -> dict[str, float]:
     ends: list[float] = []
     for item in data:
         if isinstance(item, Trace):
-            ends += [item.p_corrupted, np.nanmin(item.p_restored), np.nanmax(item.p_restored)]
+            restored = item.read().restored
+            ends += [item.base, np.nanmin(restored), np.nanmax(restored)]
         else:
-            zero = [0.0] if item.attrs.get("quantity", "indirect_effect") == "indirect_effect" else []
+            zero = [] if item.attrs.get("quantity") == "p_restored" else [0.0]
             ends += [item["mean"].min(), item["mean"].max(), *zero]
     low, high = _limits(ends)
     return {"vmin": low, "vmax": high}
 
 
 def cell_table(trace: Trace) -> pd.DataFrame:
-    """A row a cell of `heatmap`: kind, position, token, bucket, layer, p_restored; with p_corrupted and p_clean."""
+    """A row a cell of `heatmap`: kind, position, token, bucket, layer, p_restored; with p_corrupted and p_clean.
+
+    Where the trace's metric is another, its own three numbers follow. Of heads: kind, layer, head and those numbers.
+    """
+    numbers = {"p_restored": trace.p_restored.ravel(), "p_corrupted": trace.p_corrupted, "p_clean": trace.p_clean}
+    if trace.metric != "probability":
+        readings = trace.read()
+        parts = {"restored": readings.restored.ravel(), "corrupted": readings.corrupted, "clean": readings.clean}
+        numbers |= {f"{trace.metric}_{name}": values for name, values in parts.items()}
+    if trace.token is not None:
+        layer, head = np.indices(trace.p_restored.shape).reshape(2, -1)
+        return pd.DataFrame({"kind": trace.label, "layer": layer, "head": head} | numbers)
     n_tokens, n_layers = trace.p_restored.shape
     position = np.repeat(np.arange(n_tokens), n_layers)
     bucket = buckets(n_tokens, trace.subject_range)
@@ -255,9 +306,7 @@ def cell_table(trace: Trace) -> pd.DataFrame:
             "token": [trace.tokens[i] for i in position],
             "bucket": [bucket[i] or "before_subject" for i in position],
             "layer": np.tile(np.arange(n_layers), n_tokens),
-            "p_restored": trace.p_restored.ravel(),
-            "p_corrupted": trace.p_corrupted,
-            "p_clean": trace.p_clean,
+            **numbers,
         }
     )
 

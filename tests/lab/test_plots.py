@@ -21,6 +21,7 @@ from matplotlib.collections import QuadMesh
 
 from rome_lab.lab import plots
 from rome_lab.tracing.averaging import BUCKETS, Traces
+from rome_lab.tracing.metrics import Readings
 from rome_lab.tracing.trace import KINDS, Trace
 
 TOKENS = ("The", " E", "iffel", " Tower", " is", " in", " the")
@@ -325,3 +326,27 @@ def test_importing_what_lies_below_the_lab_loads_no_plotting_library():
     )
     command = [sys.executable, "-c", code, str(Path(plots.__file__).parents[1]), *rooms]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_another_metric_is_drawn_from_the_run_that_is_restored_into():
+    trace = make_trace("state", 0)
+    readings = Readings(clean=-2.0, corrupted=3.0, restored=trace.p_restored - 1, variance=trace.p_restored)
+    trace = replace(trace, metric="logit_difference", foil=" Rome", direction="noise", further={"logit_difference": readings})
+    ax = plots.heatmap(trace)
+    mesh = mesh_of(ax)
+    np.testing.assert_allclose(mesh.get_array().ravel(), readings.restored.ravel())
+    assert colour_at(mesh, -2.0).min() > 0.97 and ax.get_title() == "State corrupted"
+    assert plots.metric_name(trace) == 'logit of "Paris" minus "Rome"'
+    table = plots.cell_table(trace)
+    assert table["logit_difference_clean"].eq(-2.0).all() and len(table) == trace.p_restored.size
+
+
+def test_heads_are_drawn_by_layer_and_head():
+    trace = replace(make_trace("attn", 0), kind="head", token=4, p_restored=np.random.default_rng(0).random((6, 3)))
+    ax = plots.heatmap(trace)
+    assert mesh_of(ax).get_array().shape == (6, 3) and ax.get_xlabel() == "head" and ax.get_ylabel() == "layer"
+    table = plots.cell_table(trace)
+    row = table[(table["layer"] == 4) & (table["head"] == 2)].iloc[0]
+    assert row["p_restored"] == trace.p_restored[4, 2]
+    heads = plots.heads_heatmap(Traces([trace]).average_heads())
+    np.testing.assert_allclose(mesh_of(heads).get_array(), trace.effect)
