@@ -31,7 +31,6 @@ from rome_lab.evaluation.rewriting import rewrite_prompts
 from rome_lab.facts.built_cases import build_cases
 from rome_lab.facts.known import KnownFacts, known_facts, rank
 from rome_lab.studies.evaluation.paper import paired
-from rome_lab.studies.search import MeasuredRome
 
 USED_SEED, USED_CASES = 0, 20 + 200  # of the search and of the README's table
 USED_SHARE = 0.55  # of all facts, in the order of that seed, behind which none of those cases can be
@@ -69,7 +68,7 @@ def fresh_cases(lm: LanguageModel, n: int, seed: int, store: Path) -> tuple[Case
 
 def methods_by_tokens(tokens: Sequence[int]) -> list[Method]:
     """ROME with the model's defaults and C of each number of tokens; without C for 0."""
-    return [MeasuredRome(str(n), tokens=n) if n else IdentityRome("0") for n in tokens]
+    return [Rome(str(n), tokens=n) if n else IdentityRome("0") for n in tokens]
 
 
 def judged(

@@ -13,6 +13,7 @@ from rome_lab.editing import (
     load_edit,
     rome,
     rome_many,
+    suggest_layer,
     verify,
 )
 from rome_lab.evaluation import evaluate
@@ -65,6 +66,7 @@ __all__ = [
     "rome_many",
     "show",
     "swap_pairs",
+    "suggest_layer",
     "trace_facts",
     "verify",
 ]

@@ -10,11 +10,11 @@ seed_from, uniform          random numbers that depend on what they are for, and
 check_text, check_whole     arguments refused in a sentence
 mean_ci, MeanCI             a mean over facts, or cases, with its 95% interval; harmonic_mean_ci of several
 mentions, holds, place_of   names in texts, and visible, texts made safe to draw
-OneLine                     results that show themselves in one line
+OneLine                     results that show themselves in one line; Tell, how long work says how far it has come
 """
 
 from rome_lab.base.checks import check_text, check_whole
-from rome_lab.base.display import OneLine
+from rome_lab.base.display import OneLine, Tell
 from rome_lab.base.files import check_writable, explained, user_cache, write_atomically
 from rome_lab.base.intervals import MeanCI, harmonic_mean_ci, mean_ci
 from rome_lab.base.seeds import seed_from, uniform

@@ -1,11 +1,14 @@
-"""Results that hold arrays, in one line: `OneLine`."""
+"""What people see of results and of long work: `OneLine`, results that hold arrays in one line, and `Tell`."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable
 from dataclasses import fields
 
 MOST_SHOWN = 60  # of one value
+Tell = Callable[[str, float], None]
+"""Called with what is being done, in words, and how far it has come, from 0 to 1."""
 
 
 class OneLine:

@@ -13,6 +13,7 @@ run_to_keys, key_size                   all keys of texts at some layers; H
 solve_update, factorise, Factor         the least squares behind an edit, on matrices; ENOUGH tokens for C
 Method, METHODS, SEARCH, measured_on    ways to edit, behind one interface: a Proposal of each for the same requests
 Rome                                    the ROME family among them
+suggest_layer, LayerSuggestion          which layer to edit in a model that nobody has edited; settle takes it for methods
 verify                                  whether a model is traced and edited exactly, beside plain runs of it
 Optima                                  v*, keys, prefixes and C, each found once for all of them
 """
@@ -21,6 +22,8 @@ from rome_lab.editing.auditing import TEXT, audit, nearest_facts, neighbours_of
 from rome_lab.editing.edit import Edit, describe_edit, load_edit
 from rome_lab.editing.exact import rome, rome_many
 from rome_lab.editing.keys import key_size, run_to_keys, sample_prefixes, subject_keys
+from rome_lab.editing.layer_search import settle, suggest_layer
+from rome_lab.editing.layer_suggestion import LayerSuggestion
 from rome_lab.editing.methods import METHODS, SEARCH, Method, Proposal, Rome, measured_on
 from rome_lab.editing.optima import Optima
 from rome_lab.editing.requests import Request, check_requests, layer_to_edit

@@ -77,6 +77,7 @@ class Rome:
         layer, settings: by default those of `default_settings`.
         source: text that C is measured on.
         together: see `Method`.
+        tokens: how many C is measured on; by default as many as `covariance` takes.
     """
 
     solution: ClassVar[str] = "exact"
@@ -86,6 +87,7 @@ class Rome:
     settings: EditSettings | None = None
     source: Source = field(default_factory=SampledText)
     together: int = 1
+    tokens: int | None = None
 
     def settled(self, lm: LanguageModel) -> Rome:
         """Raises a ValueError where no layer is known for the model, or it has no such layer."""
@@ -102,7 +104,8 @@ class Rome:
     def describe(self) -> dict[str, Json]:
         check_settled(self.name, self.layer, self.settings, self.key)
         settings = {name: value for name, value in asdict(self.settings).items() if name != "key"}
-        chosen = {"key": self.key, "layer": self.layer, "settings": settings, "C": self.source.describe()}
+        C = {"source": self.source.describe(), "tokens": self.tokens}
+        chosen = {"key": self.key, "layer": self.layer, "settings": settings, "C": C}
         return {"method": "rome", "code": code_version(__name__), "solution": self.solution, **chosen}
 
     def sought(self, request: Request) -> tuple[Request, int, EditSettings]:
@@ -128,7 +131,7 @@ class Rome:
 
     def factor(self, lm: LanguageModel, optima: Optima) -> Factor:
         """Of the matrix that measures the smallness of a change."""
-        return optima.factor(self.layer, self.source)
+        return optima.factor(self.layer, self.source, self.tokens)
 
     def solve(
         self, lm: LanguageModel, factor: Factor, keys: Sequence[Float[Tensor, "H n"]], reached: Sequence[Optimum]

@@ -4,6 +4,7 @@ Request                            a fact, and what is to be said instead of its
 check_requests(lm, requests, ...)  raises where they are none that can be met; asks the model nothing
 check_news(lm, request)            raises NothingToEdit where the model says the target already
 layer_to_edit(lm, facts, layer)    the layer that is meant: given, known for the model, or found by a causal trace
+effects_at_subject(lm, facts)      what that trace measures: MLP outputs restored at the subject's last token
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
+from jaxtyping import Float
+from tqdm.auto import tqdm
 
 from rome_lab.editing.settings import default_settings
 from rome_lab.facts import Fact, completions, continuation_ids, read_prompt
-from rome_lab.models import LanguageModel
-from rome_lab.tracing import causal_trace
+from rome_lab.models import LanguageModel, check_verified
+from rome_lab.tracing import GaussianNoise, TraceSettings, restore, run_clean_and_corrupted
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +72,27 @@ def layer_to_edit(lm: LanguageModel, facts: Sequence[Fact], layer: int | None) -
     layer = default_settings(lm).layer if layer is None else int(layer)
     if layer is not None:
         return layer
-    traces = [causal_trace(lm, fact.prompt, fact.subject, kind="mlp") for fact in facts]
-    effects = np.mean([trace.indirect_effect[trace.subject_range[1] - 1] for trace in traces], axis=0)
+    effects = effects_at_subject(lm, facts, progress=False).mean(axis=0)
     layer = int(effects.argmax())
     logger.warning(
         "rome: no layer is known for %s; a causal trace of MLP outputs at the last subject token has its peak at layer "
-        "%d (indirect effect %.3f), which is used. Choose another with layer=.", lm.name, layer, effects[layer],
+        "%d (indirect effect %.3f), which is used. Choose another with layer=; suggest_layer(lm) "
+        "tries several.", lm.name, layer, effects[layer],
     )  # fmt: skip
     return layer
+
+
+def effects_at_subject(lm: LanguageModel, facts: Sequence[Fact], progress: bool = True) -> Float[np.ndarray, "F L"]:
+    """(F, L): the indirect effects of MLP outputs restored around each layer at the last subject token, see `causal_trace`.
+
+    What is followed is what the model says after the fact's prompt, whatever its object is.
+    """
+    check_verified(lm, "causal_trace")
+    settings = TraceSettings(GaussianNoise().measured(lm))
+    effects = []
+    for fact in tqdm(facts, desc="tracing", unit="fact", disable=not progress):
+        prompt = read_prompt(lm, fact)
+        last = prompt.subject_range[1] - 1
+        trace = restore(run_clean_and_corrupted(lm, prompt, None, settings), "mlp", None, [last])
+        effects.append(trace.indirect_effect[last])
+    return np.array(effects)

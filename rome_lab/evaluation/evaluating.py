@@ -18,7 +18,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from rome_lab.base import Store, opened, seed_from
-from rome_lab.editing import METHODS, Method
+from rome_lab.editing import METHODS, Method, settle
 from rome_lab.evaluation.bench import Bench
 from rome_lab.evaluation.bystanders import requests_by_case
 from rome_lab.evaluation.judging import JudgeSettings
@@ -56,6 +56,8 @@ def evaluate(
     was interrupted, and adding a method judges only that one. A row says the same whichever methods it stands among.
     A method is given `Method.together` requests at once: those of the cases that come together in `groups`, each of which
     is judged with all of them in force. No neighbour is judged that another of them edits; a case with no other has no NS.
+    A method that takes the model's own layer, where none is known, takes the one that `suggest_layer` finds on facts about
+    other subjects than those of the cases; it is logged.
 
     Args:
         method: a name of `METHODS`, a Method, or several; no two of one name.
@@ -82,10 +84,10 @@ def evaluate(
         raise ValueError("evaluate: there are no cases; known_cases(lm) finds some that the model knows.")
     if len({case.id for case in cases}) < len(cases):
         raise ValueError("evaluate: two cases have one id; give every case its own.")
-    methods = [chosen.settled(lm) for chosen in methods]
     store = opened(store)
     if store:
         store.check_writable()
+    methods = settle(lm, methods, cases, store, progress)
     if client is not None:
         from rome_lab.evaluation.on_workers import judge_on_workers
         from rome_lab.models import Workers  # needs dask.distributed, which is an optional extra

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from rome_lab.base import check_whole, check_writable, write_atomically
+from rome_lab.base import Tell, check_whole, check_writable, write_atomically
 from rome_lab.editing import Edit, EditSettings, audit, check_requests
 from rome_lab.facts import Fact, known_among
 from rome_lab.lab.jobs import Job, check_idle
 from rome_lab.lab.looks import Probe, look_at, probe_of
 from rome_lab.lab.report_page import Edited, Findings, page_of, strongest_of
-from rome_lab.lab.trials import EditRequest, Tell, make_edit
+from rome_lab.lab.trials import EditRequest, make_edit
 from rome_lab.models import LanguageModel, check_verified
 from rome_lab.tracing import (
     KINDS,

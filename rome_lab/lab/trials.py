@@ -8,13 +8,13 @@ ten_facts()                 requests that are worth trying on the embedded model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
 from tqdm.auto import tqdm
 
-from rome_lab.base import Json
+from rome_lab.base import Json, Tell
 from rome_lab.editing import (
     Edit,
     EditSettings,
@@ -43,8 +43,6 @@ TEN_FACTS = (
     ("John Keats", "painter", "The world came to know {} as a"),
     ("Joseph Haydn", "lawyer", "People remember {} above all as a"),
 )
-Tell = Callable[[str, float], None]
-"""Called with what is being done, in words, and how far it has come, from 0 to 1."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from rome_lab.base import Json, Store, code_version, opened, seed_from
-from rome_lab.editing import Method, Optima, Proposal, Request
+from rome_lab.editing import Method, Optima, Proposal, Request, settle
 from rome_lab.evaluation import (
     METRICS,
     Bench,
@@ -173,12 +173,12 @@ def judge_chains(
         ValueError: no cases, fewer than the least of `sizes`, an unknown method, or one that does not fit the model.
         OSError: the store cannot be written; found before any work is done.
     """
-    methods = [chosen.settled(lm) for chosen in methods_of(method)]
     settings = replace(settings or JudgeSettings(), new_tokens=0)
     plan = chains_of(cases, sizes, least, chains, settings.seed)
     store = opened(store)
     if store:
         store.check_writable()
+    methods = settle(lm, methods_of(method), [case for chain in plan for case in chain], store, progress)
     bench = Bench.set_up(lm, settings, unrelated, store, progress)
     rows: list[dict] = []
     with tqdm(total=len(methods) * sum(map(len, plan)), desc="editing", unit="edit", disable=not progress) as bar:

@@ -14,7 +14,7 @@ all_numbers, plotted_numbers            the numbers behind the figure
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -22,7 +22,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from rome_lab.base import Json, Store, canonical_json
-from rome_lab.editing import KEYS, METHODS, SEARCH, Factor, FolderText, Method, Optima, Rome, covariances, measured_on
+from rome_lab.editing import KEYS, METHODS, SEARCH, FolderText, Method, Rome, covariances, measured_on
 from rome_lab.evaluation import SCORES_ONLY, Case, JudgeSettings, evaluate, summarise
 from rome_lab.lab import FONT_SIZE
 from rome_lab.models import LanguageModel
@@ -135,9 +135,7 @@ def sweep_tokens(
     chosen = {"layer": rome.layer, "key": rome.key, "settings": rome.settings}
     sources = {Path(c_text).name: rome.source} | ({"folder": FolderText(texts)} if texts else {})
     choices = {
-        (n, name): MeasuredRome(**chosen, source=source, tokens=n)
-        for n in sorted(tokens)
-        for name, source in sources.items()
+        (n, name): Rome(**chosen, source=source, tokens=n) for n in sorted(tokens) for name, source in sources.items()
     }
     return compare_methods(lm, cases, choices, ["tokens", "source"], store=store)
 
@@ -226,16 +224,3 @@ def flattened(description: Mapping[str, Json]) -> dict[str, Json]:
     for key, value in description.items():
         flat |= flattened(value) if isinstance(value, Mapping) else {key: value}
     return flat
-
-
-@dataclass(frozen=True)
-class MeasuredRome(Rome):
-    """ROME with C measured on `tokens` tokens of its source."""
-
-    tokens: int = 0
-
-    def describe(self) -> dict[str, Json]:
-        return super().describe() | {"tokens": self.tokens}
-
-    def factor(self, lm: LanguageModel, optima: Optima) -> Factor:
-        return optima.factor(self.layer, self.source, self.tokens)

@@ -343,7 +343,7 @@ class StandIn(Optima):
 
     def __init__(self, lm, factor):
         super().__init__(lm, progress=False)
-        self.factor = lambda layer, source: factor
+        self.factor = lambda layer, source, tokens: factor
 
 
 def test_a_notebook_shows_a_short_table_of_an_edit(tiny) -> None:

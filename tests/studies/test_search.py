@@ -15,7 +15,7 @@ from rome_lab.editing.methods import METHODS, SEARCH, FineTuning, Rome
 from rome_lab.editing.optima import Optima
 from rome_lab.evaluation.evaluating import evaluate
 from rome_lab.studies import search as module
-from rome_lab.studies.search import MeasuredRome, best, compare_methods, differences, search_settings
+from rome_lab.studies.search import best, compare_methods, differences, search_settings
 
 CASES = [case(i, subject) for i, subject in enumerate(("Paris", "Japan", "Warsaw"))]
 OPTIONS = {"progress": False, "settings": QUICK}
@@ -82,7 +82,7 @@ def test_a_sweep_finds_v_star_once_for_all_keys_of_one_start_and_covariances(tin
     found = []
     real = Optima.optimise
     monkeypatch.setattr(Optima, "optimise", lambda *args: found.append(args[1]) or real(*args))
-    choices = {(key, n): MeasuredRome(layer=1, settings=EDITING, key=key, tokens=n) for key in keys for n in (300, 600)}
+    choices = {(key, n): Rome(layer=1, settings=EDITING, key=key, tokens=n) for key in keys for n in (300, 600)}
     table = compare_methods(tiny, CASES, choices, ["key", "tokens"], **OPTIONS)
     assert len(found) == times * len(CASES)
     assert set(zip(table["key"], table["tokens"], strict=True)) == set(choices)
@@ -91,7 +91,7 @@ def test_a_sweep_finds_v_star_once_for_all_keys_of_one_start_and_covariances(tin
 
 
 def test_the_covariance_of_so_many_tokens_is_the_one_that_is_used(tiny):
-    method = MeasuredRome(layer=1, settings=EDITING, key="both", tokens=300)
+    method = Rome(layer=1, settings=EDITING, key="both", tokens=300)
     request = (CASES[0].fact, CASES[0].target)
     delta = method.change(tiny, [request], Optima(tiny, progress=False)).delta
     C = covariance(tiny, 1, tokens=300, progress=False)
@@ -134,7 +134,7 @@ def test_sweeps_change_one_thing_and_leave_the_rest_as_published_or_as_it_is(tin
     )
     tokens = module.sweep_tokens(tiny, CASES[:2], [600, 300])
     assert list(dict.fromkeys(tokens["tokens"])) == [300, 600]
-    measured = MeasuredRome(key="bare", layer=1, settings=published.settings, tokens=600)
+    measured = Rome(key="bare", layer=1, settings=published.settings, tokens=600)
     pd.testing.assert_series_equal(means_of(tokens, tokens=600), alone(tiny, measured))
     changes = module.sweep_changes(tiny, CASES[:2], 1)
     assert list(dict.fromkeys(changes["change"])) == ["as it is", "weight decay 0.5"]

@@ -14,7 +14,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from rome_lab.base import Store, mean_ci
-from rome_lab.editing import Method, Optima
+from rome_lab.editing import Method, Optima, settle
 from rome_lab.evaluation import SCORES_ONLY, Case, methods_of, questions_of
 from rome_lab.models import LanguageModel, score
 
@@ -38,10 +38,11 @@ def paraphrase_scores(
     Returns: DataFrame: case, paraphrase, opens (whether it begins with the subject), log_p_target, log_p_true (of the whole
         texts), won (100 where the target is the more probable one, otherwise 0).
     """
-    (chosen,) = (each.settled(lm) for each in methods_of(method))
+    cases = list(cases)
+    (chosen,) = settle(lm, methods_of(method), cases, store, progress)
     optima = Optima(lm, store, progress)
     rows: list[dict] = []
-    for case in tqdm(list(cases), desc="paraphrases", unit="case", disable=not progress):
+    for case in tqdm(cases, desc="paraphrases", unit="case", disable=not progress):
         try:
             change = chosen.change(lm, [(case.fact, case.target)], optima)
         except ValueError:
