@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from rome_lab.base import USER_CACHE, Store, opened
+from rome_lab.base import USER_CACHE, Store, Tell, opened
 from rome_lab.editing.edit import Edit
 from rome_lab.editing.exact import rome
 from rome_lab.editing.keys import key_size
@@ -67,6 +67,7 @@ def verify(
     seed: int = 0,
     store: Store | str | Path | None = USER_CACHE,
     progress: bool = True,
+    tell: Tell | None = None,
 ) -> pd.DataFrame:
     """Whether this model is traced and edited exactly: a row for each check, with its largest difference and a verdict.
 
@@ -80,6 +81,7 @@ def verify(
         prompt, subject: the text to try it on, and the part of it that is corrupted.
         cells: of each sort of trace, how many are compared; drawn by `seed`.
         store: where the verdicts are kept, for `causal_trace`, which refuses a model with a wrong one.
+        tell: called with each check before it is made, and how far it has come.
 
     Returns: columns check, difference, limit, verdict, remark.
 
@@ -99,6 +101,8 @@ def verify(
     }
     verdicts: list[Verdict] = []
     for name, check in tqdm(checks.items(), "verifying", unit="check", disable=not progress):
+        if tell:
+            tell(f"Verifying: {name}", list(checks).index(name) / len(checks))
         try:
             verdicts += check()
         except (ValueError, NotImplementedError) as error:

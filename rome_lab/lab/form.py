@@ -42,6 +42,9 @@ KEPT = ("subject", "prompt", "target", "layer", "steps", "tokens", "key", *list(
 class EditForm:
     """The fields that say what to trace and edit, and how.
 
+    Attributes:
+        suggested: the layer that `suggest_layer` has found for the model, if it was asked.
+
     Args:
         request: what they say at first.
         refuse: told of the error where a chosen fact cannot be filled in.
@@ -51,6 +54,7 @@ class EditForm:
         self.lm, self.relations, self.refuse = lm, load_relations(), refuse
         default = default_settings(lm)
         self.settings = request.settings or default.settings
+        self.suggested: int | None = None
         layer = next((x for x in (request.layer, default.layer) if x is not None), lm.n_layers // 3)
         tokens = request.tokens or ENOUGH * key_size(lm, layer)
         self.relation = w.Dropdown(options=[TEN_LABEL, *self.relations], description="Relation")

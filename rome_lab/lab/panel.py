@@ -20,6 +20,7 @@ import ipywidgets as w
 
 from rome_lab.editing import Edit, check_requests
 from rome_lab.facts import Fact
+from rome_lab.lab.first_steps import FirstSteps
 from rome_lab.lab.form import EditForm
 from rome_lab.lab.history import History, Step, counted, edit_code, edits_named, trace_code
 from rome_lab.lab.history_view import HistoryView
@@ -70,6 +71,7 @@ class Panel:
         self.history = old.history if same else History(lm)
         self.build()
         if same:
+            self.steps.take(old.steps.suggestion)
             self.form.take(old.form)
         else:
             self.record("the model at first")
@@ -92,6 +94,7 @@ class Panel:
         self.report_button = self.button("Report", self.run_report, self.status)
         self.report_button.tooltip = "A page about this fact and edit, as one file to keep or to send"
         self.edit_button.button_style, self.stop_button.button_style = "primary", "danger"
+        self.steps = FirstSteps(self.lm, form, self.button, self.tell)
         self.result = LiveText(self.ask_row)
         self.answers = placed("rl-answers-box", [self.result])
         self.edits = w.VBox()
@@ -101,7 +104,7 @@ class Panel:
         self.trace_button.add_class("rl-go-trace")
         self.edit_button.add_class("rl-go-edit")
         buttons = row([self.trace_button, self.edit_button, self.stop_button, self.report_button])
-        left = placed("rl-left", [form.widget, buttons, self.status])
+        left = placed("rl-left", [form.widget, buttons, self.status, self.steps.widget])
         right = placed("rl-right", [self.view.box, row([self.view.layer_button])])
         top = w.HBox([left, right])
         top.add_class("rl-columns")
@@ -132,7 +135,7 @@ class Panel:
             check_idle(self.lm)
         except RuntimeError as error:  # of another panel
             return line.say(str(error), "error")
-        for other in (self.status, self.edits_line, self.saved.line):
+        for other in (self.status, self.edits_line, self.saved.line, self.steps.line):
             other.say("", "busy")
         self.line = line
         self.busy(True)

@@ -66,7 +66,8 @@ class TraceView:
             return ""
         self.peak = int(trace.p_restored[trace.subject_range[1] - 1].argmax())
         self.layer_button.description = f"Edit layer {self.peak}, the trace's peak"
-        if default_settings(self.lm).layer is None and earlier is None:  # later, the layer is the user's choice
+        known = default_settings(self.lm).layer if self.form.suggested is None else self.form.suggested
+        if known is None and earlier is None:  # later, the layer is the user's choice
             self.choose_peak()
         self.offer_peak()
         return f" At the subject's last token the MLPs around layer {self.peak} bring back most."

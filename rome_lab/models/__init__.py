@@ -2,7 +2,8 @@
 
 LanguageModel                   a model with its tokenizer and the places of its parts; edits lie over its weights
 load_model, check_hub           one by name: embedded, on a hub, or in a folder
-Layout, find_layout             where a family has its parts; an UnfitModelError where a model has none
+Layout, find_layout             where a family has its parts; an UnfitModelError where a model has none; LAYOUTS are known
+                                without a look
 record_run, Recording           one run of a whole model, and all that it left behind
 run_block, run_blocks           blocks on the last tokens of a recorded text; joined puts recordings together, and
                                 check_recording says whether parts give what the whole gave
@@ -46,7 +47,7 @@ from rome_lab.models.blocks import (
 from rome_lab.models.changes import Change, side_by_side
 from rome_lab.models.identity import difference
 from rome_lab.models.language_model import LanguageModel
-from rome_lab.models.layouts import Layout
+from rome_lab.models.layouts import LAYOUTS, Layout
 from rome_lab.models.loading import check_hub, load_model
 from rome_lab.models.process import (
     choose_products,

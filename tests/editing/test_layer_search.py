@@ -47,6 +47,10 @@ def lm():
 
 @pytest.fixture(scope="module")
 def cases(lm):
+    return cases_of(lm)
+
+
+def cases_of(lm):
     """A case of each fact that the model knows: its target is another's object, its neighbours are the others."""
     facts = known(lm)
     objects = list(dict.fromkeys(fact.object for fact in facts))

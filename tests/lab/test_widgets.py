@@ -16,10 +16,14 @@ import numpy as np
 import pytest
 import torch
 from test_comparison import FACT, REQUEST, model_of_long_texts, round_by_batch
-from tiny import LLAMA
+from test_layer_search import QUICK, cases_of
+from tiny import LLAMA, talkative_model
 from transformers import AutoModelForCausalLM, LlamaConfig
+from unheard import unheard_model
 
+from rome_lab.editing import suggest_layer
 from rome_lab.facts.sources import load_relations
+from rome_lab.lab import first_steps
 from rome_lab.lab.interactive import TracePicture
 from rome_lab.lab.jobs import Job, Stopped, wait_for_job
 from rome_lab.lab.live import StatusLine
@@ -27,6 +31,7 @@ from rome_lab.lab.looks import look_at
 from rome_lab.lab.panel import Panel, sentence
 from rome_lab.models.batching import Batching
 from rome_lab.models.language_model import LanguageModel
+from rome_lab.models.verdicts import verdicts_of
 from rome_lab.tracing import causal_trace
 
 
@@ -479,3 +484,40 @@ def test_a_model_is_freed_after_its_last_job(tiny) -> None:
     del lm, job
     gc.collect()
     assert held() is None
+
+
+def test_a_layer_is_suggested_where_none_is_known_and_stays(shared_cache, monkeypatch) -> None:
+    lm = talkative_model()
+    lm.model.config.max_position_embeddings = 256
+    cases = cases_of(lm)
+    told = []
+
+    def of_these_cases(lm, tell, **options):
+        tell_all = lambda *doing: (told.append(doing), tell(*doing))  # noqa: E731
+        return suggest_layer(lm, cases, layers=[0, 2], n=2, tell=tell_all, **QUICK | options)
+
+    monkeypatch.setattr(first_steps, "suggest_layer", of_these_cases)
+    panel = Panel(lm, replace(REQUEST, layer=None), samples=2)
+    assert panel.steps.suggest_button in panel.steps.widget.children[0].children
+    assert panel.steps.verify_button not in panel.steps.widget.children[0].children, "the family is known by name"
+    text = press(panel, panel.steps.suggest_button)
+    best = panel.steps.suggestion.layer
+    assert text.startswith(f"Layer {best} of") and panel.form.layer.value == best and len(told) > 4
+    assert "<table" in panel.steps.table.html and "suggested" in panel.steps.table.html
+    press(panel, panel.trace_button)
+    assert panel.form.layer.value == best, "a trace does not choose another"
+    again = Panel(lm, panel.first_request)
+    assert again.steps.table.html == panel.steps.table.html and again.form.suggested == best
+    named = Panel(LanguageModel(lm.model, lm.tokenizer, "smollm2-135m"), REQUEST)
+    assert named.steps.widget.children == ()
+
+
+def test_a_model_of_no_known_family_is_verified_by_a_button(shared_cache) -> None:
+    lm = unheard_model()
+    panel = Panel(lm, REQUEST)
+    assert panel.steps.verify_button in panel.steps.widget.children[0].children
+    assert press(panel, panel.steps.verify_button).startswith("Verified: traces and an edit are what plain runs")
+    assert "exact to float" in panel.steps.verdict.html and [x.check for x in verdicts_of(lm)][:2]
+    assert (
+        panel.steps.verify_button not in Panel(lm, replace(REQUEST, target="Tokyo")).steps.widget.children[0].children
+    )
