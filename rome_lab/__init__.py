@@ -65,8 +65,8 @@ __all__ = [
     "rome",
     "rome_many",
     "show",
-    "swap_pairs",
     "suggest_layer",
+    "swap_pairs",
     "trace_facts",
     "verify",
 ]
