@@ -151,9 +151,11 @@ def run_notebook(
             execute(executed, path.stem if progress else None, kernel)
         except (PapermillExecutionError, RuntimeError) as error:
             keep(executed, failed, about, start)
+            note_parameters(path.stem, about["parameters"])  # it may have drawn some
             raise NotebookError(f"{failure(executed, path, error)}\n\nAll cells so far are in {failed}.") from error
         except KeyboardInterrupt:
             keep(executed, failed, about, start)
+            note_parameters(path.stem, about["parameters"])
             raise KeyboardInterrupt(f"{path}: interrupted; all cells so far are in {failed}.") from None
         keep(executed, target, about, start)
     failed.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The command line: `rome_lab figures | trace | edit | evaluate | report | verify`, also as `python -m rome_lab`.
+"""The command line: `rome_lab figures | trace | edit | evaluate | report | verify | suggest-layer`, or `python -m rome_lab`.
 
 A further command is a function that takes the parsed options, and its parser in `command_parser`.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from rome_lab.base import package_versions
-from rome_lab.editing import verify
+from rome_lab.editing import suggest_layer, verify
 from rome_lab.facts import Fact
 from rome_lab.lab.batch import NotebookError, main, parser, prepare, take_parameters
 from rome_lab.lab.growing import TRACED, draw_figures
@@ -22,7 +22,7 @@ from rome_lab.lab.plots import cell_table, heatmap, save_figure
 from rome_lab.lab.reporting import report
 from rome_lab.lab.trials import EditRequest, try_edit
 from rome_lab.lab.typed_facts import fact_of
-from rome_lab.models import WRONG, LanguageModel, load_model
+from rome_lab.models import IMPOSSIBLE, WRONG, LanguageModel, load_model
 from rome_lab.tracing import KINDS, causal_trace
 
 PROMPT = '"The Eiffel Tower is located in the city of" "Eiffel Tower"'
@@ -121,8 +121,12 @@ def command_parser() -> argparse.ArgumentParser:
     branch.add_argument("--target", help="what the model is to say instead")
     add_edit_options(branch)
     branch.add_argument("--out", type=Path, default=Path("report.html"), help="where the page goes (%(default)s)")
-    about = "compare traces and an edit of a model with plain runs of it; the exit status is 1 where one is wrong"
+    about = "compare traces and an edit of a model with plain runs; the exit status is 1 where one is wrong or none possible"
     command("verify", verify_model, about, "--model EleutherAI/pythia-160m", of_prompt=False)
+    about = "try several layers on facts that the model knows, and say which to edit (minutes)"
+    branch = command("suggest-layer", suggest, about, "--model EleutherAI/pythia-160m --layers 2,3,4", of_prompt=False)
+    branch.add_argument("--layers", help="to try, such as 2,3,4; by default some of the lower half")
+    branch.add_argument("--n-facts", type=int, default=8, help="known facts to edit (%(default)s)")
     return parser
 
 
@@ -215,7 +219,19 @@ def write_report(options: argparse.Namespace) -> None:
     print(report(lm, fact, options.target, options.out, layer=options.layer, tokens=options.tokens))
 
 
+def suggest(options: argparse.Namespace) -> None:
+    try:
+        layers = options.layers and [int(x) for x in options.layers.split(",")]
+    except ValueError:
+        raise ValueError(f"--layers is {options.layers!r}; write numbers with commas, such as 2,3,4.") from None
+    suggestion = suggest_layer(load_model(options.model, dtype=options.dtype), layers=layers, n=options.n_facts)
+    print(suggestion.for_people().to_string(index=False), suggestion, sep="\n\n")
+
+
 def verify_model(options: argparse.Namespace) -> int:
     table = verify(load_model(options.model, dtype=options.dtype))
     print(table.to_string(index=False))
-    return int((table["verdict"] == WRONG).any())
+    verdicts = set(table["verdict"])
+    if verdicts == {IMPOSSIBLE}:
+        print("Nothing could be verified; the remarks say why.", file=sys.stderr)
+    return int(WRONG in verdicts or verdicts == {IMPOSSIBLE})

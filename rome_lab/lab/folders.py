@@ -1,20 +1,25 @@
 """Which folder figures go to: never over those that other parameters made.
 
 A folder of figures holds `parameters.json`: for each notebook the parameters that made what is there. A first try of another
-size, or of another model, goes to a folder below it that is named after what differs, such as figures/n_facts=12.
+size, or of another model, goes to a folder below it that is named after what differs, such as figures/n_facts=12. Pictures
+that no note tells of are never drawn over either.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from rome_lab.base import Json, write_atomically
 
+logger = logging.getLogger(__name__)
+
 NOTE = "parameters.json"
+PICTURES = (".pdf", ".png")
 PLACES = ("figures", "results", "device")  # parameters that what is drawn does not depend on
 LONGEST = 80  # characters of a folder's name
 
@@ -25,7 +30,12 @@ def folder_of_figures(notebook: str, parameters: Mapping[str, Json]) -> str:
     Raises: ValueError: the folder's note cannot be read.
     """
     folder = Path(str(parameters["figures"]))
-    earlier = parameters_of(folder).get(notebook)
+    notes = parameters_of(folder)
+    if not notes and any(path.suffix in PICTURES for path in folder.glob("*.*")):
+        beside = free_folder(folder, "new", notebook, parameters)
+        logger.warning("%s has pictures, but no %s says what made them, so others go to %s.", folder, NOTE, beside)
+        return beside
+    earlier = notes.get(notebook)
     if earlier is None:
         return str(folder)
     differing = {name: value for name, value in drawn_with(parameters).items() if earlier.get(name, value) != value}
@@ -33,7 +43,14 @@ def folder_of_figures(notebook: str, parameters: Mapping[str, Json]) -> str:
     if not differing:
         return str(folder)
     name = re.sub(r"[^\w.=,+-]+", "-", ",".join(words))[:LONGEST]
-    # Long values are cut, and signs that no folder may bear replaced, so that other parameters may have taken the name.
+    return free_folder(folder, name, notebook, parameters)
+
+
+def free_folder(folder: Path, name: str, notebook: str, parameters: Mapping[str, Json]) -> str:
+    """The folder of that name below another, or one with a number, in which no other parameters made what is there.
+
+    Long values are cut, and signs that no folder may bear replaced, so that other parameters may have taken the name.
+    """
     names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
     ours = drawn_with(parameters)
     return str(next(folder / x for x in names if parameters_of(folder / x).get(notebook, ours) == ours))

@@ -30,6 +30,7 @@ class Step:
         edits: in force when it had been done.
         fingerprint: of the weights then.
         traces: what was traced.
+        answer: whose probability they follow; None for what the model says.
         probe, look: the questions, and what the model answered then.
         action: the code that does it, between those of the edits in force before.
         before: the edits in force when it was done.
@@ -40,6 +41,7 @@ class Step:
     edits: tuple[Edit, ...]
     fingerprint: str
     traces: tuple[Trace, ...] = ()
+    answer: str | None = None
     probe: Probe | None = None
     look: Look | None = None
     action: str = ""
@@ -70,12 +72,12 @@ class History:
         same = (step for step in self.steps if [edit.digest for edit in step.edits] == digests)
         return next((step.fingerprint for step in same), None)
 
-    def like(self, traces: Sequence[Trace], edits: Sequence[Edit]) -> Step | None:
-        """The latest step that traced the same as these, with other edits in force."""
+    def like(self, traces: Sequence[Trace], edits: Sequence[Edit], answer: str | None) -> Step | None:
+        """The latest step that traced the same as these, following the same, with other edits in force."""
         now = [edit.digest for edit in edits]
         for step in reversed(self.steps):
             alike = [settings_of(x) for x in step.traces] == [settings_of(x) for x in traces]
-            if alike and [edit.digest for edit in step.edits] != now:
+            if alike and step.answer == answer and [edit.digest for edit in step.edits] != now:
                 return step
         return None
 

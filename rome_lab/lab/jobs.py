@@ -24,6 +24,8 @@ class Stopped(Exception):
 class Job(threading.Thread):
     """A thread that works on a model. After `stop`, the next block of the model that it would run ends it instead.
 
+    Meanwhile no cell runs the model's blocks, traces it, or changes its weights: each of that is a RuntimeError there.
+
     Args:
         work: what to do; returns what to say of it.
         ended: called in the thread with what `work` returned or the error that ended it, and the warnings logged
@@ -70,7 +72,13 @@ class Job(threading.Thread):
         self.ended(result, notes.messages)
 
     def check(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if self.stopping.is_set() and threading.current_thread() is self:
+        here = threading.current_thread()
+        if here is threading.main_thread():  # a cell; threads of PyTorch's own may run blocks for the job
+            raise RuntimeError(
+                f"{self.lm.name} is at work in the panel, whose edits and hooks would act on this run, too; wait until "
+                "that is done, or press Stop."
+            )
+        if self.stopping.is_set() and here is self:
             raise Stopped
 
     check.only_watches = True  # so that it is no hook that an identity of the model would have to name

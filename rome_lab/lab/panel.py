@@ -185,10 +185,12 @@ class Panel:
             grow = partial(self.grow, complete, len(kinds))
             complete.append(causal_trace(self.lm, fact.prompt, fact.subject, kind=kind, callback=grow, **settings))
         before = tuple(self.lm.edits)
-        earlier = self.history.like(complete, before)
+        earlier = self.history.like(complete, before, answer)
         names = ", ".join(TITLES[x.label].split()[0] for x in complete)
         title = f"trace ({names}) of {fact.prompt} …{complete[0].answer}"
-        step = self.record(title, traces=tuple(complete), before=before, action=trace_code(complete, answer))
+        step = self.record(
+            title, traces=tuple(complete), answer=answer, before=before, action=trace_code(complete, answer)
+        )
         suggested = self.view.draw(step, earlier)
         beside = f" Beside it, as it was in step {earlier.number}." if earlier else ""
         return f"Traced the answer {complete[0].answer.strip()!r}.{suggested}{beside}"

@@ -8,7 +8,7 @@ record_run, Recording           one run of a whole model, and all that it left b
 run_block, run_blocks           blocks on the last tokens of a recorded text; joined puts recordings together, and
                                 check_recording says whether parts give what the whole gave
 output_changed, input_changed   what a module says or is given, changed within a context; last_token_only spares it tokens
-alone_with                      keeps other threads from tracing the model within a context
+alone_with                      keeps other threads from tracing or changing the model within a context
 suited_attention, causal_mask   which attention a trace runs with, and its mask; is_mask and BY_HEAD tell arguments of blocks
 at_least_float32                of what is to be summed; last_logits_only spares the logits of other tokens
 Batching, text_bytes            as many texts together as fit, halved where memory runs out; enough_room for the rest
@@ -29,7 +29,6 @@ from rome_lab.models.batching import Batching, enough_room, text_bytes
 from rome_lab.models.blocks import (
     BY_HEAD,
     Recording,
-    alone_with,
     at_least_float32,
     causal_mask,
     check_recording,
@@ -49,6 +48,7 @@ from rome_lab.models.identity import difference
 from rome_lab.models.language_model import LanguageModel
 from rome_lab.models.layouts import LAYOUTS, Layout
 from rome_lab.models.loading import check_hub, load_model
+from rome_lab.models.overlay import alone_with
 from rome_lab.models.process import (
     choose_products,
     freed_memory_given_back,

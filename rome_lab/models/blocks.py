@@ -8,7 +8,6 @@ check_recording(lm, recording, doing)       whether parts of a text give what th
 with output_changed(module, change)         what a module says passes through `change`
 with input_changed(module, change)          what a module is given first passes through `change`
 with last_token_only(feed_forward)          an MLP is given the last token of each text only
-with alone_with(lm)                         no other thread may trace the model
 with suited_attention(lm)                   attention as it is fastest for the short texts of a trace
 """
 
@@ -18,12 +17,10 @@ import contextlib
 import inspect
 import itertools
 import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -32,6 +29,7 @@ from transformers import Cache, DynamicCache
 
 from rome_lab.models.language_model import LanguageModel
 from rome_lab.models.layouts import LAYOUTS
+from rome_lab.models.overlay import alone_with
 from rome_lab.models.tails import excess
 from rome_lab.models.weights import is_offloaded
 
@@ -56,28 +54,6 @@ def suited_attention(lm: LanguageModel) -> Iterator[None]:
             yield
         finally:
             lm.model.set_attn_implementation(before)
-
-
-model_locks: WeakKeyDictionary[LanguageModel, threading.RLock] = WeakKeyDictionary()
-"""A lock for each model that was worked on."""
-
-
-@contextmanager
-def alone_with(lm: LanguageModel) -> Iterator[None]:
-    """Within the context no other thread may trace the model: hooks act on the runs of all threads.
-
-    Raises:
-        RuntimeError: another thread works on it.
-    """
-    lock = model_locks.setdefault(lm, threading.RLock())
-    if not lock.acquire(blocking=False):
-        raise RuntimeError(
-            f"{lm.name} is at work in another thread, whose hooks would act here, too; wait until it is done."
-        )
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 BY_HEAD = ("alibi", "position_bias")

@@ -3,6 +3,7 @@
     overlay.put(changes)             exactly these changes are in force
     with overlay.only(changes): ...  within the context, whatever was in force before
     overlay.original(layer)          W as it is without any, as the model stores it
+    with alone_with(lm)              no other thread may trace the model or change its weights
 
 A matrix in force is always the original one plus the sum of its changes, rounded once. So changes can be undone in any
 order, and what is left after the last one is the original itself.
@@ -11,8 +12,10 @@ order, and what is left after the last one is the original itself.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +45,28 @@ class Memories(Protocol):
 
     def memory(self, layer: int) -> nn.Module: ...
     def memory_is_transposed(self, layer: int) -> bool: ...
+
+
+model_locks: WeakKeyDictionary[Memories, threading.RLock] = WeakKeyDictionary()
+"""A lock for each model that was worked on."""
+
+
+@contextlib.contextmanager
+def alone_with(lm: Memories) -> Iterator[None]:
+    """Within the context no other thread may trace the model or change its weights: hooks act on the runs of all threads.
+
+    Raises:
+        RuntimeError: another thread works on it.
+    """
+    lock = model_locks.setdefault(lm, threading.RLock())
+    if not lock.acquire(blocking=False):
+        raise RuntimeError(
+            f"{lm.name} is at work in another thread, whose hooks would act here, too; wait until it is done."
+        )
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Overlay:
@@ -78,7 +103,13 @@ class Overlay:
 
         Raises:
             ValueError: a weight is not what the changes in force had made of it, or it would overflow.
+            RuntimeError: another thread works on the model.
         """
+        with alone_with(self.memories):
+            self.replace_changes(changes)
+
+    def replace_changes(self, changes: Sequence[WeightChange]) -> None:
+        """What `put` does, by whoever is alone with the model."""
         name, before = self.memories.name, list(self.changes)
         layers = [x for x in range(self.memories.n_layers) if changes_at(x, before) != changes_at(x, changes)]
         originals = {layer: self.original(layer).cpu().clone() for layer in layers}

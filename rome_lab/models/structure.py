@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import combinations
+from math import gcd
 from typing import Any
 
 import torch
@@ -116,10 +117,11 @@ def find_structure(model: nn.Module) -> Layout:
 
 
 def probe(model: nn.Module) -> Tensor:
-    """(1, N_TOKENS) ids of tokens that differ."""
+    """(1, N_TOKENS) ids of tokens that differ, where the vocabulary has more than so many."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     device = device_of(model.get_input_embeddings())
-    return (torch.arange(N_TOKENS, device=device)[None] * 7 + 5) % (vocabulary - 1)
+    step = next(x for x in range(7, 8 + vocabulary) if gcd(x, vocabulary - 1) == 1)  # so that none comes twice
+    return (torch.arange(N_TOKENS, device=device)[None] * step + 5) % (vocabulary - 1)
 
 
 @torch.no_grad()

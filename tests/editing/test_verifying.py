@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import pandas as pd
 import pytest
 import torch
 import transformers as tf
@@ -14,6 +15,7 @@ from unheard import unheard_model
 from rome_lab import Fact, LanguageModel, causal_trace, load_model, trace_facts, verify
 from rome_lab.base.versions import modules_behind
 from rome_lab.editing import update, verifying
+from rome_lab.lab import command
 from rome_lab.models import blocks, verdicts, verdicts_of
 from rome_lab.tracing import sweep
 
@@ -142,3 +144,17 @@ def test_a_verdict_ends_with_the_code_that_it_is_on(monkeypatch):
     assert {verifying.__name__, sweep.__name__, update.__name__, blocks.__name__} <= set(behind)
     monkeypatch.setattr(verdicts, "code_version", lambda module: "mended")
     assert verdicts_of(lm) is None
+
+
+@pytest.mark.parametrize(
+    ("table", "status"),
+    [
+        (["exact to float", "not possible"], 0),
+        (["exact to float", "wrong"], 1),
+        (["not possible", "not possible"], 1),
+    ],
+)
+def test_the_commands_status_is_1_where_anything_is_wrong_or_nothing_was_verified(table, status, tmp_path, monkeypatch):
+    tiny_model("gpt2").save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(command, "verify", lambda lm: pd.DataFrame({"verdict": table}))
+    assert command.run_command(["verify", "--model", str(tmp_path / "model")]) == status

@@ -94,6 +94,28 @@ def test_settings_whose_names_are_cut_or_alike_do_not_share_a_folder(tmp_path):
     assert folders == ["model=org-a", "model=org-a-2", f"model={'x' * 74}", f"model={'x' * 74}-2"]
 
 
+def test_pictures_that_no_note_tells_of_are_left_alone_and_that_is_said(tmp_path, caplog):
+    (tmp_path / "figure_1.png").write_bytes(b"somebody's")
+    made = {"figures": str(tmp_path), "model": "small"}
+    folder = Path(folder_of_figures("figure_1", made))
+    assert folder == tmp_path / "new" and "has pictures, but no parameters.json says what made them" in caplog.text
+    folder.mkdir()
+    note_parameters("figure_1", made | {"figures": str(folder)})
+    assert folder_of_figures("figure_1", made) == folder_of_figures("claims", made) == str(folder)
+    assert folder_of_figures("figure_1", made | {"model": "large"}) == str(tmp_path / "new-2")
+
+
+def test_what_a_failed_run_has_drawn_is_noted_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fails = notebook(tmp_path / "fails.ipynb", WRITES, "1 / 0")
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        run_notebook(fails, progress=False)
+    assert json.loads((tmp_path / "figures/parameters.json").read_text()) == {"fails": {"n_facts": 3, "seed": 0}}
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        run_notebook(fails, {"n_facts": 1}, progress=False)
+    assert (tmp_path / "figures/drawn.txt").read_text() == "3" and (tmp_path / "figures/n_facts=1/drawn.txt").exists()
+
+
 def test_a_note_that_cannot_be_read_is_not_overwritten(tmp_path):
     (tmp_path / "parameters.json").write_text("{")
     with pytest.raises(ValueError, match=r"parameters\.json cannot be read .*remove it"):

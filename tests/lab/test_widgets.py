@@ -21,7 +21,9 @@ from tiny import LLAMA, talkative_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 from unheard import unheard_model
 
-from rome_lab.editing import suggest_layer
+from rome_lab import known_facts, rome
+from rome_lab.editing import subject_keys, suggest_layer
+from rome_lab.facts import completions, read_prompt
 from rome_lab.facts.sources import load_relations
 from rome_lab.lab import first_steps
 from rome_lab.lab.interactive import TracePicture
@@ -128,6 +130,16 @@ def test_kind_window_and_target_are_traced_as_chosen_and_rows_come_one_by_one(ti
     expected = causal_trace(tiny, FACT.prompt, FACT.subject, "state", samples=2, window=1, answer="Rome")
     assert panel.trace.answer == expected.answer
     np.testing.assert_allclose(panel.trace.p_restored, expected.p_restored, atol=1e-9)
+
+
+def test_a_trace_stands_beside_an_earlier_one_only_where_both_follow_the_same(tiny) -> None:
+    panel = Panel(tiny, REQUEST, samples=2)
+    press(panel, panel.trace_button)
+    panel.form.follow.value = "the target"
+    press(panel, panel.edit_button)
+    assert "Beside it" not in press(panel, panel.trace_button), "what the model said is not what is followed now"
+    panel.form.follow.value = "what the model says"
+    assert "Beside it, as it was in step 2" in press(panel, panel.trace_button)
 
 
 def test_a_trace_after_an_edit_stands_beside_the_one_before_and_both_answer_clicks(tiny) -> None:
@@ -400,7 +412,7 @@ def test_choosing_a_fact_fills_the_fields(tiny) -> None:
 # Jobs
 
 
-def test_a_stopped_job_ends_at_its_next_block_and_leaves_other_threads_alone(tiny) -> None:
+def test_a_stopped_job_ends_at_its_next_block_and_leaves_cells_after_it_alone(tiny) -> None:
     began, results = threading.Event(), []
 
     def work() -> str:
@@ -411,8 +423,8 @@ def test_a_stopped_job_ends_at_its_next_block_and_leaves_other_threads_alone(tin
     job = Job(tiny, work, lambda result, notes: results.append(result))
     began.wait()
     job.stop()
-    original = logits(tiny)  # of this thread, which nobody stopped
     wait_for_job(tiny)
+    original = logits(tiny)
     assert isinstance(results[0], Stopped)
     assert torch.equal(logits(tiny), original)
 
@@ -466,14 +478,28 @@ def test_the_hook_that_stops_a_job_is_none_to_warn_of(tiny) -> None:
     assert kept == [(tiny.fingerprint(), [])]
 
 
-def test_a_model_that_a_job_works_on_is_traced_in_no_cell(tiny) -> None:
+def test_a_model_that_a_job_works_on_is_neither_run_nor_changed_in_a_cell(tiny) -> None:
+    edit = rome(tiny, FACT, "Rome", 1, C=torch.eye(48), hparams=REQUEST.settings, progress=False)
+    before = tiny.fingerprint()
     go, begun, kept = threading.Event(), threading.Event(), []
     job = Job(tiny, lambda: begun.set() or str(go.wait(30)), lambda result, notes: kept.append(result))
     assert begun.wait(30)
     with pytest.raises(RuntimeError, match="at work in another thread"):
         causal_trace(tiny, FACT.prompt, FACT.subject, samples=1)
+    with pytest.raises(RuntimeError, match="at work in another thread"):
+        edit.apply(tiny)
+    for run in (
+        lambda: completions(tiny, [(FACT.prompt, "Rome")], "test"),
+        lambda: known_facts(tiny, [FACT], progress=False),
+        lambda: subject_keys(tiny, 1, [read_prompt(tiny, FACT)]),
+        lambda: rome(tiny, FACT, "Tokyo", 1, C=torch.eye(48), hparams=REQUEST.settings, progress=False),
+        lambda: logits(tiny),
+    ):
+        with pytest.raises(RuntimeError, match="is at work in the panel.*or press Stop"):
+            run()
     go.set()
     job.join()
+    assert tiny.fingerprint() == before and not tiny.edits
     assert kept == ["True"] and causal_trace(tiny, FACT.prompt, FACT.subject, samples=1).p_clean > 0
 
 

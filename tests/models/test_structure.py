@@ -16,11 +16,19 @@ from rome_lab import Fact, FixedNoise, LanguageModel, causal_trace, rome
 from rome_lab.editing import EditSettings
 from rome_lab.facts import read_prompt
 from rome_lab.models import Layout, UnfitModelError
-from rome_lab.models.structure import find_structure
+from rome_lab.models.structure import find_structure, probe
 
 PROMPT = ("The Eiffel Tower is located in the city of", "Eiffel Tower")
 FACT = Fact("Eiffel Tower", "The {} is located in the city of", "Paris")
 FOUND = Layout("unheard-of", "stack", "mix", "back", "back")
+
+
+def test_the_tokens_that_a_model_is_looked_at_with_differ_in_every_vocabulary():
+    for size in range(8, 400):
+        model = torch.nn.Module()
+        model.get_input_embeddings = lambda size=size: torch.nn.Embedding(size, 1)
+        ids = probe(model)[0].tolist()
+        assert len(set(ids)) == len(ids) and max(ids) < size - 1, size  # one is changed to the next
 
 
 def test_a_model_of_no_list_is_found_and_the_find_is_said_aloud(caplog):
