@@ -25,7 +25,7 @@ from rome_lab.models import (
     Change,
     LanguageModel,
     Recording,
-    at_least_float32,
+    log_p_of,
     record_run,
     run_block,
     run_blocks,
@@ -159,8 +159,7 @@ class TargetBatch(OneLine):
         with side_by_side(lm, [Change(layer, delta)], [0] * len(hidden)):
             hidden = run_block(lm, layer, hidden, self.recording)  # (B, T, D)
         hidden = run_blocks(lm, range(layer + 1, lm.n_layers), hidden, self.recording)
-        log_p = at_least_float32(lm.logits(hidden.to(lm.device)[self.rows, self.places])).log_softmax(-1)
-        return log_p.gather(1, self.target_ids[:, None])[:, 0]
+        return log_p_of(lm, hidden.to(lm.device)[self.rows, self.places], self.target_ids)[0]
 
 
 def record_batches(lm: LanguageModel, requests: Sequence[Request], layer: int) -> list[TargetBatch]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rome_lab.base import Json, Store, check_whole, code_version, seed_from
 from rome_lab.facts import load_relations
-from rome_lab.models import Batching, LanguageModel, check_hub, continue_randomly, text_bytes
+from rome_lab.models import Batching, LanguageModel, check_hub, continue_randomly, rows_at_once, text_bytes
 
 # Sampled texts in one file of the store: what a killed process loses at most. With 64 tokens each they hold 8,192 tokens,
 # and some texts to spare for those that end early.
@@ -91,7 +91,12 @@ class SampledText:
                 f"SampledText: length is {self.length}, but {lm.name} reads at most {lm.context_length} tokens; "
                 "give a smaller length."
             )
-        together = Batching(lm, "SampledText", text_bytes(lm, self.length, cached=True), self.batch_size)
+        together = Batching(
+            lm,
+            "SampledText",
+            text_bytes(lm, self.length, cached=True),
+            rows_at_once(lm.config.vocab_size, self.batch_size),
+        )
         return [text for part in together.over(numbers, lambda part: self.sample(lm, part)) for text in part]
 
     def sample(self, lm: LanguageModel, numbers: Sequence[int]) -> list[list[int]]:

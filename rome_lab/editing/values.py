@@ -25,9 +25,9 @@ from rome_lab.models import (
     BY_HEAD,
     LanguageModel,
     Recording,
-    at_least_float32,
     causal_mask,
     is_mask,
+    log_p_of,
     output_changed,
     record_run,
     run_block,
@@ -162,18 +162,17 @@ class Objective:
         self.places = [place - begins[row] for row, text in enumerate(texts) for place in range(first[row], len(text))]
         self.texts = record_suffixes(lm, texts, begins)
         with torch.no_grad():
-            self.before = self.read_log_p(self.texts.recording.states[-1][:, self.texts.begin :])[-1]
+            self.before = self.read_log_p(self.texts.recording.states[-1][:, self.texts.begin :])[1]
 
-    def read_log_p(self, hidden: Tensor) -> Tensor:
-        """(N * target tokens + 1, V) next-token log probabilities: of the target in each text, and of the KL's text."""
-        return at_least_float32(self.lm.logits(hidden[self.rows, self.places])).log_softmax(-1)
+    def read_log_p(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Log probabilities: (N,) of the whole target behind each text, and (V,) of any token after the KL's text."""
+        texts = len(self.texts.recording.logits) - 1
+        log_target, essence = log_p_of(self.lm, hidden[self.rows, self.places], self.target_ids.repeat(texts))
+        return log_target.view(texts, -1).sum(1), essence[0]
 
     def __call__(self, delta: Tensor) -> dict[str, Tensor]:
         """The loss, its terms, and what the history says of each step."""
-        log_p = self.read_log_p(self.texts.run(self.lm, self.layer, delta))
-        texts, essence = log_p[:-1].unflatten(0, (-1, len(self.target_ids))), log_p[-1]
-        places = self.target_ids.expand(len(texts), -1)[..., None]
-        log_target = texts.gather(2, places).sum(dim=(1, 2))  # (N,)
+        log_target, essence = self.read_log_p(self.texts.run(self.lm, self.layer, delta))
         terms = {
             "nll": -log_target.mean(),
             "kl": self.settings.kl * (essence.exp() * (essence - self.before)).sum(),

@@ -36,6 +36,7 @@ from rome_lab.models import (
     Question,
     Verdict,
     keep_verdicts,
+    last_logits_only,
     output_changed,
     read_weight,
     score,
@@ -182,7 +183,7 @@ class PlainRuns:
             for module in watched:
                 hooks.enter_context(output_changed(module, watch(module)))
             ids = self.prompt.ids.expand(rows, -1)
-            logits = self.lm.model(input_ids=ids, use_cache=False).logits
+            logits = self.lm.model(input_ids=ids, use_cache=False, **last_logits_only(self.lm.model)).logits
         return logits[:, -1].double().cpu().log_softmax(-1)
 
     def restored(self, kind: str, severed: str | None, token: int, layer: int) -> float:
@@ -272,7 +273,7 @@ def check_edit(plain: PlainRuns) -> list[Verdict]:
     edit = an_edit(lm, prompt, layer)
     values: list[Tensor] = []
     with edit.applied(lm), output_changed(module, lambda output: values.append(output.clone())), torch.no_grad():
-        lm.model(input_ids=prompt.ids[None], use_cache=False)
+        lm.model(input_ids=prompt.ids[None], use_cache=False, **last_logits_only(lm.model))
         changed = not torch.equal(read_weight(module), before)
     if not changed:
         raise ValueError(f"the search for v* at layer {layer} changes nothing; try another prompt")

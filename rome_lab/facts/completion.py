@@ -19,7 +19,17 @@ from transformers import Cache
 
 from rome_lab.facts.fact import Fact
 from rome_lab.facts.prompts import continuation_ids, question
-from rome_lab.models import Batching, Change, LanguageModel, Question, Score, last_logits_only, score, text_bytes
+from rome_lab.models import (
+    Batching,
+    Change,
+    LanguageModel,
+    Question,
+    Score,
+    last_logits_only,
+    rows_at_once,
+    score,
+    text_bytes,
+)
 
 
 def completions(
@@ -148,7 +158,8 @@ def go_on(lm: LanguageModel, texts: Sequence[Text], batch_size: int) -> None:
     longest = max((len(text.ids) + text.limit for text in undecided), default=0)
     together = Batching(lm, "known_facts", text_bytes(lm, longest, cached=True))
     # Called again, it goes on from where each text has come to.
-    together.each(undecided, lambda part: grow(lm, part, batch_size))
+    most = rows_at_once(lm.config.vocab_size, batch_size)
+    together.each(undecided, lambda part: grow(lm, part, most))
 
 
 @torch.no_grad()

@@ -11,9 +11,10 @@ output_changed, input_changed   what a module says or is given, changed within a
 alone_with                      keeps other threads from tracing or changing the model within a context
 suited_attention, causal_mask   which attention a trace runs with, and its mask; is_mask and BY_HEAD tell arguments of blocks
 at_least_float32                of what is to be summed; last_logits_only spares the logits of other tokens
-Batching, text_bytes            as many texts together as fit, halved where memory runs out; enough_room for the rest
+Batching, text_bytes            as many texts together as fit, halved where memory runs out; enough_room for the rest;
+                                rows_at_once of logits
 Change, side_by_side            what a method does to a model, a row of a batch each
-Question, score, Score          log probabilities of given continuations under changes
+Question, score, Score          log probabilities of given continuations under changes; log_p_of where gradients pass
 generate, continue_randomly     texts that the model writes, under changes or as it is
 choose_products                 how float32 matrix products are computed: precisions, and what they cost by product_error;
                                 suited_products for the quickest of those that are accurate
@@ -25,7 +26,7 @@ Verdict, keep_verdicts          of `rl.verify`, kept (EXACT, ROUNDED, WRONG, IMP
 Workers                         machines of a Dask cluster
 """
 
-from rome_lab.models.batching import Batching, enough_room, text_bytes
+from rome_lab.models.batching import Batching, enough_room, rows_at_once, text_bytes
 from rome_lab.models.blocks import (
     BY_HEAD,
     Recording,
@@ -58,7 +59,7 @@ from rome_lab.models.process import (
     suited_products,
 )
 from rome_lab.models.sampling import continue_randomly, generate
-from rome_lab.models.scoring import Question, Score, score
+from rome_lab.models.scoring import Question, Score, log_p_of, score
 from rome_lab.models.structure import UnfitModelError, find_layout
 from rome_lab.models.verdicts import (
     EXACT,

@@ -1,6 +1,7 @@
 """How much fits: batches as large as the free memory allows, and halved where it runs out all the same.
 
 text_bytes(lm, length)               what one text takes in a pass, by estimate
+rows_at_once(vocabulary, most)       how many rows of logits are made together
 Batching(lm, doing, bytes_each)      how many go together; `over` and `each` work through all of them
 enough_room(doing)                   says so in a sentence where memory runs out in what cannot be halved
 """
@@ -24,6 +25,7 @@ from rome_lab.models.process import give_back_freed_memory
 
 logger = logging.getLogger(__name__)
 
+LOGITS = 2**24  # numbers of logits that are made at once where many are read: 64 MB of float32
 SHARE = 0.3  # of the free memory that one batch may take; the rest is for what the batch is made from
 # What allocators say besides raising torch.OutOfMemoryError: MPS and the CUDA driver, the CPU's on Linux and on Windows,
 # C++'s own, cuBLAS.
@@ -90,6 +92,11 @@ def text_bytes(lm: LanguageModel, length: int, cached: bool = False) -> int:
         return inside + scores + 2 * 4 * config.vocab_size
     kept = 2 * lm.n_layers * length * config.hidden_size * lm.dtype.itemsize
     return inside + scores + kept + 24 * config.vocab_size
+
+
+def rows_at_once(vocabulary: int, most: int) -> int:
+    """How many rows of logits are made together: `most`, fewer where a large vocabulary would make them many numbers."""
+    return max(1, min(most, LOGITS // vocabulary))
 
 
 class SingleTooLarge(MemoryError):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rome_lab.base import uniform
-from rome_lab.models.batching import Batching, text_bytes
+from rome_lab.models.batching import Batching, rows_at_once, text_bytes
 from rome_lab.models.blocks import at_least_float32, last_logits_only
 from rome_lab.models.changes import Change, side_by_side
 from rome_lab.models.language_model import LanguageModel
@@ -65,7 +65,8 @@ def generate(
         with side_by_side(lm, changes, [rows[row][0] for row in part]):
             return continue_randomly(lm, prompt_ids, draws, top_k)
 
-    together = Batching(lm, "generate", text_bytes(lm, longest, cached=True))
+    most = rows_at_once(lm.config.vocab_size, len(rows) or 1)  # each has logits of its own
+    together = Batching(lm, "generate", text_bytes(lm, longest, cached=True), most)
     texts = [text for part in together.over(range(len(rows)), write) for text in part]
     written = [text_after(lm, ids, text[: len(ids) + new_tokens]) for ids, text in zip(starts, texts, strict=True)]
     whole = iter(prompt + text for (*_, prompt), text in zip(rows, written, strict=True))

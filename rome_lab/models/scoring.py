@@ -2,6 +2,7 @@
 
 Question(owner, context, continuation)   a text, how it should go on, and under which change
 score(lm, changes, questions)            a Score for each; as many rows together as fit, fewer where memory runs out
+log_p_of(lm, states, tokens)             of given next tokens, where gradients pass
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from rome_lab.models.batching import Batching, text_bytes
+from rome_lab.models.batching import Batching, rows_at_once, text_bytes
 from rome_lab.models.blocks import at_least_float32, output_changed
 from rome_lab.models.changes import Change, side_by_side
 from rome_lab.models.language_model import LanguageModel
 
 PADDING = 8  # most tokens that a row is padded by
-READ = 256  # places whose logits are in memory at once
+READ = 256  # places whose logits are in memory at once, fewer where the vocabulary is large
 
 
 @dataclass(frozen=True)
@@ -168,14 +170,41 @@ def read_scores(
     greedy = torch.empty(len(tokens), dtype=torch.bool, device=lm.device)
     first = which[torch.tensor([0, *sizes[:-1]]).cumsum(0).to(which.device)].tolist() if following else []
     after: dict[int, Tensor] = {}  # by place in `once`, the whole distribution
-    for begin in range(0, len(once), READ):
-        logits = at_least_float32(lm.logits(hidden[begin : begin + READ]))
-        here = order[(which[order] >= begin) & (which[order] < begin + READ)]
+    most = rows_at_once(lm.config.vocab_size, READ)
+    for begin in range(0, len(once), most):
+        logits = at_least_float32(lm.logits(hidden[begin : begin + most]))
+        here = order[(which[order] >= begin) & (which[order] < begin + most)]
         at = which[here] - begin
         distributions = logits.log_softmax(-1)
         log_p[here] = distributions[at, tokens[here]]
         greedy[here] = logits.argmax(-1)[at] == tokens[here]
-        after |= {place: distributions[place - begin].clone() for place in first if begin <= place < begin + READ}
+        after |= {place: distributions[place - begin].clone() for place in first if begin <= place < begin + most}
     whole = [after[place] for place in first] if following else [None] * len(sizes)
     parts = zip(log_p.cpu().double().split(sizes), greedy.cpu().split(sizes), whole, strict=True)
     return [Score(log_p.numpy(), greedy.numpy(), distribution) for log_p, greedy, distribution in parts]
+
+
+def log_p_of(lm: LanguageModel, states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Log probabilities of given next tokens, and whole distributions after the states behind theirs; gradients pass.
+
+    Args:
+        states: (R, D) outputs of the last block.
+        tokens: (N,) ids of the tokens after the first N of them.
+
+    Returns: (N,) log P of the tokens, and (R - N, V) log P of every token after the others.
+    """
+
+    def read(part: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        log_p = at_least_float32(lm.logits(part)).log_softmax(-1)
+        return log_p[: len(ids)].gather(1, ids[:, None])[:, 0], log_p[len(ids) :]
+
+    most = rows_at_once(lm.config.vocab_size, len(states))
+    if most == len(states):
+        return read(states, tokens)
+    # Logits of several parts would all be kept for the gradient; so each part's are made once more when it is computed.
+    parts = [
+        checkpoint(read, states[begin : begin + most], tokens[begin : begin + most], use_reentrant=False)
+        for begin in range(0, len(states), most)
+    ]
+    given, whole = zip(*parts, strict=True)
+    return torch.cat(given), torch.cat(whole)

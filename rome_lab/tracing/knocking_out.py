@@ -28,6 +28,7 @@ from rome_lab.models import (
     enough_room,
     freed_memory_kept,
     is_mask,
+    rows_at_once,
     run_block,
     suited_attention,
     suited_products,
@@ -124,7 +125,8 @@ def knockout(
                 texts[joined] = recording.states[layer][0, -1:]
                 joined += 1
             together.each(range(joined), partial(go_through, layer))
-        logits = together.over(
+        few = replace(together, most=rows_at_once(lm.config.vocab_size, max_rows or lm.n_layers))
+        logits = few.over(
             range(lm.n_layers), lambda rows: at_least_float32(lm.logits(texts[rows.start : rows.stop, 0]))
         )
         p = np.empty(lm.n_layers)

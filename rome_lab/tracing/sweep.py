@@ -23,6 +23,7 @@ from rome_lab.models import (
     input_changed,
     last_token_only,
     output_changed,
+    rows_at_once,
     run_block,
     text_bytes,
 )
@@ -118,7 +119,9 @@ class Sweep:
                 joined += samples
             if depth < runs.lm.n_layers:
                 together.each(range(joined), partial(self.go_through, depth, texts))
-        few = replace(together, most=min(READ_TOGETHER, together.most or READ_TOGETHER))
+        few = replace(
+            together, most=rows_at_once(runs.lm.config.vocab_size, min(READ_TOGETHER, together.most or READ_TOGETHER))
+        )
         parts = few.over(texts[:, -1], lambda last: at_least_float32(runs.lm.logits(last)))
         parts = [read_metrics(logits, runs.answer_id, runs.foil_id) for logits in parts]
         metrics = {}

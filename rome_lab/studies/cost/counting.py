@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rome_lab.models import LanguageModel, find_layout
+from rome_lab.models import LanguageModel, find_layout, rows_at_once
 from rome_lab.tracing import READ_TOGETHER, columns_of
 
 
@@ -201,7 +201,7 @@ def sweep_bytes(size: Size, trace: Shape, kind: str, item: int = 4) -> float:
     rows, length = trace.samples * size.layers, max(swept_tokens(trace, kind))
     swept = rows * length * size.width * item
     block = rows * length * (3 * size.mlp_width + 5 * size.width) * item
-    logits = 2 * min(rows, READ_TOGETHER) * size.vocabulary * 4
+    logits = 2 * rows_at_once(size.vocabulary, min(rows, READ_TOGETHER)) * size.vocabulary * 4
     return recorded_bytes(size, trace, item) + swept + max(block, logits)
 
 
