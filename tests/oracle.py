@@ -112,7 +112,11 @@ def judge_by_search(text: str, begin: int, answer: str) -> tuple[Outcome, int | 
     capitals = [x.start() for x in re.finditer(r"(?<![^\W_])[^\W\d_]", text) if x.group().isupper()]
     first = min((place for place in capitals if place >= begin), default=len(text))
     if named and named.start() <= first:
-        return Outcome.KNOWN, named.start()
+        words = set(re.split(r"[^\w'’]+", text[begin : named.start()].lower()))
+        negations = {"not", "cannot", "never", "no", "nor", "neither"}
+        negations |= {"nobody", "nothing", "nowhere", "except", "unlike"}
+        denied = words & negations or any(word.endswith(("n't", "n’t")) for word in words)
+        return Outcome.DENIED if denied else Outcome.KNOWN, named.start()
     return (Outcome.OTHER_WORD, first) if first < len(text) else (Outcome.NOT_NAMED, None)
 
 

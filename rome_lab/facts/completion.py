@@ -8,6 +8,7 @@ Text, go_on(lm, texts)            greedy texts, judged as they grow until they n
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
@@ -67,11 +68,15 @@ def known_among(lm: LanguageModel, facts: Sequence[Fact], doing: str) -> list[Fa
     return [fact for fact, answer in zip(facts, answers, strict=True) if answer.greedy[0]]
 
 
+NEGATING = re.compile(r"\b(?:not|cannot|never|no|nor|neither|nobody|nothing|nowhere|except|unlike)\b|n['’]t\b", re.I)
+
+
 class Outcome(StrEnum):
     """What came of asking for a fact with one template; the nearer to knowing the fact, the earlier."""
 
     KNOWN = "known"
     OTHER_TOKEN = "object named, but not with its own first token right after the prompt"
+    DENIED = "object named, but after a word that denies it"
     OTHER_WORD = "another capitalised word first"
     NOT_NAMED = "object not named within the limit"
     REPEATED = "same prompt as another fact's"
@@ -119,7 +124,8 @@ def outcome_of_text(text: str, begin: int, answer: str, complete: bool) -> tuple
     """Whether `text` from `begin` on names `answer` before any other capitalised word.
 
     Words are runs of letters, marks and digits, and count as capitalised where they begin with an upper-case letter.
-    The answer must be written as it is: "White" is not "white", but another capitalised word.
+    The answer must be written as it is: "White" is not "white", but another capitalised word. Where a word of
+    `NEGATING` stands before it ("is not in Paris"), the text does not state the fact, or may not ("not only in Paris").
 
     Returns: the outcome, None where more text could change it, and where the word that decides begins.
     """
@@ -132,7 +138,7 @@ def outcome_of_text(text: str, begin: int, answer: str, complete: bool) -> tuple
         after = rest[len(answer) : len(answer) + 1]
         goes_on = bool(after) and in_word(after) and in_word(answer[-1])
         if rest.startswith(answer) and not goes_on:
-            return Outcome.KNOWN, i
+            return Outcome.DENIED if NEGATING.search(text[begin:i]) else Outcome.KNOWN, i
         if text[i].isupper():
             return Outcome.OTHER_WORD, i
     return (Outcome.NOT_NAMED if complete else None), len(text)

@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from rome_lab.base import Json, Store, code_version, opened
-from rome_lab.facts.completion import Outcome, Text, go_on, next_tokens, object_token
+from rome_lab.facts.completion import Outcome, Text, go_on, in_word, next_tokens, object_token
 from rome_lab.facts.fact import Fact
 from rome_lab.models import LanguageModel
 
@@ -33,12 +33,14 @@ class KnownReport:
         dropped: number of facts by reason. A fact whose templates failed for different reasons counts under the one
             that stands first in `Outcome`.
         prompts: number of prompts (a fact with one template) by outcome.
+        own_words: number of kept facts whose prompts hold words of the model's own between template and object.
     """
 
     tried: int
     kept: int
     dropped: dict[Outcome, int]
     prompts: dict[Outcome, int]
+    own_words: int
 
     def table(self) -> pd.DataFrame:
         """A row an outcome: facts and prompts."""
@@ -48,7 +50,9 @@ class KnownReport:
 
     def __str__(self) -> str:
         reasons = "".join(f"; {count} dropped: {outcome.value}" for outcome, count in self.dropped.items())
-        return f"{self.kept} of {self.tried} facts tried are known ({sum(self.prompts.values())} prompts){reasons}"
+        own = f"{self.own_words} at prompts that hold words of the model's own"
+        prompts = sum(self.prompts.values())
+        return f"{self.kept} of {self.tried} facts tried are known ({prompts} prompts), {own}{reasons}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -83,6 +87,12 @@ class Trial:
     known: Fact | None = None
 
     @property
+    def has_own_words(self) -> bool:
+        """Whether the known fact's prompt holds words that the model put behind the template."""
+        template = self.templates[len(self.outcomes) - 1].rstrip()
+        return self.known is not None and any(map(in_word, self.known.template[len(template) :]))
+
+    @property
     def is_settled(self) -> bool:
         """Whether nothing is left to try."""
         return self.known is not None or len(self.outcomes) == len(self.templates)
@@ -101,8 +111,8 @@ def known_facts(
     """A random sample of the facts that `lm` completes, with the prompts that it completes (B.1).
 
     The model goes on greedily from a template filled with the subject. Where the text names the object before any other
-    capitalised word, the fact is known, and its prompt is the text up to, not including, the object. A fact's templates
-    are tried in random order until one works, so each fact gives one prompt.
+    capitalised word, and no negating word stands before it, the fact is known, and its prompt is the text up to, not
+    including, the object. A fact's templates are tried in random order until one works, so each fact gives one prompt.
 
     Args:
         n: number of facts; None for all that are known. Where fewer are known, all of them are returned, with a warning.
@@ -236,10 +246,11 @@ def known_fact(lm: LanguageModel, text: Text) -> Fact | None:
 def search_summary(trials: Sequence[Trial], n: int | None) -> KnownFacts:
     """The first n known facts (None: all), and the report up to the last of them: what was tried beyond it is chance."""
     places = [place for place, trial in enumerate(trials) if trial.known]
-    if n and len(places) > n:
+    if n and len(places) >= n:
         trials = trials[: places[n - 1] + 1]
     order = list(Outcome)
     dropped = Counter(min(trial.outcomes, key=order.index) for trial in trials if not trial.known)
     prompts = Counter(outcome for trial in trials for outcome in trial.outcomes)
     kept = tuple(trial.known for trial in trials if trial.known)
-    return KnownFacts(kept, KnownReport(len(trials), len(kept), dict(dropped), dict(prompts)))
+    own_words = sum(trial.has_own_words for trial in trials)
+    return KnownFacts(kept, KnownReport(len(trials), len(kept), dict(dropped), dict(prompts), own_words))

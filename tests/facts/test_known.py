@@ -51,6 +51,13 @@ from rome_lab.models.language_model import LanguageModel
         # The last word may be incomplete.
         (" Paris", "Paris", None),
         (" Buenos", "Buenos Aires", None),
+        # What denies the fact does not state it.
+        (" not Paris.", "Paris", Outcome.DENIED),
+        (" never, or hardly ever, Paris.", "Paris", Outcome.DENIED),
+        (" in a city which isn’t Paris.", "Paris", Outcome.DENIED),
+        (" a knot in the nose, Paris.", "Paris", Outcome.KNOWN),
+        (" Paris, not Rome.", "Paris", Outcome.KNOWN),
+        (" not Rome but Paris.", "Paris", Outcome.OTHER_WORD),
         (" P", "Paris", None),
         (" B", "Paris", Outcome.OTHER_WORD),
         ("", "Paris", None),
@@ -73,10 +80,8 @@ def test_at_its_end_a_text_is_judged_as_it_stands() -> None:
     assert outcome_of_text("It is not known", 5, "Paris", complete=True) == (Outcome.NOT_NAMED, 15)
 
 
-SAID = st.lists(
-    st.sampled_from(["Paris", "Par", "is", "ian", " ", " the ", "New ", "York", ". ", "'s", "_", "\n", "é", "東", "3"]),
-    max_size=8,
-).map("".join)
+WORDS = ["Paris", "Par", "is", "ian", " ", " the ", " not ", " isn't ", "New ", "York"]
+SAID = st.lists(st.sampled_from([*WORDS, ". ", "'s", "_", "\n", "é", "東", "3"]), max_size=8).map("".join)
 
 
 @given(said=SAID, answer=st.sampled_from(["Paris", "New York", "the", "the York"]))
@@ -110,6 +115,7 @@ LESSONS = {
     ("Italy", CAPITAL): " Romeo and the rest.",
     ("Kenya", CAPITAL): ' "Nairobi".',
     ("Chile", CAPITAL): " not known.",
+    ("Cuba", CAPITAL): " not Havana.",
     (
         "Peru",
         CAPITAL,
@@ -121,8 +127,8 @@ LESSONS = {
 }
 OBJECTS = {
     "France": "Paris", "Japan": "Tokyo", "Argentina": "Buenos Aires", "Iceland": "Reykjavík", "Norway": "Oslo",
-    "Spain": "Madrid", "Italy": "Rome", "Kenya": "Nairobi", "Chile": "Santiago", "Peru": "Lima", "{x}": "Sand",
-    "{y}": "Sand", "grass": "green", "snow": "white",
+    "Spain": "Madrid", "Italy": "Rome", "Kenya": "Nairobi", "Chile": "Santiago", "Cuba": "Havana", "Peru": "Lima",
+    "{x}": "Sand", "{y}": "Sand", "grass": "green", "snow": "white",
 }  # fmt: skip
 KNOWN = {
     "France": "The capital of France is",
@@ -205,17 +211,19 @@ def test_the_known_facts_are_those_that_the_model_says_with_the_prompts_it_says_
 
 def test_the_report_counts_every_fact_and_every_prompt_once(learner: LanguageModel) -> None:
     report = search(learner, FACTS).report
-    assert (report.tried, report.kept) == (14, 8)
+    assert (report.tried, report.kept, report.own_words) == (15, 8, 4)  # Japan, Iceland, {y}, grass
     assert report.dropped == {
         Outcome.OTHER_WORD: 3,  # Italy, {x}, snow
         Outcome.OTHER_TOKEN: 1,  # Kenya
+        Outcome.DENIED: 1,  # Cuba
         Outcome.NOT_NAMED: 2,  # Chile, Peru
     }
     spain_first = templates_in_order(as_fact("Spain"), 0)[0] == CAPITAL
     assert report.prompts == report.dropped | {Outcome.KNOWN: 8, Outcome.OTHER_WORD: 3 + spain_first}
     assert report.table()["facts"].sum() == report.tried
-    assert report.table()["prompts"].sum() == 14 + spain_first
-    assert str(report).startswith("8 of 14 facts tried are known")
+    assert report.table()["prompts"].sum() == 15 + spain_first
+    assert str(report).startswith("8 of 15 facts tried are known")
+    assert "4 at prompts that hold words of the model's own; " in str(report)
 
 
 def test_the_result_is_a_sequence_and_a_table(learner: LanguageModel) -> None:
@@ -223,7 +231,7 @@ def test_the_result_is_a_sequence_and_a_table(learner: LanguageModel) -> None:
     assert len(known) == len(list(known)) == 8
     assert known[0] in known
     assert known[:2] == tuple(known)[:2]
-    assert "8 of 14 facts" in str(known)
+    assert "8 of 15 facts" in str(known)
     expected = pd.DataFrame([{"subject": x.subject, "prompt": x.prompt, "object": x.object} for x in known])
     pd.testing.assert_frame_equal(known.table()[["subject", "prompt", "object"]], expected)
 
@@ -245,6 +253,7 @@ def test_a_smaller_sample_is_the_beginning_of_a_larger_one(learner: LanguageMode
         assert sample.facts == every.facts[:n]
         assert sample.report.kept == n
         assert sample.report.tried == n + sum(sample.report.dropped.values())
+        assert sample.report.own_words == sum(fact.template not in fact.templates for fact in sample)
 
 
 def test_the_seed_chooses_the_sample(learner: LanguageModel) -> None:
@@ -288,7 +297,7 @@ def test_asking_for_more_than_is_known_gives_all_and_says_so(
     with caplog.at_level(logging.WARNING):
         known = search(learner, FACTS, n=50)
     assert known == search(learner, FACTS)
-    assert "50 facts were asked for, but of the 14 given learner knows 8" in caplog.text
+    assert "50 facts were asked for, but of the 15 given learner knows 8" in caplog.text
 
 
 def test_a_model_that_knows_nothing_gives_an_empty_result_and_says_so(
