@@ -235,7 +235,7 @@ def test_everything_can_be_done_by_keyboard(page: Page) -> None:
 
 def test_a_screen_reader_finds_a_grid_with_names(page: Page) -> None:
     picture = open_picture(page, show(made_traces()))
-    grid = picture.get_by_role("grid", name="MLP restored: probability of Paris by restored token and layer")
+    grid = picture.get_by_role("grid", name='MLP restored: p("Paris") by restored token and layer')
     expect(grid.get_by_role("row")).to_have_count(len(TOKENS))
     expect(grid.get_by_role("rowheader", name="␣Tower, subject")).to_be_visible()
     expect(
