@@ -3,7 +3,7 @@
 causal_trace, trace_facts           one fact; many, kept in a store
 Trace, Traces, KINDS                what comes of them: probabilities by token and layer; means over facts, with intervals
 run_clean_and_corrupted, restore    the same in two steps, by Runs with TraceSettings, for some tokens only, or by label:
-                                    trace_of_kind
+                                    trace_of_kind; restore_heads: sets of heads together
 GaussianNoise, FixedNoise           what makes a corrupted run corrupted; SubjectSwap: another subject instead
 swap_pairs, SwapPair                facts with a partner whose subject can stand in their place
 knockout, Knockout                  attention from the last token masked in runs of layers
@@ -24,7 +24,7 @@ from rome_lab.tracing.corruption import FixedNoise, GaussianNoise, SubjectSwap
 from rome_lab.tracing.knocking_out import Knockout, knockout
 from rome_lab.tracing.many_facts import trace_facts
 from rome_lab.tracing.metrics import TRACE_METRICS, Readings
-from rome_lab.tracing.one_fact import causal_trace, restore, trace_of_kind
+from rome_lab.tracing.one_fact import causal_trace, restore, restore_heads, trace_of_kind
 from rome_lab.tracing.pairs import SwapPair, swap_pairs
 from rome_lab.tracing.paper_claims import claims, claims_at_fact
 from rome_lab.tracing.readings import beside_paper, strongest, strongest_places, trace_random_weights

@@ -5,7 +5,7 @@ The runs are those of `rome_lab.tracing.runs`; each token is swept by `rome_lab.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +23,7 @@ from rome_lab.models import (
 from rome_lab.tracing.corruption import Corruption, SubjectSwap
 from rome_lab.tracing.metrics import Readings, check_metric
 from rome_lab.tracing.runs import Runs, TraceSettings, run_clean_and_corrupted
-from rome_lab.tracing.sweep import Sweep, columns_of
+from rome_lab.tracing.sweep import Sweep, column_of_heads, columns_of
 from rome_lab.tracing.trace import HEAD, KINDS, Trace
 
 
@@ -173,6 +173,33 @@ def restore(
             if callback:
                 callback(copy_of(trace))
     return trace
+
+
+@torch.no_grad()
+@enough_room("restore_heads")
+def restore_heads(
+    runs: Runs, sets: Sequence[Collection[tuple[int, int]]], token: int | None = None
+) -> dict[str, np.ndarray]:
+    """Restore several heads at once: metric -> (sets,), means over the samples.
+
+    Args:
+        sets: of heads, each (layer, head); none of them empty.
+        token: where, the last one by default.
+
+    Raises: ValueError: there is no such head, or heads cannot be told apart.
+    """
+    heads = heads_of(runs)
+    for layer, head in {place for places in sets for place in places}:
+        if not (0 <= layer < runs.lm.n_layers and 0 <= head < heads):
+            raise ValueError(
+                f"restore_heads: no head {head} in layer {layer}; there are {heads} in each of the {runs.lm.n_layers} layers."
+            )
+    if not all(len(places) for places in sets):
+        raise ValueError("restore_heads: one of the sets is empty; what it would restore is the base run itself.")
+    token = len(runs.prompt.ids) - 1 if token is None else token
+    with suited_attention(runs.lm), suited_products(runs.lm.device), freed_memory_kept():
+        swept = Sweep(runs, token, HEAD, None, [column_of_heads(places) for places in sets]).metrics()
+    return {metric: values.mean(axis=1) for metric, values in swept.items()}
 
 
 def copy_of(trace: Trace) -> Trace:

@@ -9,7 +9,7 @@ trace_random_weights(lm, facts, ...)     the same tracing of a model that has le
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -20,8 +20,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rome_lab.facts import Fact
 from rome_lab.models import LanguageModel
 from rome_lab.tracing.averaging import BUCKETS, Traces
-from rome_lab.tracing.corruption import GaussianNoise
-from rome_lab.tracing.one_fact import causal_trace
+from rome_lab.tracing.corruption import Corruption, GaussianNoise, SubjectSwap
+from rome_lab.tracing.one_fact import trace_of_kind
+from rome_lab.tracing.pairs import SwapPair
+from rome_lab.tracing.runs import TraceSettings, run_clean_and_corrupted
 from rome_lab.tracing.trace import KINDS
 
 PAPER_LAYERS = 48  # of GPT-2 XL
@@ -94,22 +96,36 @@ def beside_paper(numbers: pd.DataFrame, n_layers: int) -> pd.DataFrame:
 
 
 def trace_random_weights(
-    lm: LanguageModel, facts: Sequence[Fact], samples: int = 10, window: int = 10, seed: int = 0, progress: bool = True
+    lm: LanguageModel,
+    facts: Sequence[Fact | SwapPair],
+    samples: int = 10,
+    window: int = 10,
+    seed: int = 0,
+    progress: bool = True,
+    *,
+    corruption: Corruption | None = None,
+    direction: str = "denoise",
 ) -> Traces:
     """Traces, of all kinds, of a small model of random weights with the tokenizer of `lm`.
 
     Its weights are drawn wide enough that the probability of its answer is worth speaking of.
 
-    Args: samples, window, seed: see `causal_trace`; the weights are drawn with the same seed.
+    Args:
+        facts: or pairs, whose partners' subjects stand in the corrupted runs where no other corruption is given.
+        samples, window, seed, corruption, direction: see `causal_trace`; the weights are drawn with the same seed.
     """
     size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 12, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=lm.embedding.weight.shape[0], initializer_range=0.5, **size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         random_lm = LanguageModel(LlamaForCausalLM(config), lm.tokenizer, name="random weights")
-    settings = {"samples": samples, "window": window, "seed": seed, "corruption": GaussianNoise().measured(random_lm)}
-    return Traces(
-        causal_trace(random_lm, fact.prompt, fact.subject, kind, severed=severed, **settings)
-        for fact in tqdm(facts, "tracing random weights", unit="fact", disable=not progress)
-        for kind, severed in KINDS.values()
-    )
+    noise = (corruption or GaussianNoise()).measured(random_lm)
+    traces = []
+    for fact in tqdm(facts, "tracing random weights", unit="fact", disable=not progress):
+        swaps = isinstance(fact, SwapPair) and corruption is None
+        chosen = SubjectSwap(fact.partner.subject) if swaps else noise
+        settings = TraceSettings(chosen, samples, window, seed, direction=direction)
+        fact = fact.fact if isinstance(fact, SwapPair) else fact
+        runs = run_clean_and_corrupted(random_lm, fact.prompt, fact.subject, settings)
+        traces += [replace(trace_of_kind(runs, label), relation=fact.relation) for label in KINDS]
+    return Traces(traces)

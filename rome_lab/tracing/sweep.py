@@ -10,6 +10,7 @@ the arithmetic that is left out would give what is kept, or what nobody reads.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -39,14 +40,14 @@ class Column:
 
     Attributes:
         trunk: another column that begins at the same layer and ends later, if there is one: both are one run up to `last`.
-        heads: which heads are restored, where heads are.
+        heads: (layer, head) of each head that is restored, where heads are.
     """
 
     depth: int
     first: int
     last: int
     trunk: int | None = None
-    heads: tuple[int, ...] = ()
+    heads: tuple[tuple[int, int], ...] = ()
 
     @property
     def joins(self) -> int:
@@ -57,7 +58,7 @@ class Column:
 def columns_of(kind: str, n_layers: int, window: int, heads: int = 0) -> list[Column]:
     """The L columns of one kind, by layer; of kind "head" there is one for each head, by layer and head."""
     if kind == "head":
-        return [Column(x, x, x, heads=(head,)) for x in range(n_layers) for head in range(heads)]
+        return [column_of_heads([(x, head)]) for x in range(n_layers) for head in range(heads)]
     if kind == "state":
         return [Column(layer + 1, layer, layer) for layer in range(n_layers)]
     # Differs: the authors' published code restores [l - 5, l + 4]; this is the paper's [l - 4, l + 5] (B.2).
@@ -69,6 +70,12 @@ def columns_of(kind: str, n_layers: int, window: int, heads: int = 0) -> list[Co
         Column(first, first, last, None if longest[first] == x else longest[first])
         for x, (first, last) in enumerate(runs)
     ]
+
+
+def column_of_heads(heads: Iterable[tuple[int, int]]) -> Column:
+    """The column in which these heads, (layer, head) each, are restored together."""
+    heads = tuple(sorted(heads))
+    return Column(heads[0][0], heads[0][0], heads[-1][0], heads=heads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +164,7 @@ class Sweep:
             value = recording.heads[layer][run.to(recording.heads[layer].device), self.token]  # (R, heads, D_head)
             of_head = torch.zeros(len(held), value.shape[1], dtype=torch.bool)
             for row, i in enumerate(held):
-                of_head[row, list(columns[i].heads)] = True
+                of_head[row, [head for where, head in columns[i].heads if where == layer]] = True
             hooks.enter_context(input_changed(lm.heads_out[layer], HoldAt(len(rows), held, value, of_head)))
             return
         outputs = (recording.mlp if name == "mlp" else recording.attn)[layer]

@@ -14,9 +14,9 @@ from tiny import FAMILIES, tiny_model
 from rome_lab import Fact, FixedNoise, GaussianNoise, SubjectSwap, causal_trace, knockout, swap_pairs, trace_facts
 from rome_lab.facts.prompts import read_prompt
 from rome_lab.models.language_model import LanguageModel
-from rome_lab.tracing.one_fact import restore
+from rome_lab.tracing.one_fact import restore, restore_heads
 from rome_lab.tracing.runs import TraceSettings, run_clean_and_corrupted
-from rome_lab.tracing.sweep import Column, Sweep, columns_of
+from rome_lab.tracing.sweep import Sweep, column_of_heads, columns_of
 
 PROMPT, SUBJECT = EIFFEL
 OTHER = "Effiel Toxer"  # as many tokens in the tiny tokenizer
@@ -224,7 +224,7 @@ def test_all_heads_of_a_layer_together_are_its_attention_output(family):
     runs = run_clean_and_corrupted(lm, *EIFFEL, TraceSettings(GaussianNoise(std=0.5), samples=2))
     heads, last = runs.recording.heads[0].shape[2], len(runs.prompt.ids) - 1
     assert heads == 4
-    together = [Column(x, x, x, heads=tuple(range(heads))) for x in range(lm.n_layers)]
+    together = [column_of_heads((x, head) for head in range(heads)) for x in range(lm.n_layers)]
     by_heads = Sweep(runs, last, "head", None, together).metrics()
     whole = Sweep(runs, last, "attn", None, columns_of("attn", lm.n_layers, 1)).metrics()
     for name, values in whole.items():
@@ -243,10 +243,29 @@ def test_heads_of_every_verified_family_together_are_its_attention_output_or_are
         return
     runs = run_clean_and_corrupted(lm, *EIFFEL, TraceSettings(GaussianNoise(std=0.5), samples=1))
     heads, last = runs.recording.heads[0].shape[2], len(runs.prompt.ids) - 1
-    together = [Column(x, x, x, heads=tuple(range(heads))) for x in range(lm.n_layers)]
+    together = [column_of_heads((x, head) for head in range(heads)) for x in range(lm.n_layers)]
     by_heads = Sweep(runs, last, "head", None, together).metrics()["probability"]
     whole = Sweep(runs, last, "attn", None, columns_of("attn", lm.n_layers, 1)).metrics()["probability"]
     np.testing.assert_allclose(by_heads, whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_heads_of_several_layers_together_equal_one_full_forward_a_set(family):
+    lm = doubled(family)
+    settings = TraceSettings(SubjectSwap(OTHER, "Rome"))
+    sets = [[(0, 1)], [(0, 1), (2, 3)], [(2, 0), (1, 1), (1, 2), (3, 3)], [(x, y) for x in range(4) for y in range(4)]]
+    together = restore_heads(run_clean_and_corrupted(lm, *EIFFEL, settings), sets)
+    own = OwnRuns(lm, family)
+    logits, kept = own.run(ids_of(lm, PROMPT))
+    answer, swapped = int(logits.argmax()), ids_of(lm, PROMPT.replace(SUBJECT, OTHER))
+    for place, heads in enumerate(sets):
+        hold = {}
+        for layer in {x for x, _ in heads}:
+            dimensions = [8 * head + d for x, head in heads if x == layer for d in range(8)]
+            hold["head", layer] = (-1, dimensions, kept["head", layer][-1, dimensions])
+        cell = own.metrics(own.run(swapped, hold=hold)[0], answer, first_id(lm, " Rome"))
+        for name, value in cell.items():
+            assert together[name][place] == pytest.approx(value, abs=1e-9)
 
 
 def test_heads_can_be_restored_at_any_token():
