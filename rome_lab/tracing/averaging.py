@@ -139,6 +139,10 @@ class Traces(tuple[Trace, ...]):
             raise ValueError(f"Traces.of: unknown kind {kind!r}; choose one of {', '.join((*KINDS, HEAD))}")
         return Traces(trace for trace in self if trace.label == kind)
 
+    def by(self, metric: str) -> Traces:
+        """The same traces, their effects in another metric, see `Trace.by`."""
+        return Traces(trace.by(metric) for trace in self)
+
     def fact_means(self, quantity: str = "indirect_effect") -> pd.DataFrame:
         """The average of a quantity over the tokens of each bucket, within each fact.
 

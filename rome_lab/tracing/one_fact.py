@@ -192,7 +192,7 @@ def restore_heads(
     for layer, head in {place for places in sets for place in places}:
         if not (0 <= layer < runs.lm.n_layers and 0 <= head < heads):
             raise ValueError(
-                f"restore_heads: no head {head} in layer {layer}; there are {heads} in each of the {runs.lm.n_layers} layers."
+                f"restore_heads: no head {head} in layer {layer}; there are {heads} in each of {runs.lm.n_layers} layers."
             )
     if not all(len(places) for places in sets):
         raise ValueError("restore_heads: one of the sets is empty; what it would restore is the base run itself.")
