@@ -28,9 +28,10 @@ sys.path[:0] = [str(ROOT)]
 
 READ = ("figures", "cost", "elsewhere", "lessons", "machines")  # pages of docs/ in their order
 ORDER = ("figure_1", "figure_2", "figure_3", "figure_7", "claims", "edit", "edit_anatomy", "evaluation", "many_edits")
+ORDER += ("corruptions", "heads")
 ROOMS = ("models", "facts", "tracing", "editing", "evaluation", "lab", "base")
 PROJECT = ("CONTRIBUTING", "SECURITY", "benchmarks/README", "benchmarks/tracing", "benchmarks/growth")
-PROJECT += ("benchmarks/edit", "tests/faults/README")
+PROJECT += ("benchmarks/edit", "benchmarks/tokens", "tests/faults/README")
 VERIFIED = "docs/verified_models.md"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 MOST_MB = 50  # what a branch of pages should bear

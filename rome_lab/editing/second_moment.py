@@ -113,7 +113,7 @@ def covariances(
     Args:
         layers: which; their order says nothing.
         source: the text; `SampledText()` by default. `FolderText(folder)` and `WikipediaText()` are others.
-        tokens: how many to see, `ENOUGH` times H by default: 49,152 for the embedded model. The last passage may bring
+        tokens: how many to see, `ENOUGH` times H by default: 9,216 for the embedded model. The last passage may bring
             some more; a source that ends earlier brings fewer, with a warning.
         store: folder or Store where results are kept, the user's cache by default; None: nowhere.
         callback: called with how many tokens were seen so far and how many were asked for, after every batch and at the

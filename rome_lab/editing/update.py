@@ -21,10 +21,9 @@ logger = logging.getLogger(__name__)
 # embedded model, one key computed in two batches differs by 3e-6; one subject in two contexts, or two subjects, by 0.8.
 DEPENDENT = 1e-3
 TOLERANCE = 1e-5  # largest relative error of a constraint that goes without a warning in float32
-# Tokens of text that C needs for each component of the key. Measured on the embedded model (H = 1536, layers 3 to 12):
-# with the C of 50,000 tokens an update changes the values on other text 2-5% more than with that of 100,000 tokens, and
-# with that of 10,000 tokens 15-35% more.
-ENOUGH = 32
+# Tokens of text that C needs for each component of the key. On the embedded model (H = 1536, layer 3) edits with the C of
+# 8,192 tokens do as well as with that of 49,152, by every score over 112 fresh cases: benchmarks/tokens.md.
+ENOUGH = 6
 
 
 class DependentKeys(ValueError):
