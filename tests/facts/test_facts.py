@@ -14,7 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rome_lab.facts.fact import Fact
-from rome_lab.facts.sources import load_facts, load_relations
+from rome_lab.facts.sources import embedded_records, load_facts, load_relations
 
 TEXT = st.text(min_size=1, max_size=12).filter(lambda text: text == text.strip())
 PIECE = st.text(alphabet="ab {}'\"é東\n", max_size=10)
@@ -97,6 +97,18 @@ def test_no_embedded_object_stands_in_a_prompt_of_its_own() -> None:
         if re.search(rf"\b{re.escape(fact.object)}\b", prompt, re.IGNORECASE)
     ]
     assert given_away == []
+
+
+def test_what_is_also_true_is_said_of_a_fact_and_an_object_of_its_relation_once() -> None:
+    relations, rows = load_relations(), embedded_records("also_true.csv")
+    for row in rows:
+        facts = relations[row["relation"]].facts
+        (own,) = [fact.object for fact in facts if fact.subject == row["subject"]]
+        assert own != row["object"] and row["object"] in {fact.object for fact in facts}, row
+    assert len({tuple(row.values()) for row in rows}) == len(rows)
+    soccer = [x for x in load_facts("embedded") if x.object == "soccer"]
+    also = {(row["subject"], row["object"]) for row in rows}
+    assert soccer and all((fact.subject, "football") in also for fact in soccer)
 
 
 def test_the_embedded_set_holds_every_row_of_its_file() -> None:
