@@ -7,7 +7,7 @@ import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
-from rome_lab import LanguageModel, load_model
+from rome_lab import LanguageModel, load_model, verify
 from rome_lab.models.packaged import PACKAGED, installed_file, joined_file, sha256_of
 
 NAME = "gemma3-270m"
@@ -76,3 +76,9 @@ def test_its_weights_are_those_of_the_file(gemma, tmp_path) -> None:
         torch.testing.assert_close(own.pop(f"{place}.weight"), values, atol=0, rtol=0, check_device=False)
     assert not own
     assert gemma.model.lm_head.weight is gemma.model.model.embed_tokens.weight
+
+
+@pytest.mark.slow
+def test_it_is_traced_and_edited_exactly(gemma) -> None:
+    table = verify(gemma, cells=1, store=None, progress=False)
+    assert set(table["verdict"]) == {"exact to float"}, table.to_string()
