@@ -30,6 +30,7 @@ from rome_lab.editing.update import (
     distinct,
     factorise,
     solve_update,
+    warn_of_few,
 )
 from rome_lab.editing.values import Callback
 from rome_lab.facts import Fact, read_prompt
@@ -144,6 +145,7 @@ def given_factor(lm: LanguageModel, layer: int, C: Tensor | Covariance | Factor)
             f"rome: C has shape {tuple(matrix.shape)}, but the keys of layer {layer} of {lm.name} have {width} components; "
             f"give covariance(lm, {layer})."
         )
+    warn_of_few(C.tokens if known else tokens, width, "rome")
     return C if known else factorise(matrix, tokens)
 
 

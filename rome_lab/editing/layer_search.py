@@ -33,6 +33,7 @@ from rome_lab.editing.requests import effects_at_subject
 from rome_lab.editing.second_moment import covariances
 from rome_lab.editing.settings import EditSettings, default_settings
 from rome_lab.editing.texts import SampledText, Source
+from rome_lab.editing.update import ENOUGH
 from rome_lab.facts import (
     Case,
     Cases,
@@ -50,8 +51,7 @@ from rome_lab.models import Change, LanguageModel, Score, check_verified, score
 logger = logging.getLogger(__name__)
 
 OF_NEIGHBOURS = ("neighbours", "neighbours_target")  # of `Case.pairs`
-FIRST_LAYERS = 8  # tried at first, spread over the lower half of the model
-LEAST_TOKENS, TOKENS_A_COMPONENT = 8192, 5  # that C is measured on: enough to tell layers apart
+FIRST_LAYERS = 6  # tried at first, spread over the lower half of the model
 STEPS, PREFIX_LENGTHS = 10, (5, 5, 10)  # of a trial's v*: fewer of both than an edit has, which is five times quicker
 SPARE = 6  # known facts for each that is tried: not each of them gives a case
 
@@ -85,14 +85,14 @@ def suggest_layer(
     Args:
         facts: to choose from, those of a relation with its other facts, from which targets and neighbours come; or cases;
             by default the embedded facts.
-        layers: to try; by default eight, spread over the lower half of the model, and then those next to the best of them.
+        layers: to try; by default six, spread over the lower half of the model, and then those next to the best of them.
         n: number of facts.
         store: where it is kept, so that a second call takes no time, and an interrupted one goes on; None: nowhere, but for
             C, which is in the user's cache in any case.
         progress: show bars.
         settings: of the edits; by default the model's own with 10 steps and 3 prefixes, which takes a fifth of the time.
-        source, tokens: text that C is measured on, and how many tokens, see `covariances`; by default 5 for each component
-            of the key and 8,192 at least, all layers in one pass.
+        source, tokens: text that C is measured on, and how many tokens; by default as for `covariances`, all layers in one
+            pass.
         seed: of which facts, and of their targets and neighbours.
         without: subjects that no fact may be about, such as those that are judged later.
         tell: called with what is being done and how far it has come.
@@ -114,7 +114,7 @@ def suggest_layer(
         cases = cases_to_try(lm, facts, n, seed, frozenset(without), store, progress)
         default = default_settings(lm).settings
         settings = settings or replace(default, steps=min(STEPS, default.steps), prefix_lengths=PREFIX_LENGTHS)
-        tokens = tokens or max(LEAST_TOKENS, TOKENS_A_COMPONENT * max(key_size(lm, layer) for layer in chosen))
+        tokens = tokens or ENOUGH * max(key_size(lm, layer) for layer in chosen)
         source = source or SampledText()
         inputs: dict[str, Json] = {}
         if store:

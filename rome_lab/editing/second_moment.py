@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from rome_lab.base import USER_CACHE, Basket, Json, OneLine, Store, check_whole, code_version, opened
 from rome_lab.editing.keys import key_size, run_to_keys
 from rome_lab.editing.texts import SampledText, Source
-from rome_lab.editing.update import ENOUGH, precise
+from rome_lab.editing.update import ENOUGH, precise, warn_of_few
 from rome_lab.models import Batching, LanguageModel, device_of, text_bytes
 
 logger = logging.getLogger(__name__)
@@ -141,6 +141,8 @@ def covariances(
         records |= {layer: store.load({**key, "tokens": tokens}) for layer, key in missing.items()}
     if callback:
         callback(min(record.meta["tokens"] for record in records.values()), tokens)
+    fewest = min(records.values(), key=lambda record: record.meta["tokens"] / len(record.arrays["C"]))
+    warn_of_few(fewest.meta["tokens"], len(fewest.arrays["C"]), "covariance")
     return {
         layer: Covariance(torch.from_numpy(record.arrays["C"]), record.meta["tokens"], dict(source.describe()), layer)
         for layer, record in records.items()

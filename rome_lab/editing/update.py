@@ -24,6 +24,9 @@ TOLERANCE = 1e-5  # largest relative error of a constraint that goes without a w
 # Tokens of text that C needs for each component of the key. On the embedded model (H = 1536, layer 3) edits with the C of
 # 8,192 tokens do as well as with that of 49,152, by every score over 112 fresh cases: benchmarks/tokens.md.
 ENOUGH = 6
+# With fewer than this C is nearly singular, and updates are large along what it has hardly seen: of 1,600 tokens (one for
+# each component) that of an edit was 0.99 of W, of 49,152 it was 0.08.
+FEW_TOKENS = 3
 
 
 class DependentKeys(ValueError):
@@ -47,13 +50,26 @@ class Factor(OneLine):
     Attributes:
         lower: (H, H) lower triangular, float64; lower @ lower.T = C.
         tokens: how many tokens C was built from, where that is known.
+        unseen: components of the key that were zero at every one of them. They are left out: W's columns there stay as they
+            are, and a key that is not zero there is refused.
     """
 
     lower: Float[Tensor, "H H"]
     tokens: int | None = None
+    unseen: tuple[int, ...] = ()
 
     def whiten(self, K: Float[Tensor, "H n"]) -> Float[Tensor, "H n"]:
-        """lower^-1 K, (H, n): keys in coordinates in which C is the identity."""
+        """lower^-1 K, (H, n): keys in coordinates in which C is the identity.
+
+        Raises: ValueError: a key is not zero where every key behind C is.
+        """
+        if active := [component for component in self.unseen if K[component].any()]:
+            shown = ", ".join(map(str, active[:5])) + (", ..." if len(active) > 5 else "")
+            raise ValueError(
+                f"factorise: C cannot be inverted for this key: {len(active)} of its {len(K)} components ({shown}) are not "
+                f"zero, and were zero at every token of {tokens_in_words(self.tokens)}; {advice(len(K))}, in text that "
+                "activates them."
+            )
         return torch.linalg.solve_triangular(self.lower, K, upper=False)
 
     def solve(self, K: Float[Tensor, "H n"]) -> Float[Tensor, "H n"]:
@@ -100,20 +116,30 @@ def factorise(C: Float[Tensor, "H H"], tokens: int | None = None) -> Factor:
     scale = C.diagonal().abs().sqrt()
     if float((C - C.T).abs().max()) > 100 * eps * float(C.abs().max()):
         raise ValueError("factorise: C is not symmetric; expected a second moment, the mean of k kT over tokens.")
-    if silent := (scale == 0).nonzero().flatten().tolist():
-        shown = ", ".join(map(str, silent[:5])) + (", ..." if len(silent) > 5 else "")
-        raise ValueError(
-            f"factorise: C cannot be inverted: {len(silent)} of the {len(C)} components of the key ({shown}) were zero "
-            f"at every token of {tokens_in_words(tokens)}; {advice(len(C))}, in text that activates them."
-        )
+    unseen = scale == 0  # neurons that never fire, say: as long as the key has none of them either, they take no part
+    scale = scale.where(~unseen, 1.0)
+    C = C + unseen.to(C).diag()
     # With every component scaled to length 1, the pivots say how far each is from the span of those before it.
     lower, failed = torch.linalg.cholesky_ex(C / torch.outer(scale, scale))
-    if (tokens is not None and tokens < len(C)) or failed or float(lower.diagonal().min()) ** 2 < 10 * eps:
+    if (
+        (tokens is not None and tokens < int((~unseen).sum()))
+        or failed
+        or float(lower.diagonal().min()) ** 2 < 10 * eps
+    ):
         raise ValueError(
             f"factorise: C of {tokens_in_words(tokens)} cannot be inverted, because it is not positive definite: "
             f"with keys of {len(C)} components, {advice(len(C))}."
         )
-    return Factor(lower * scale[:, None], tokens)
+    return Factor(lower * scale[:, None], tokens, tuple(unseen.nonzero().flatten().tolist()))
+
+
+def warn_of_few(tokens: int | None, size: int, doing: str) -> None:
+    """Log a warning where C was built from so few tokens that it is nearly singular."""
+    if tokens is not None and tokens < FEW_TOKENS * size:
+        logger.warning(
+            "%s: C was built from %d tokens, few for the %d components of the key, so that edits change W more than they "
+            "need to; %d tokens would do.", doing, tokens, size, ENOUGH * size,
+        )  # fmt: skip
 
 
 def tokens_in_words(tokens: int | None) -> str:

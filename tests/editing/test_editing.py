@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import re
 import sys
 from dataclasses import replace
 
@@ -24,7 +25,7 @@ from rome_lab.editing.optima import Optima
 from rome_lab.editing.requests import check_news
 from rome_lab.editing.second_moment import Covariance, covariances
 from rome_lab.editing.settings import DEFAULTS, KEYS, EditSettings, default_settings
-from rome_lab.editing.update import Update, constraint_error, factorise
+from rome_lab.editing.update import ENOUGH, Update, constraint_error, factorise
 from rome_lab.editing.values import Value
 from rome_lab.facts.fact import Fact
 from rome_lab.facts.sources import load_facts
@@ -335,7 +336,7 @@ def test_no_tensor_is_printed(tiny) -> None:
         assert "\n" not in text and "tensor" not in text and len(text) < 600, text
     assert repr(edit) == "<edit of layer 1 of tiny-llama: 'The Eiffel Tower is in' -> 'Rome'>"
     assert repr(C) == "Covariance(C=<48 x 48>, tokens=768, source={'kind': 'random'}, layer=1)"
-    assert repr(factor) == "Factor(lower=<48 x 48>, tokens=768)"
+    assert repr(factor) == "Factor(lower=<48 x 48>, tokens=768, unseen=())"
 
 
 class StandIn(Optima):
@@ -596,3 +597,33 @@ def test_an_edit_that_does_not_fit_the_matrices_is_refused(tiny) -> None:
         with pytest.raises(ValueError, match="does not fit the matrices of tiny-llama"):
             wrong.apply(tiny)
     assert not tiny.edits
+
+
+@pytest.mark.parametrize("neurons", [1, 7])
+def test_a_model_with_neurons_that_never_fire_is_edited_exactly(neurons) -> None:
+    lm = tiny_model("opt")
+    with torch.no_grad():
+        for layer in range(lm.n_layers):
+            lm.blocks[layer].fc1.bias[:neurons] = -1000
+    before = lm.fingerprint()
+    C = covariances(lm, [1], tokens=500, progress=False)[1]
+    assert (C.C.diagonal() == 0).sum() >= neurons
+    edit = rome(lm, FACT, "Rome", 1, C=C, hparams=FEW, progress=False)
+    assert edit.constraint_error < 1e-5 and edit.delta[:, :neurons].abs().max() == 0
+    with edit.applied(lm):
+        assert lm.fingerprint() != before
+    assert lm.fingerprint() == before
+
+
+@pytest.mark.parametrize(("tokens", "warned"), [(100, True), (500, False)])
+def test_a_C_of_few_tokens_is_warned_of_wherever_it_is_used(tiny, tokens, warned, caplog) -> None:
+    C = covariances(tiny, [0, 1], tokens=tokens, progress=False)[1]
+    words = rf"C was built from {C.tokens} tokens, few for the 48 components .* {ENOUGH * 48} tokens would do"
+    assert len(re.findall(f"covariance: {words}", caplog.text)) == warned  # once for all layers
+    for given in (C, factorise(C.C, C.tokens)):
+        caplog.clear()
+        rome(tiny, FACT, "Rome", 1, C=given, hparams=FEW, progress=False)
+        assert len(re.findall(f"rome: {words}", caplog.text)) == warned
+    caplog.clear()
+    rome(tiny, FACT, "Rome", 1, tokens=tokens, hparams=FEW, progress=False)
+    assert len(re.findall(f"covariance: {words}", caplog.text)) == warned

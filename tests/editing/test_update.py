@@ -238,13 +238,25 @@ def test_too_few_tokens_are_refused_saying_how_many_would_do(tokens: int | None,
         factorise((keys @ keys.T / (H - 1)).to(dtype), tokens)
 
 
-def test_components_that_were_never_active_are_named() -> None:
-    C = conditioned(10)
+@pytest.mark.parametrize("silent", [[3], [0, 7, 19], list(range(15))])
+def test_components_that_are_zero_in_C_and_in_the_keys_take_no_part(silent: list[int]) -> None:
+    W, C, K, V = problem(14, 2)
+    C[silent], C[:, silent], K[silent] = 0, 0, 0
+    rest = [x for x in range(H) if x not in silent]
+    factor = factorise(C, tokens=len(rest))
+    update = solve_update(W, factor, K, V)
+    assert factor.unseen == tuple(silent) and update.delta[:, silent].abs().max() == 0
+    assert float(constraint_error(W.double() + update.delta, K, V).max()) < 1e-12
+    without = solve_update(W[:, rest], C[rest][:, rest], K[rest], V).delta
+    torch.testing.assert_close(update.delta[:, rest], without, rtol=1e-8, atol=1e-10)
+
+
+def test_a_key_that_is_not_zero_where_C_has_seen_nothing_is_refused_by_name() -> None:
+    W, C, K, V = problem(14, 2)
     C[3] = C[:, 3] = 0
-    with pytest.raises(
-        ValueError, match=r"1 of the 20 components of the key \(3\) were zero at every token of 99 tokens"
-    ):
-        factorise(C, tokens=99)
+    message = r"1 of its 20 components \(3\) are not zero, and were zero at every token of 99 tokens"
+    with pytest.raises(ValueError, match=message):
+        solve_update(W, factorise(C, tokens=99), K, V)
 
 
 @pytest.mark.parametrize(
