@@ -8,6 +8,7 @@
     severed_lines(average)          effect at the last subject token, ordinary and severed (Figure 3)
     facts_and_average(...)          Figure 1 whole: heatmaps of several facts and of the average, a row each
     average_heatmaps(...), severed_and_gaps(...), average_lines(...)    Figures 2, 3 and 7 whole
+    lens_heatmap(lens)              the answer's rank or probability in every state (logit lens)
     plot_history(edit)              how the optimisation of v* went
     shared_limits(*data)            vmin and vmax with which compared heatmaps share their colour scale
     cell_table(trace)               the numbers of a heatmap, as a table
@@ -33,14 +34,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
-from matplotlib.colors import Colormap, LinearSegmentedColormap, ListedColormap
+from matplotlib.colors import Colormap, LinearSegmentedColormap, ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import Locator, MaxNLocator
 from pandas.api.typing import DataFrameGroupBy
 
 from rome_lab.base import visible, write_atomically
 from rome_lab.editing import Edit
-from rome_lab.tracing import BUCKETS, KINDS, Trace, buckets
+from rome_lab.tracing import BUCKETS, KINDS, LogitLens, Trace, buckets
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +144,28 @@ def heatmaps(traces: Sequence[Trace], limits: Mapping[str, float], titles: Seque
         if titles:
             ax.set_title(titles[number], fontsize=ax.title.get_fontsize())
     return figure
+
+
+def lens_heatmap(lens: LogitLens, ax: Axes | None = None, quantity: str = "rank") -> Axes:
+    """The answer's rank, dark where it comes first, by token and layer; or its probability, `quantity="p"`.
+
+    Raises: ValueError: quantity is another word.
+    """
+    if quantity not in ("rank", "p"):
+        raise ValueError(f"lens_heatmap: quantity is {quantity!r}; expected 'rank' or 'p'.")
+    ax, names = ax or new_axes(0.6 + 0.15 * len(lens.tokens)), token_names(lens.tokens, lens.subject_range or (0, 0))
+    answer = visible(lens.answer.strip())
+    if quantity == "p":
+        _draw_cells(ax, lens.p, names, Scale("attn", 0.0, None, None, f'p("{answer}")'))
+    else:
+        layers, rows = (np.arange(n + 1) - 0.5 for n in lens.rank.T.shape)
+        colours = {"cmap": "Blues_r", "norm": LogNorm(1, max(2, lens.rank.max()))}
+        mesh = ax.pcolormesh(layers, rows, lens.rank, edgecolors="face", linewidth=0.1, **colours)
+        ax.set_ylim(rows[-1], rows[0])
+        ax.set_yticks(range(len(names)), names)
+        colour_bar(mesh, f'rank of "{answer}"')
+    ax.set(title="Logit lens", xlabel="layer")
+    return finish(ax, layer_ticks())
 
 
 def heatmap_height(trace: Trace) -> float:

@@ -5,6 +5,9 @@ Trace, Traces, KINDS                what comes of them: probabilities by token a
 run_clean_and_corrupted, restore    the same in two steps, by Runs with TraceSettings, for some tokens only, or by label:
                                     trace_of_kind; restore_heads: sets of heads together
 GaussianNoise, FixedNoise           what makes a corrupted run corrupted; SubjectSwap: another subject instead
+attribution_patching                effects estimated by one gradient for all cells: attributions of recorded runs
+integrated_gradients                along each restoration, as near to exact as one likes: integrals of recorded runs
+logit_lens, LogitLens               what the model would say of each state if it were the last
 swap_pairs, SwapPair                facts with a partner whose subject can stand in their place
 knockout, Knockout                  attention from the last token masked in runs of layers
 TRACE_METRICS, Readings             what is read of the runs, beside the probability
@@ -21,7 +24,9 @@ columns_of, restored_layers         which layers a column restores; READ_TOGETHE
 from rome_lab.tracing.averaging import BUCKETS, Traces, buckets
 from rome_lab.tracing.cell_answers import CellAnswers, RunAnswers, answers_at, restored_layers
 from rome_lab.tracing.corruption import FixedNoise, GaussianNoise, SubjectSwap
+from rome_lab.tracing.gradients import attribution_patching, attributions, integrals, integrated_gradients
 from rome_lab.tracing.knocking_out import Knockout, knockout
+from rome_lab.tracing.lens import LogitLens, logit_lens
 from rome_lab.tracing.many_facts import trace_facts
 from rome_lab.tracing.metrics import TRACE_METRICS, Readings
 from rome_lab.tracing.one_fact import causal_trace, restore, restore_heads, trace_of_kind

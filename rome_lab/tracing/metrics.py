@@ -1,9 +1,9 @@
 """The metrics of a run: what is read off the logits at the last token, all of them at once.
 
-TRACE_METRICS                    metric -> the least difference of clean and corrupted run by which an effect may be divided
-Readings                   one metric in the clean, the corrupted and all restored runs
-read_metrics               the metrics of logits
-check_metric               whether a metric is one, and defined here
+TRACE_METRICS                   metric -> the least difference of clean and corrupted run by which an effect may be divided
+Readings                        one metric in the clean, the corrupted and all restored runs
+metric_tensors, read_metrics    the metrics of logits, as tensors and as numbers; `probability` alone
+check_metric                    whether a metric is one, and defined here
 """
 
 from __future__ import annotations
@@ -33,19 +33,23 @@ class Readings:
     variance: np.ndarray
 
 
-def probability(logits: torch.Tensor, token_id: int) -> np.ndarray:
-    """(...) float64: softmax over the last axis of `logits`, at one token."""
-    return (logits[..., token_id] - logits.logsumexp(-1)).exp().cpu().double().numpy()
+def metric_tensors(logits: torch.Tensor, answer_id: int, foil_id: int | None) -> dict[str, torch.Tensor]:
+    """Metric -> (...) of logits (..., V): P[o], log P[o], and logit[o] - logit[foil] where there is a foil."""
+    answer = logits[..., answer_id]
+    log_p = answer - logits.logsumexp(-1)
+    metrics = {"probability": log_p.exp(), "log_probability": log_p}
+    return metrics if foil_id is None else metrics | {"logit_difference": answer - logits[..., foil_id]}
 
 
 def read_metrics(logits: torch.Tensor, answer_id: int, foil_id: int | None) -> dict[str, np.ndarray]:
-    """Metric -> (...) float64 of logits (..., V): P[o], log P[o], and logit[o] - logit[foil] where there is a foil."""
-    logits = logits.detach()
-    answer = logits[..., answer_id]
-    metrics = {"probability": probability(logits, answer_id), "log_probability": answer - logits.logsumexp(-1)}
-    if foil_id is not None:
-        metrics["logit_difference"] = answer - logits[..., foil_id]
-    return {name: x if isinstance(x, np.ndarray) else x.cpu().double().numpy() for name, x in metrics.items()}
+    """The same as numbers, float64."""
+    metrics = metric_tensors(logits.detach(), answer_id, foil_id)
+    return {name: x.cpu().double().numpy() for name, x in metrics.items()}
+
+
+def probability(logits: torch.Tensor, token_id: int) -> np.ndarray:
+    """(...) float64: softmax over the last axis of `logits`, at one token."""
+    return read_metrics(logits, token_id, None)["probability"]
 
 
 def check_metric(doing: str, metric: str, foil: object) -> None:

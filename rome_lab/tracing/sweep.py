@@ -10,7 +10,7 @@ the arithmetic that is left out would give what is kept, or what nobody reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -84,6 +84,8 @@ class Sweep:
 
     Attributes:
         columns: what is restored, by layer.
+        along: (A,) how far each column's runs go from what stands there, 0, to what is restored, 1: there is one for each,
+            and each of the S samples; by default all go the whole way.
         order: the columns in the order in which they become runs of their own.
     """
 
@@ -92,6 +94,7 @@ class Sweep:
     kind: str
     severed: str | None
     columns: list[Column]
+    along: torch.Tensor | None = None
 
     @cached_property
     def order(self) -> list[int]:
@@ -101,17 +104,39 @@ class Sweep:
     def stays_clean(self) -> bool:
         """Whether all that follows at the restored token is as in the run it comes from: nothing left of it differs."""
         begin, length = self.runs.prompt.subject_range[0], len(self.runs.prompt.ids)
-        return self.kind == "state" and not self.severed and self.token == begin and begin + 1 < length
+        whole = self.kind == "state" and not self.severed and self.along is None
+        return whole and self.token == begin and begin + 1 < length
+
+    @property
+    def rows_each(self) -> int:
+        """Runs of one column: S, for each of the A ways along the restoration."""
+        return self.runs.settings.samples * (1 if self.along is None else len(self.along))
+
+    def restored(self, recorded: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        """What of `recorded` (1 + S, T, ...) stands at the token in runs, by their place (R,) in their column."""
+        sample = row % self.runs.settings.samples
+        whole = recorded[self.runs.source[sample], self.token]
+        if self.along is None:
+            return whole
+        here = recorded[self.runs.base[sample], self.token]
+        along = self.along[row // self.runs.settings.samples].to(here)
+        return here + along.view(-1, *[1] * (here.ndim - 1)) * (whole - here)
 
     def metrics(self) -> dict[str, np.ndarray]:
         """Metric -> (columns, S), see `read_metrics`."""
-        runs, samples = self.runs, self.runs.settings.samples
+        return self.read(lambda logits: read_metrics(logits, self.runs.answer_id, self.runs.foil_id))
+
+    def read(self, reader: Callable[[torch.Tensor], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Name -> (columns, A * S), what `reader` reads of the runs' logits (..., V) at the last token."""
+        runs, samples = self.runs, self.rows_each
         together = Batching(runs.lm, "causal_trace", text_bytes(runs.lm, len(runs.prompt.ids)), runs.settings.max_rows)
         first = self.token + self.stays_clean
         # (C * S, N, D): the S texts of each column, in the order in which the columns join; `joined` of the texts have.
         texts = runs.recording.states[0].new_empty(
             len(self.columns) * samples, *runs.recording.states[0][0, first:].shape
         )
+        row = torch.arange(samples)
+        base = runs.base[row % runs.settings.samples]
         begin = {column: index * samples for index, column in enumerate(self.order)}
         joined = 0
         for depth, states in enumerate(runs.recording.states):
@@ -119,18 +144,17 @@ class Sweep:
             for column in (self.columns[place] for place in self.order if self.columns[place].joins == depth):
                 trunk = None if column.trunk is None else begin[column.trunk]
                 texts[joined : joined + samples] = (
-                    states[runs.base, first:] if trunk is None else texts[trunk : trunk + samples]
+                    states[base, first:] if trunk is None else texts[trunk : trunk + samples]
                 )
                 if self.kind == "state" and not self.stays_clean:
-                    texts[joined : joined + samples, 0] = states[runs.source, self.token]
+                    texts[joined : joined + samples, 0] = self.restored(states, row)
                 joined += samples
             if depth < runs.lm.n_layers:
                 together.each(range(joined), partial(self.go_through, depth, texts))
         few = replace(
             together, most=rows_at_once(runs.lm.config.vocab_size, min(READ_TOGETHER, together.most or READ_TOGETHER))
         )
-        parts = few.over(texts[:, -1], lambda last: at_least_float32(runs.lm.logits(last)))
-        parts = [read_metrics(logits, runs.answer_id, runs.foil_id) for logits in parts]
+        parts = list(few.over(texts[:, -1], lambda last: reader(at_least_float32(runs.lm.logits(last)))))
         metrics = {}
         for name in parts[0]:
             metrics[name] = np.empty((len(self.columns), samples))
@@ -140,38 +164,41 @@ class Sweep:
     def go_through(self, layer: int, texts: torch.Tensor, rows: range) -> None:
         """Put what block `layer` makes of some rows of the texts, (C * S, N, D), in their place."""
         lm, part = self.runs.lm, slice(rows.start, rows.stop)
-        sample = torch.arange(rows.start, rows.stop) % self.runs.settings.samples
+        row = torch.arange(rows.start, rows.stop) % self.rows_each
+        sample = row % self.runs.settings.samples
         continued = (self.runs.source if self.stays_clean else self.runs.base)[sample].to(texts.device)
         with ExitStack() as hooks:
             if layer == lm.n_layers - 1 and texts.shape[1] > 1:
                 # Nothing reads the other tokens, what is held at the restored one among them.
                 hooks.enter_context(last_token_only(lm.feed_forward(layer)))
             else:
-                self.hold(layer, rows, sample, hooks)
+                self.hold(layer, rows, row, hooks)
             texts[part] = run_block(lm, layer, texts[part], self.runs.recording, continued)
 
-    def hold(self, layer: int, rows: range, sample: torch.Tensor, hooks: ExitStack) -> None:
-        """Have modules of `layer` hold, in some rows, what they said or were given at the token in another run."""
+    def hold(self, layer: int, rows: range, row: torch.Tensor, hooks: ExitStack) -> None:
+        """Have modules of `layer` hold, in some rows, what they said or were given at the token in another run.
+
+        Args: row: (R,) the rows' places in their columns.
+        """
         name = self.severed or self.kind
-        columns = [self.columns[self.order[row // self.runs.settings.samples]] for row in rows]
+        columns = [self.columns[self.order[place // self.rows_each]] for place in rows]
         held = [i for i, column in enumerate(columns) if self.severed or column.first <= layer <= column.last]
         if name == "state" or not held:
             return
-        lm, recording = self.runs.lm, self.runs.recording
-        # Severed: each sample's own value. Restored: that of the run which is restored from.
-        run = (self.runs.base if self.severed else self.runs.source)[sample[held]]
+        lm, recording, row = self.runs.lm, self.runs.recording, row[held]
         if name == "head":
-            value = recording.heads[layer][run.to(recording.heads[layer].device), self.token]  # (R, heads, D_head)
+            value = self.restored(recording.heads[layer], row)  # (R, heads, D_head)
             of_head = torch.zeros(len(held), value.shape[1], dtype=torch.bool)
-            for row, i in enumerate(held):
-                of_head[row, [head for where, head in columns[i].heads if where == layer]] = True
+            for place, i in enumerate(held):
+                of_head[place, [head for where, head in columns[i].heads if where == layer]] = True
             hooks.enter_context(input_changed(lm.heads_out[layer], HoldAt(len(rows), held, value, of_head)))
             return
         outputs = (recording.mlp if name == "mlp" else recording.attn)[layer]
         module = lm.mlp(layer) if name == "mlp" else lm.attn(layer)
-        hooks.enter_context(
-            output_changed(module, HoldAt(len(rows), held, outputs[run.to(outputs.device), self.token]))
-        )
+        # Severed: each sample's own value. Restored: that of the run which is restored from.
+        own = self.runs.base[row % self.runs.settings.samples]
+        value = outputs[own, self.token] if self.severed else self.restored(outputs, row)
+        hooks.enter_context(output_changed(module, HoldAt(len(rows), held, value)))
 
 
 @dataclass(frozen=True, eq=False)
