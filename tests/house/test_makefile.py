@@ -67,6 +67,7 @@ def test_a_model_under_terms_is_installed_only_where_it_is_asked_for_after_its_t
     assert lines[shown].startswith("echo") and "--require-hashes" in lines[installed] and shown < installed
     assert all(place > installed for place, line in enumerate(lines) if "-m rome_lab" in line)
     assert target == "gemma" or "gemma" not in make(folder, "-n", target).stdout
+    assert "gemma" in make(folder, "-n", target, MODELS="smollm2-135m,gemma3-270m").stdout
 
 
 def test_help_names_each_target_and_the_settings(folder) -> None:
