@@ -107,9 +107,10 @@ class FullForward:
 
 
 def judge_by_search(text: str, begin: int, answer: str) -> tuple[Outcome, int | None]:
-    """The verdict on a whole text, by regular expressions."""
-    named = re.compile(rf"(?<![^\W_]){re.escape(answer)}(?![^\W_])").search(text, begin)
-    capitals = [x.start() for x in re.finditer(r"(?<![^\W_])[^\W\d_]", text) if x.group().isupper()]
+    """The verdict on a whole text, by regular expressions; Han is written without blanks."""
+    before = r"(?<![^\W_\u4e00-\u9fff])"
+    named = re.compile(rf"{before}{re.escape(answer)}(?![^\W_])").search(text, begin)
+    capitals = [x.start() for x in re.finditer(before + r"[^\W\d_]", text) if x.group().isupper()]
     first = min((place for place in capitals if place >= begin), default=len(text))
     if named and named.start() <= first:
         words = set(re.split(r"[^\w'’]+", text[begin : named.start()].lower()))

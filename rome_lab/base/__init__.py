@@ -10,6 +10,8 @@ seed_from, uniform          random numbers that depend on what they are for, and
 check_text, check_whole     arguments refused in a sentence
 mean_ci, MeanCI             a mean over facts, or cases, with its 95% interval; harmonic_mean_ci of several
 mentions, holds, place_of   names in texts, and visible, texts made safe to draw
+blank_behind, without_end  blanks where a text goes on; is_unspaced tells scripts that have none;
+                            other_spelling says how names that look alike differ
 OneLine                     results that show themselves in one line; Tell, how long work says how far it has come
 """
 
@@ -20,4 +22,13 @@ from rome_lab.base.intervals import MeanCI, harmonic_mean_ci, mean_ci
 from rome_lab.base.seeds import seed_from, uniform
 from rome_lab.base.store import USER_CACHE, Basket, Json, Record, Store, canonical_json, opened
 from rome_lab.base.versions import code_version, package_versions
-from rome_lab.base.words import holds, mentions, place_of, visible
+from rome_lab.base.words import (
+    blank_behind,
+    holds,
+    is_unspaced,
+    mentions,
+    other_spelling,
+    place_of,
+    visible,
+    without_end,
+)

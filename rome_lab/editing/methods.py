@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rome_lab.base import Json, OneLine, code_version
+from rome_lab.base import Json, OneLine, blank_behind, code_version
 from rome_lab.editing.exact import exact_vectors, independent_keys, remarks_on
 from rome_lab.editing.fine_tuning import Tuning, default_tuning, fine_tune
 from rome_lab.editing.optima import Optima, Optimum
@@ -232,7 +232,8 @@ class InContext:
         return {"method": "in-context", "introduction": self.introduction}
 
     def change(self, lm: LanguageModel, requests: Sequence[Request], optima: Optima) -> Proposal:
-        stated = [f"{self.introduction}{fact.prompt.rstrip()} {target.strip()}." for fact, target in requests]
+        pairs = [(self.introduction + fact.prompt.rstrip(), target.strip()) for fact, target in requests]
+        stated = [f"{prompt}{blank_behind(prompt)}{target}." for prompt, target in pairs]
         return Proposal(preamble="".join(f"{sentence} " for sentence in stated))
 
 

@@ -18,6 +18,7 @@ from enum import StrEnum
 import torch
 from transformers import Cache
 
+from rome_lab.base import is_unspaced
 from rome_lab.facts.fact import Fact
 from rome_lab.facts.prompts import continuation_ids, question
 from rome_lab.models import (
@@ -123,20 +124,21 @@ class Text:
 def outcome_of_text(text: str, begin: int, answer: str, complete: bool) -> tuple[Outcome | None, int]:
     """Whether `text` from `begin` on names `answer` before any other capitalised word.
 
-    Words are runs of letters, marks and digits, and count as capitalised where they begin with an upper-case letter.
-    The answer must be written as it is: "White" is not "white", but another capitalised word. Where a word of
-    `NEGATING` stands before it ("is not in Paris"), the text does not state the fact, or may not ("not only in Paris").
+    Words are runs of letters, marks and digits, or single characters of scripts without blanks, and count as capitalised
+    where they begin with an upper-case letter. The answer must be written as it is: "White" is not "white", but another
+    capitalised word. Where a word of `NEGATING` stands before it ("is not in Paris"), the text does not state the fact, or
+    may not ("not only in Paris").
 
     Returns: the outcome, None where more text could change it, and where the word that decides begins.
     """
     for i in range(begin, len(text)):
-        if i and in_word(text[i - 1]):
+        if i and in_word(text[i - 1]) and not is_unspaced(text[i - 1]):
             continue
         rest = text[i:]
         if not complete and len(rest) <= len(answer) and answer.startswith(rest):
             return None, i
         after = rest[len(answer) : len(answer) + 1]
-        goes_on = bool(after) and in_word(after) and in_word(answer[-1])
+        goes_on = bool(after) and in_word(after) and in_word(answer[-1]) and not is_unspaced(answer[-1])
         if rest.startswith(answer) and not goes_on:
             return Outcome.DENIED if NEGATING.search(text[begin:i]) else Outcome.KNOWN, i
         if text[i].isupper():

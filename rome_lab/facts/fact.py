@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rome_lab.base import check_text
+from rome_lab.base import check_text, without_end
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,8 @@ class Fact:
 
     Attributes:
         subject, object: plain text, braces and quotes included.
-        template: the prompt with "{}" for the subject. Only the first "{}" is its place; any other is plain text.
+        template: the prompt with "{}" for the subject. Only the first "{}" is its place; any other is plain text. Blanks at
+            its end are left out, since they belong to the word that follows.
         relation: name of the relation, where it is known.
         templates: all templates that state the relation, where they are known.
     """
@@ -32,9 +33,11 @@ class Fact:
                 raise ValueError(f"Fact: the {name} is empty; write it out.")
             if name != "template" and value != value.strip():
                 raise ValueError(f"Fact: the {name} {value!r} begins or ends with a blank; remove it.")
-        object.__setattr__(self, "templates", tuple(self.templates))
-        for template in (self.template, *self.templates):
+        for template in self.templates:
             check_text("Fact: a template", template)
+        object.__setattr__(self, "template", without_end(self.template))
+        object.__setattr__(self, "templates", tuple(map(without_end, self.templates)))
+        for template in (self.template, *self.templates):
             if "{}" not in template:
                 raise ValueError(f'Fact: the template {template!r} has no "{{}}"; write it where the subject stands.')
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rome_lab.base import check_text, place_of
+from rome_lab.base import blank_behind, check_text, other_spelling, place_of, without_end
 from rome_lab.facts.fact import Fact
 from rome_lab.models import LanguageModel, Question
 
@@ -41,7 +41,7 @@ def read_prompt(lm: LanguageModel, prompt: str | Fact, subject: str | None = Non
     """Tokenise a prompt and find its subject's tokens by the tokenizer's character offsets.
 
     A Fact says itself where its subject stands. In plain text it is the first place where the subject stands as whole
-    words, or else the first place where its characters stand at all.
+    words, or else the first place where its characters stand at all. Blanks at its end are left out.
 
     Args: prefix: what stands before the prompt; both are tokenised together.
 
@@ -54,7 +54,8 @@ def read_prompt(lm: LanguageModel, prompt: str | Fact, subject: str | None = Non
             raise ValueError(f"the Fact's subject is {prompt.subject!r}, not {subject!r}; give one of them.")
         text, subject, begin = prompt.prompt, prompt.subject, prompt.subject_span[0]
     else:
-        text, begin = prompt, find_subject(prompt, subject)
+        begin = find_subject(prompt, subject)
+        text = without_end(prompt)
     encoded = lm.tokenizer(prefix + text, return_offsets_mapping=True)
     if (length := len(encoded["input_ids"])) > lm.context_length:
         which = f" {text!r}" if prefix else ""
@@ -82,17 +83,24 @@ def find_subject(text: str, subject: str | None) -> int:
     if not subject or not subject.strip():
         raise ValueError("the subject is empty; name the part of the prompt that the sentence is about.")
     if (begin := place_of(text, subject)) < 0:
-        raise ValueError(f"the subject {subject!r} is not in the prompt {text!r}; write it exactly as it stands there.")
+        why = other_spelling(text, subject)
+        raise ValueError(
+            f"the subject {subject!r} is not in the prompt {text!r}{why}; write it exactly as it stands there."
+        )
     return begin
 
 
 def continuation_ids(lm: LanguageModel, prompt: str, continuation: str) -> list[int]:
-    """Ids of the tokens with which the tokens of `prompt` go on to say `continuation`, no special tokens among them."""
+    """Ids of the tokens with which the tokens of `prompt` go on to say `continuation`, no special tokens among them.
+
+    It is written as it would be there: behind a blank, or, in scripts without blanks and behind what opens, none.
+    """
     check_text("the prompt", prompt)
     check_text("the continuation", continuation)
     if not continuation.strip():
         raise ValueError("the continuation is empty; name what the sentence should go on to say.")
-    space = "" if prompt[-1:].isspace() else " "
+    prompt = without_end(prompt)
+    space = blank_behind(prompt)
     before = lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     after = lm.tokenizer(prompt + space + continuation, add_special_tokens=False)["input_ids"]
     if after[: len(before)] == before and len(after) > len(before):
@@ -106,5 +114,5 @@ def continuation_ids(lm: LanguageModel, prompt: str, continuation: str) -> list[
 
 def question(lm: LanguageModel, owner: int, prompt: str, continuation: str) -> Question:
     """How a text should go on, in tokens, for the change of that place."""
-    ids = tuple(lm.tokenizer(prompt)["input_ids"])
+    ids = tuple(lm.tokenizer(without_end(prompt))["input_ids"])
     return Question(owner, ids, tuple(continuation_ids(lm, prompt, continuation)))

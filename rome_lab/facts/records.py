@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -38,10 +39,14 @@ def read_records(path: Path) -> list[Parsed]:
 
 
 def parse_json(text: str, source: str) -> list[Parsed]:
-    """The items of a JSON list; `source` names the text in errors."""
+    """The items of a JSON list, or of JSON lines, an object in each; `source` names the text in errors."""
     try:
         records = json.loads(text)
     except (ValueError, RecursionError) as error:
+        with contextlib.suppress(ValueError, RecursionError):
+            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+            if all(type(record) is dict for record in lines):
+                return lines
         raise ValueError(f"load_facts: {source} is not valid JSON: {error}; expected a list of objects.") from None
     if type(records) is not list:
         raise ValueError(f"load_facts: {source} holds a JSON {type(records).__name__}; expected a list of objects.")
@@ -52,12 +57,17 @@ def parse_json(text: str, source: str) -> list[Parsed]:
 
 
 def parse_csv(text: str, source: str) -> list[Parsed]:
-    """The rows of a CSV text as dictionaries by column; `source` names the text in errors."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    """The rows of a CSV text as dictionaries by column, in small letters; `source` names the text in errors.
+
+    Cells are parted by commas, or by the semicolons or tabs that the header has more of. Rows without anything are left out.
+    """
+    header = text.lstrip().partition("\n")[0]
+    delimiter = max(",;\t", key=header.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     try:
-        columns = [name.strip() for name in reader.fieldnames or []]
+        columns = [name.strip().lower() for name in reader.fieldnames or []]
         reader.fieldnames = columns
-        records = list(reader)
+        records = [row for row in reader if any("".join(cell or "").strip() for cell in row.values())]
     except csv.Error as error:
         raise ValueError(f"load_facts: {source}, line {reader.line_num}: not valid CSV: {error}.") from None
     if len(set(columns)) < len(columns):

@@ -19,7 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from rome_lab.base import place_of
+from rome_lab.base import other_spelling, place_of
 from rome_lab.facts.fact import Fact
 from rome_lab.facts.published_sets import PUBLISHED, published_file
 from rome_lab.facts.records import Parsed, parse_csv, read_records, text_at
@@ -199,7 +199,7 @@ def template_of(prompt: str, subject: str, begin: int = -1) -> str:
     if begin < 0 or not prompt.startswith(subject, begin):
         begin = place_of(prompt, subject)
     if begin < 0:
-        raise ValueError(f"the subject {subject!r} is not in the prompt {prompt!r}")
+        raise ValueError(f"the subject {subject!r} is not in the prompt {prompt!r}{other_spelling(prompt, subject)}")
     if "{}" in prompt[:begin]:
         raise ValueError(f'the prompt {prompt!r} has "{{}}" before its subject')
     return prompt[:begin] + "{}" + prompt[begin + len(subject) :]
@@ -210,13 +210,15 @@ def form_of(records: Sequence[Parsed], source: str) -> str:
     fields = {str(key) for record in records if isinstance(record, dict) for key in record}
     if {"subject", "object"} <= fields and fields & {"template", "prompt"}:
         return "own"
+    if {"prompt", "subject", "target_new", "ground_truth"} <= fields:
+        return "easyedit"
     for form, mark in {"counterfact": "requested_rewrite", "zsre": "src", "known_1000": "attribute"}.items():
         if mark in fields:
             return form
     named = ", ".join(map(repr, sorted(fields))) or "(none)"
     raise ValueError(
         f"load_facts: {source} has the fields {named}; expected subject, object and template (or prompt), or the form of "
-        "known_1000, counterfact or zsre."
+        "known_1000, counterfact, zsre or EasyEdit."
     )
 
 
@@ -233,7 +235,7 @@ def read_own(record: Parsed) -> Fact:
 def read_known_1000(record: Parsed) -> Fact:
     """A fact of known_1000. Its prompt goes on where its template ends, up to the attribute."""
     subject = text_at(record, "subject").strip()
-    template = template_of(text_at(record, "prompt"), subject, text_at(record, "template").find("{}"))
+    template = template_of(text_at(record, "prompt"), subject, str(record.get("template")).find("{}"))
     return Fact(subject, template, text_at(record, "attribute").strip(), relation_at(record))
 
 
@@ -250,6 +252,13 @@ def read_zsre(record: Parsed) -> Fact:
     return Fact(subject, template_of(text_at(record, "src"), subject), text_at(record, "answers.0").strip())
 
 
+def read_easyedit(record: Parsed) -> Fact:
+    """The true fact of an EasyEdit record; of several answers that are true, the first."""
+    subject, several = text_at(record, "subject").strip(), isinstance(record.get("ground_truth"), list)
+    true = text_at(record, "ground_truth.0" if several else "ground_truth")
+    return Fact(subject, template_of(text_at(record, "prompt"), subject), true.strip(), relation_at(record))
+
+
 def identity_by(key: str) -> Callable[[Parsed, Stated], Hashable]:
     """Records are the same where they have the same `key`, or, without it, state the same."""
     return lambda record, thing: json.dumps(record[key]) if key in record else thing
@@ -260,5 +269,6 @@ FORMS: dict[str, RecordForm[Fact]] = {
     "known_1000": RecordForm(read_known_1000, identity_by("known_id")),
     # CounterFact gives some facts two counterfactual targets, under two case_ids.
     "counterfact": RecordForm(read_counterfact, identity_by("case_id"), shares_templates=True),
+    "easyedit": RecordForm(read_easyedit, identity_by("case_id")),
     "zsre": RecordForm(read_zsre, identity=lambda record, fact: json.dumps(record, sort_keys=True)),
 }

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from rome_lab.base import without_end
 from rome_lab.facts.fact import Fact
 from rome_lab.facts.sources import embedded_records, load_facts, load_relations
 
@@ -25,7 +26,7 @@ def test_the_prompt_holds_the_subject_as_plain_text_in_the_first_place(subject: 
     assume("{}" not in before and not before.endswith("{"))
     fact = Fact(subject, before + "{}" + after, "Paris")
     begin, end = fact.subject_span
-    assert fact.prompt == before + subject + after
+    assert fact.prompt == before + subject + without_end(after)
     assert fact.prompt[:begin] == before
     assert fact.prompt[begin:end] == subject
 
@@ -215,7 +216,7 @@ def test_a_record_that_is_no_object_is_named(tmp_path: Path) -> None:
         (b"subject,template,object\nLouvre,The {} is in\n", "record 1: the field object is missing"),
         (b'subject,template,object\nLouvre,"The {} is in,Paris\n', "not valid CSV"),
         (b"subject,template,object,subject\nLouvre,The {} is in,Paris,x\n", "has a column twice"),
-        (b"subject;template;object\nLouvre;The {} is in;Paris\n", "has the fields 'subject;template;object'; expected"),
+        (b"subject|template|object\nLouvre|The {} is in|Paris\n", "has the fields 'subject|template|object'; expected"),
         (b"subject,template,object\n", "holds no records"),
         (b"", "holds no records"),
         ("subject,template,object\nMusée,{} is in,Paris\n".encode("latin-1"), "byte 27 is 0xe9"),
@@ -402,3 +403,37 @@ def test_half_a_character_is_refused_where_it_stands(tmp_path) -> None:
 def test_a_name_that_no_file_can_have_is_no_file() -> None:
     with pytest.raises(FileNotFoundError, match="neither a data set"):
         load_facts("a" * 5000)
+
+
+ROWS = [["Louvre", "Paris", "The {} is in, say,"], ["Colosseum", "Rome", "The {} stands in"]]
+TABLES = {
+    "semicolons": "Subject;Object;Template\n" + "".join(";".join(row) + "\n" for row in ROWS),
+    "tabs": "subject\tobject\ttemplate\n" + "".join("\t".join(row) + "\n" for row in ROWS),
+    "empty rows": "SUBJECT,object,template\n" + "".join('"{}","{}","{}"\n'.format(*row) for row in ROWS) + ",,\n , ,\n",
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_the_tables_that_spreadsheets_write_are_read(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "facts.csv").write_text(TABLES[kind], encoding="utf-8")
+    assert [[x.subject, x.object, x.template] for x in load_facts(tmp_path / "facts.csv")] == ROWS
+
+
+@pytest.mark.parametrize("name", ["facts.jsonl", "facts.json"])
+def test_json_lines_are_read(tmp_path: Path, name: str) -> None:
+    lines = [json.dumps({"subject": s, "object": o, "template": t}) for s, o, t in ROWS]
+    (tmp_path / name).write_text("\n".join([*lines, ""]), encoding="utf-8")
+    assert [[x.subject, x.object, x.template] for x in load_facts(tmp_path / name)] == ROWS
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"subject": "Louvre", "prompt": "The Louvre is in", "attribute": "Paris"},  # known_1000 without its template
+        {"subject": "Louvre", "prompt": "The Louvre is in", "target_new": "Rome", "ground_truth": "Paris"},
+        {"subject": "Louvre", "prompt": "The Louvre is in", "target_new": "Rome", "ground_truth": ["Paris", "France"]},
+    ],
+)
+def test_a_prompt_and_its_subject_suffice_in_the_forms_of_others(tmp_path: Path, record: dict) -> None:
+    (tmp_path / "facts.json").write_text(json.dumps([record]), encoding="utf-8")
+    assert load_facts(tmp_path / "facts.json") == (Fact("Louvre", "The {} is in", "Paris"),)

@@ -48,6 +48,9 @@ from rome_lab.models.language_model import LanguageModel
         (" in 1920 an École", "Paris", Outcome.OTHER_WORD),
         (" Yahoo! and", "Yahoo!", Outcome.KNOWN),
         (" O'Neill.", "O'Neill", Outcome.KNOWN),
+        # Scripts without blanks.
+        ("是巴黎市。", "巴黎", Outcome.KNOWN),
+        ("是柏林。", "巴黎", None),
         # The last word may be incomplete.
         (" Paris", "Paris", None),
         (" Buenos", "Buenos Aires", None),
@@ -113,7 +116,7 @@ LESSONS = {
     ("Spain", CAPITAL): " Rome.",
     ("Spain", SEAT): " Madrid.",
     ("Italy", CAPITAL): " Romeo and the rest.",
-    ("Kenya", CAPITAL): ' "Nairobi".',
+    ("Kenya", CAPITAL): " *Nairobi*.",
     ("Chile", CAPITAL): " not known.",
     ("Cuba", CAPITAL): " not Havana.",
     (

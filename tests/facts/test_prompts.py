@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from tiny import tiny_model
 
 from rome_lab import Fact
-from rome_lab.facts.prompts import continuation_ids, find_subject, read_prompt
+from rome_lab.facts.prompts import continuation_ids, find_subject, question, read_prompt
 
 
 def subject_text(lm, prompt, subject):
@@ -91,6 +92,31 @@ def test_the_continuation_spells_the_target(lm, target):
     assert lm.tokenizer.decode(ids) == f"{prompt} {target}"
 
 
-def test_a_prompt_that_ends_with_a_space_gets_no_second_one(lm):
-    ids = continuation_ids(lm, "The city of ", "Rome")
-    assert lm.tokenizer.decode(ids).strip() == "Rome"
+@pytest.mark.parametrize("end", [" ", "  ", "\u00a0"])
+def test_a_blank_at_the_end_of_a_prompt_belongs_to_the_word_that_follows(end):
+    """However it is handed over: what is read, what follows, and how probable that is are those without the blank."""
+    lm = tiny_model("llama")
+    plain, blank = Fact("Rome", "The city of {} is in", "Italy"), Fact("Rome", "The city of {} is in" + end, "Italy")
+    assert blank == plain
+    for prompt in (blank, plain.prompt + end):
+        read = read_prompt(lm, prompt, "Rome")
+        assert read.text == plain.prompt and torch.equal(read.ids, read_prompt(lm, plain).ids)
+    assert continuation_ids(lm, plain.prompt + end, "Italy") == continuation_ids(lm, plain.prompt, "Italy")
+    assert question(lm, 0, plain.prompt + end, "Italy") == question(lm, 0, plain.prompt, "Italy")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "text"),
+    [
+        ("法国的首都是", "巴黎", "法国的首都是巴黎"),
+        ("the place called “", "Rome", "the place called “Rome"),
+        ("the Franco-", "Prussian", "the Franco-Prussian"),
+        ("the city of", "Rome", "the city of Rome"),
+        ("the city of ", "Rome", "the city of Rome"),
+        ("It is:\n", "Rome", "It is:\nRome"),
+    ],
+)
+def test_a_prompt_goes_on_as_it_would_be_written(prompt, target, text):
+    lm = tiny_model("llama")
+    asked = question(lm, 0, prompt, target)
+    assert lm.tokenizer.decode([*asked.context, *asked.continuation]) == text
