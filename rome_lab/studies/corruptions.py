@@ -2,7 +2,7 @@
 
 Choice, choices_of          what is put in the subject's place, from which run into which, and how many layers at once
 trace_choices               the traces of all choices, of the same pairs of facts
-verdicts, verdict_table     the claims under each choice and metric, as numbers and to read
+choice_verdicts, verdict_table  the claims under each choice and metric, as numbers and to read
 site_effects                the effects at the two sites by choice, metric, kind and layer: what is drawn
 compare_lines               those, drawn: a row a choice, a column a kind
 """
@@ -91,7 +91,7 @@ def trace_choices(
     return traces
 
 
-def verdicts(traces: Mapping[Choice, Traces], clustered: bool = False) -> pd.DataFrame:
+def choice_verdicts(traces: Mapping[Choice, Traces], clustered: bool = False) -> pd.DataFrame:
     """Each claim under each choice and metric, in shares of what there is to restore: what `claims` returns, and how.
 
     The choices whose windows are not the paper's have runs of MLP and attention only, and are left out.
@@ -107,7 +107,7 @@ def verdicts(traces: Mapping[Choice, Traces], clustered: bool = False) -> pd.Dat
 
 
 def verdict_table(table: pd.DataFrame) -> pd.DataFrame:
-    """`verdicts` to read: a row a choice and metric, a column a claim, by its first words."""
+    """`choice_verdicts` to read: a row a choice and metric, a column a claim, by its first words."""
     short = table["claim"].str.split("[:,(]", regex=True).str[0].str.slice(0, 40)
     order = list(dict.fromkeys(short))
     cells = table["verdict"] + table["effect"].map(" ({:+.2f})".format)

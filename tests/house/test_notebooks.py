@@ -60,15 +60,18 @@ SMALL = {
         **{"n_facts": 10},
     },
     "search": {"n_search": 2, "layers": [6], "tokens": [5000], "changes": 1, "configurations": 1, "c_text": TEXT},
+    "corruptions": {"n_facts": 3, "n_random": 3, "sigmas": [3.0], "windows": [10, 1], "samples": 2},
+    "heads": {"n_facts": 4},
+    "compare_models": DEFAULT | {"models": ["smollm2-135m"]},
     # One subject that the model knows something about, and one that no data set has.
     "figure_1": DEFAULT | {"examples": ["Windows 95", "Nobody at all"]},
 }
 """Parameters that make a notebook quick, where they are not `DEFAULT`."""
 # On one worker, one after the other: the first makes what the others find stored, traces of facts, or C and the known facts
 # among which unrelated ones are drawn.
-TOGETHER = dict.fromkeys(("claims", "figure_1", "figure_2", "figure_3", "figure_7"), "traces")
+TOGETHER = dict.fromkeys(("claims", "figure_1", "figure_2", "figure_3", "figure_7", "compare_models"), "traces")
 TOGETHER |= dict.fromkeys(("evaluation", "many_edits", "search"), "judged edits")
-OF_CASES = ("evaluation", "many_edits", "search", "cost")  # they look for known facts in a whole data set
+OF_CASES = ("evaluation", "many_edits", "search", "cost", "corruptions", "heads")  # they look for known facts in a whole data set
 
 
 def read(name: str) -> NotebookNode:
