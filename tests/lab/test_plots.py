@@ -331,7 +331,8 @@ def test_importing_what_lies_below_the_lab_loads_no_plotting_library():
 def test_another_metric_is_drawn_from_the_run_that_is_restored_into():
     trace = make_trace("state", 0)
     readings = Readings(clean=-2.0, corrupted=3.0, restored=trace.p_restored - 1, variance=trace.p_restored)
-    trace = replace(trace, metric="logit_difference", foil=" Rome", direction="noise", further={"logit_difference": readings})
+    trace = replace(trace, metric="logit_difference", foil=" Rome", further={"logit_difference": readings})
+    trace = replace(trace, direction="noise")
     ax = plots.heatmap(trace)
     mesh = mesh_of(ax)
     np.testing.assert_allclose(mesh.get_array().ravel(), readings.restored.ravel())
