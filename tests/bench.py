@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rome_lab.editing.fine_tuning import Tuning
-from rome_lab.editing.methods import METHODS, FineTuning, Method
+from rome_lab.editing.methods import METHODS, FineTuning, Method, Rome
 from rome_lab.editing.settings import EditSettings
 from rome_lab.evaluation.judging import JudgeSettings
 from rome_lab.facts.case import Case
@@ -40,7 +40,7 @@ def case(number: int, subject: str, truth: str = "Rome", target: str = "Tokyo") 
 def small(name: str) -> Method:
     """A method of `METHODS` with settings that are quick."""
     method = METHODS[name]
-    if name == "joint" or name.startswith("rome"):
+    if isinstance(method, Rome):
         return replace(method, layer=1, settings=EDITING)
     if isinstance(method, FineTuning):
         return replace(method, tuning=Tuning(1, steps=3, bound=1e-3 if name == "ft-linf" else None))

@@ -1,8 +1,9 @@
 """Making a model say something else (Appendix A): what an edit is, how it is made, and what it does.
 
 rome, rome_many                         the smallest change of one matrix that maps keys to their values, as an Edit
+memit, emmet, alphaedit                 its successors, at several layers, by one solver
 Edit, load_edit, describe_edit          edits as things: applied, undone, saved, loaded
-EditSettings, KEYS, default_settings    how to edit, and where, by default
+EditSettings, KEYS, default_settings    how to edit, and where, by default; LeastSquares for how a change is solved for
 Request, check_requests, layer_to_edit  what is asked of an edit, checked without running the model; the layer that is meant
 audit, TEXT                             what an edit does where it should and where it should not; the text it reads
 neighbours_of, nearest_facts            facts that an edit should not touch
@@ -14,21 +15,23 @@ solve_update, factorise, Factor         the least squares behind an edit, on mat
 Method, METHODS, SEARCH, measured_on    ways to edit, behind one interface: a Proposal of each for the same requests
 Rome                                    the ROME family among them
 suggest_layer, LayerSuggestion          which layer to edit in a model that nobody has edited; settle takes it for methods
+Rome, LayeredRome                       the ROME family among them, at one layer and at several
 verify                                  whether a model is traced and edited exactly, beside plain runs of it
-Optima                                  v*, keys, prefixes and C, each found once for all of them
+Optima, mean_length                     v*, keys, prefixes and C, each found once for all of them; how long v* is
 """
 
 from rome_lab.editing.auditing import TEXT, audit, nearest_facts, neighbours_of
 from rome_lab.editing.edit import Edit, describe_edit, load_edit
+from rome_lab.editing.editors import alphaedit, emmet, memit
 from rome_lab.editing.exact import rome, rome_many
 from rome_lab.editing.keys import key_size, run_to_keys, sample_prefixes, subject_keys
 from rome_lab.editing.layer_search import settle, suggest_layer
 from rome_lab.editing.layer_suggestion import LayerSuggestion
-from rome_lab.editing.methods import METHODS, SEARCH, Method, Proposal, Rome, measured_on
-from rome_lab.editing.optima import Optima
+from rome_lab.editing.methods import METHODS, SEARCH, LayeredRome, Method, Proposal, Rome, measured_on
+from rome_lab.editing.optima import Optima, mean_length
 from rome_lab.editing.requests import Request, check_requests, layer_to_edit
 from rome_lab.editing.second_moment import covariance, covariances
-from rome_lab.editing.settings import KEYS, EditSettings, default_settings
+from rome_lab.editing.settings import KEYS, EditSettings, LeastSquares, default_settings
 from rome_lab.editing.texts import FolderText, SampledText, Source, WikipediaText
 from rome_lab.editing.update import ENOUGH, Factor, factorise, solve_update
 from rome_lab.editing.verifying import verify

@@ -63,12 +63,12 @@ def audit(lm: LanguageModel, edit: Edit, neighbours: Sequence[Fact] | None = Non
         raise ValueError("audit: there are no neighbours; give facts about other subjects, or None for embedded ones.")
     others = [x for x in lm.edits if x.digest != edit.digest]
     with lm.overlay.only(others):
-        size = float(edit.delta.norm() / lm.weight(edit.layer).double().norm())
+        size = max(float(part.delta.norm() / lm.weight(part.layer).double().norm()) for part in edit.parts)
         before = measure_edit(lm, edit, neighbours)
     with lm.overlay.only([*others, edit]):
         after = measure_edit(lm, edit, neighbours)
         # Measured here, not as the edit says: beside other edits of the layer than when it was made, it differs.
-        error = edit.measured_error(lm.weight(edit.layer))
+        error = max(part.measured_error(lm.weight(part.layer)) for part in edit.parts)
     table = tabulate(edit, before, after, (size, error), len(neighbours))
     for name, remark in table.loc[table["remark"] != "", "remark"].items():
         logger.warning("audit: the %s: %s: %s", edit, name, remark)
@@ -76,7 +76,7 @@ def audit(lm: LanguageModel, edit: Edit, neighbours: Sequence[Fact] | None = Non
 
 
 def tabulate(edit: Edit, before: Measured, after: Measured, matrix: tuple[float, float], n: int) -> pd.DataFrame:
-    """The table of `audit`; `matrix` is |dW| / |W| and the constraint error."""
+    """The table of `audit`; `matrix` is |dW| / |W| and the constraint error, the largest of all layers."""
     (p_before, log_p, perplexity), (p_after, log_p_after, perplexity_after), (size, error) = before, after, matrix
     drift = float((log_p.exp() * (log_p - log_p_after)).sum(-1).mean())
     lost = p_after["P[target]"] < edit.settings.enough
@@ -88,7 +88,7 @@ def tabulate(edit: Edit, before: Measured, after: Measured, matrix: tuple[float,
         (f"KL of {n} neighbours (nats)", 0.0, drift, "it changes the neighbours" if drift > MOST_DRIFT else ""),
         ("perplexity of a text", perplexity, perplexity_after, "it harms the model" if costly else ""),
         ("|dW| / |W|", 0.0, size, "an unusually large update" if size > MOST_CHANGE else ""),
-        ("constraint error", np.nan, error, inexact if error > TOLERANCE else ""),
+        ("constraint error", np.nan, error, inexact if error > TOLERANCE and edit.solution.is_exact else ""),
     ]
     return pd.DataFrame(rows, columns=["measure", "before", "after", "remark"]).set_index("measure")
 

@@ -2,36 +2,28 @@
 
 rome(lm, fact, target)       an Edit of one fact
 rome_many(lm, requests)      an Edit of several
-exact_vectors(lm, ...)       what both, and the methods that are compared, solve: from keys and v* to Lambda and u
+solved_edit(lm, ...)         what both are made by, and their successors in `rome_lab.editing.editors`
 remarks_on(lm, optimum, ...) what whoever uses an edit should know of it
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rome_lab.editing.edit import Edit
+from rome_lab.editing.edit import VECTORS, Edit, LayerChange
+from rome_lab.editing.many_layers import kept_at, kept_columns, write_values
 from rome_lab.editing.optima import Optima, Optimum
 from rome_lab.editing.requests import Request, check_news, check_requests, layer_to_edit
 from rome_lab.editing.second_moment import Covariance, TokensSeen
-from rome_lab.editing.settings import EditSettings, default_settings
-from rome_lab.editing.update import (
-    Factor,
-    Update,
-    apply_update,
-    constraint_error,
-    dependent,
-    distinct,
-    factorise,
-    solve_update,
-    warn_of_few,
-)
+from rome_lab.editing.settings import EditSettings, LeastSquares, default_settings
+from rome_lab.editing.update import Factor, factorise, warn_of_few
 from rome_lab.editing.values import Callback
 from rome_lab.facts import Fact, read_prompt
 from rome_lab.models import LanguageModel
@@ -101,38 +93,83 @@ def rome_many(
         ValueError: as for `rome`; also where two facts have the same key, as those of one subject may, naming them.
     """
     check_requests(lm, requests, layer)
-    requests = [(fact, target.strip()) for fact, target in requests]
-    for request in requests:
-        check_news(lm, request)
+    news(lm, requests)
     layer = layer_to_edit(lm, [fact for fact, _ in requests], layer)
-    optima = Optima(lm, progress=progress)
-    factor = optima.factor(layer, None, tokens, C_callback) if C is None else given_factor(lm, layer, C)
+    given = {"tokens": tokens, "hparams": hparams, "callback": callback, "C_callback": C_callback}
+    return solved_edit(
+        lm, requests, (layer,), LeastSquares(), None if C is None else {layer: C}, progress=progress, **given
+    )
+
+
+def news(lm: LanguageModel, requests: Sequence[Request]) -> None:
+    """Raise NothingToEdit where the model says one of the targets already."""
+    for fact, target in requests:
+        check_news(lm, (fact, target.strip()))
+
+
+def solved_edit(
+    lm: LanguageModel,
+    requests: Sequence[Request],
+    layers: tuple[int, ...],
+    solution: LeastSquares,
+    C: Mapping[int, Float[Tensor, "H H"] | Covariance | Factor] | None = None,
+    *,
+    tokens: int | None = None,
+    hparams: EditSettings | None = None,
+    progress: bool = True,
+    callback: Callback | None = None,
+    C_callback: TokensSeen | None = None,
+    doing: str = "rome",
+) -> Edit:
+    """The Edit of requests that are known to be news, at these layers; see `write_values`. `lm` is unchanged."""
+    requests = [(fact, target.strip()) for fact, target in requests]
+    optima, last = Optima(lm, progress=progress), layers[-1]
+    factors = optima.factors_at(layers, None, tokens, C_callback) if C is None else given_factors(lm, layers, C, doing)
     settings = optima.with_prefixes(hparams or default_settings(lm).settings)
     for fact, _ in requests:
         if remark := first_token_remark(lm, fact, settings.key):
-            logger.warning("rome: %s", remark)
+            logger.warning("%s: %s", doing, remark)
     # Before v* is sought, which takes longest.
-    K = independent_keys(layer, factor, requests, [optima.k_star(fact, layer, settings) for fact, _ in requests])
-    values = [optima.optimise(request, layer, settings, progress, callback) for request in requests]
+    keys = [optima.k_star(fact, layers[0], settings) for fact, _ in requests]
+    for layer in layers:
+        kept_columns(
+            layers[0], kept_at(lm, layer, solution, factors[layer], {}), requests, keys, solution.is_exact, doing
+        )
+    values = [optima.optimise(request, last, settings, progress, callback) for request in requests]
     for optimum in values:
         if remark := convergence_remark(optimum, settings):
-            logger.warning("rome: %s", remark)
-    vectors, error = exact_vectors(lm, layer, factor, K, values)
+            logger.warning("%s: %s", doing, remark)
+    written = write_values(lm, layers, solution, factors, keys, values, settings, doing=doing)
     identity = lm.identity(edited=False)
+    *below, top = (squeezed(part) for part in written.parts)
     return Edit(
+        **vars(top),
+        below=tuple(below),
+        solution=solution,
         facts=tuple(fact for fact, _ in requests),
         targets=tuple(target for _, target in requests),
-        layer=layer,
-        module=lm.memory_name(layer),
-        **{name: x.squeeze(1) if x.shape[1] == 1 else x for name, x in vectors.items()},
         settings=settings,
         history=pd.concat([x.history.assign(fact=i) for i, x in enumerate(values)], ignore_index=True),
         converged=all(optimum.converged for optimum in values),
-        constraint_error=error,
+        constraint_error=written.error,
         model=lm.name,
         fingerprint=identity.fingerprint,
         function=identity.function,
     )
+
+
+def squeezed(part: LayerChange) -> LayerChange:
+    """The same with 1-D vectors where it has one key."""
+    return replace(part, **{name: x.squeeze(1) for name in VECTORS if (x := getattr(part, name)).shape[1] == 1})
+
+
+def given_factors(
+    lm: LanguageModel, layers: Sequence[int], C: Mapping[int, Tensor | Covariance | Factor], doing: str
+) -> dict[int, Factor]:
+    """The factors of the C that the caller has, by layer."""
+    if missing := [layer for layer in layers if layer not in C]:
+        raise ValueError(f"{doing}: C lacks the layers {missing}; give covariances(lm, {list(layers)}), or no C.")
+    return {layer: given_factor(lm, layer, C[layer]) for layer in layers}
 
 
 def given_factor(lm: LanguageModel, layer: int, C: Tensor | Covariance | Factor) -> Factor:
@@ -147,45 +184,6 @@ def given_factor(lm: LanguageModel, layer: int, C: Tensor | Covariance | Factor)
         )
     warn_of_few(C.tokens if known else tokens, width, "rome")
     return C if known else factorise(matrix, tokens)
-
-
-def independent_keys(
-    layer: int, factor: Factor, requests: Sequence[Request], keys: Sequence[Float[Tensor, "H n"]]
-) -> list[Float[Tensor, "H m"]]:
-    """The keys of each request, each once.
-
-    Raises:
-        ValueError: those of several requests are dependent, naming the facts.
-    """
-    each_once = [distinct(factor, K) for K in keys]
-    for K, K_once in zip(keys, each_once, strict=True):
-        if K_once.shape != K.shape:
-            n, m = K.shape[1], K_once.shape[1]
-            logger.info("rome: at layer %d some keys of the fact are the same; %d of %d are left", layer, m, n)
-    owners = [fact.prompt for (fact, _), K in zip(requests, each_once, strict=True) for _ in range(K.shape[1])]
-    prompts = dict.fromkeys(owners[column] for column in dependent(factor, torch.cat(each_once, dim=1)))
-    if prompts:
-        raise ValueError(
-            f"rome: the keys of {' and '.join(map(repr, prompts))} are linearly dependent, as those of one subject are, "
-            "so no W gives each of them a value of its own; edit one of them only, or one after the other."
-        )
-    return each_once
-
-
-def exact_vectors(
-    lm: LanguageModel, layer: int, factor: Factor, keys: Sequence[Tensor], optima: Sequence[Optimum]
-) -> tuple[dict[str, Tensor], float]:
-    """The vectors of an Edit that maps the keys of each request to its v*, and the largest error of that in W as stored.
-
-    Returns: k_star (H, n), v_star (D, n), Lambda (D, n) and u (H, n), float32; and max |W_hat k* - v*| / |v*|.
-    """
-    W, K = lm.weight(layer), torch.cat(list(keys), dim=1)
-    V = torch.cat([x.v_star[:, None].expand(-1, k.shape[1]) for x, k in zip(optima, keys, strict=True)], dim=1)
-    exact = solve_update(W, factor, K, V)
-    rounded = Update(exact.Lambda.float(), exact.u.float())
-    error = float(constraint_error(apply_update(W, rounded, K, V), K, V).max())
-    vectors = {"k_star": K, "v_star": V.float(), "Lambda": rounded.Lambda, "u": rounded.u}
-    return {name: x.cpu().contiguous() for name, x in vectors.items()}, error
 
 
 def remarks_on(lm: LanguageModel, optimum: Optimum, settings: EditSettings) -> list[str]:

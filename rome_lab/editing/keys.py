@@ -2,7 +2,8 @@
 
 sample_prefixes(lm, lengths, seed)    sentences to put before a prompt
 k_star(lm, fact, layer, ...)          the key or keys that an edit of the fact maps to v*
-opening_key(lm, fact, layer)          the one of a text that the subject opens
+texts_of(lm, fact, part, prefixes)    the texts that a key is the mean over
+subject_keys, subject_states          keys, and hidden states behind a block, at the subject's last token of texts
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from rome_lab.base import uniform
 from rome_lab.editing.settings import KEYS, PARTS
 from rome_lab.facts import Fact, Prompt, read_prompt
-from rome_lab.models import LanguageModel, continue_randomly
+from rome_lab.models import LanguageModel, continue_randomly, output_changed
 
 
 def key_size(lm: LanguageModel, layer: int) -> int:
@@ -88,7 +89,7 @@ def k_star(
 
         averaged: k* = 1/N sum_j k(prefix_j + prompt), the paper's
         bare:     k* = k(prompt)
-        opening:  k* = k(prompt from its subject on), see `opening_key`
+        opening:  k* = k(prompt from its subject on), see `texts_of`
         both:     bare and averaged
         all:      bare, opening and averaged
 
@@ -107,32 +108,31 @@ def k_star(
 
 def one_key(lm: LanguageModel, fact: Fact, layer: int, part: str, prefixes: Sequence[str] = ()) -> Float[Tensor, "H n"]:
     """(H, 1) float32: the "bare", "opening" or "averaged" key of `k_star`; (H, 0) where there is no opening one."""
+    if texts := texts_of(lm, fact, part, prefixes):
+        return subject_keys(lm, layer, texts).mean(0)[:, None].float()
+    return torch.zeros(key_size(lm, layer), 0)
+
+
+def texts_of(lm: LanguageModel, fact: Fact, part: str, prefixes: Sequence[str] = ()) -> list[Prompt]:
+    """The texts that the "bare", "opening" or "averaged" key of `k_star` is the mean over.
+
+    The opening key is of a text that begins with the subject; there is none where the subject would be its first token. A
+    model whose texts have no first token of their own sees such a subject without anything before it, and its keys are
+    others than in the midst of a text. The first token itself is left alone: it has nearly the same key in every text.
+    """
     if part == "opening":
-        return opening_key(lm, fact, layer)
+        opened = read_prompt(lm, replace(fact, template=fact.template[fact.template.index("{}") :]))
+        return [] if opened.subject_range == (0, 1) else [opened]
     if part == "averaged" and not prefixes:
         raise ValueError(
             f"k_star: the key {part!r} averages over prefixes, but none are given; give some or use 'bare'."
         )
-    texts = [read_prompt(lm, fact, prefix=prefix) for prefix in (prefixes if part == "averaged" else [""])]
-    return subject_keys(lm, layer, texts).mean(0)[:, None].float()
-
-
-def opening_key(lm: LanguageModel, fact: Fact, layer: int) -> Float[Tensor, "H n"]:
-    """(H, 1) float32: the key of a text that begins with the subject; (H, 0) where the subject would be its first token.
-
-    A model whose texts have no first token of their own sees such a subject without anything before it, and its keys are
-    others than in the midst of a text. The first token itself is left alone: it has nearly the same key in every text.
-    """
-    opened = read_prompt(lm, replace(fact, template=fact.template[fact.template.index("{}") :]))
-    key = subject_keys(lm, layer, [opened]).T.float()
-    return key[:, :0] if opened.subject_range == (0, 1) else key
+    return [read_prompt(lm, fact, prefix=prefix) for prefix in (prefixes if part == "averaged" else [""])]
 
 
 def subject_keys(lm: LanguageModel, layer: int, prompts: Sequence[Prompt]) -> Float[Tensor, "N H"]:
     """(N, H) float64 on the CPU: each prompt's key at its subject's last token; no layer above `layer` is run."""
-    # Padding right of a text cannot reach it in a causal model.
-    ids = torch.nn.utils.rnn.pad_sequence([prompt.ids for prompt in prompts], batch_first=True)
-    lasts = [prompt.subject_range[1] - 1 for prompt in prompts]
+    ids, lasts = padded(prompts)
     k: list[Tensor] = []  # (N, H), once the run has come to `layer`
 
     def keep(layer: int, inputs: Tensor) -> None:
@@ -142,3 +142,25 @@ def subject_keys(lm: LanguageModel, layer: int, prompts: Sequence[Prompt]) -> Fl
     run_to_keys(lm, ids, [layer], keep)
     lm.check_finite(k[0], "k_star")
     return k[0]
+
+
+@torch.no_grad()
+def subject_states(lm: LanguageModel, layer: int, prompts: Sequence[Prompt]) -> Float[Tensor, "N D"]:
+    """(N, D) float64 on the CPU: what block `layer` makes of each prompt's last subject token; no block above is run."""
+    ids, lasts = padded(prompts)
+    h: list[Tensor] = []  # (N, D)
+
+    def keep(states: Tensor) -> None:
+        h.append(states[range(len(prompts)), lasts].cpu().double())
+        raise _HighestReached
+
+    with output_changed(lm.blocks[layer], keep), contextlib.suppress(_HighestReached):
+        lm.model(input_ids=ids.to(lm.device), use_cache=False)
+    lm.check_finite(h[0], "subject_states")
+    return h[0]
+
+
+def padded(prompts: Sequence[Prompt]) -> tuple[Tensor, list[int]]:
+    """(N, T) token ids, and each prompt's last subject token. Padding right of a text cannot reach it in a causal model."""
+    ids = torch.nn.utils.rnn.pad_sequence([prompt.ids for prompt in prompts], batch_first=True)
+    return ids, [prompt.subject_range[1] - 1 for prompt in prompts]

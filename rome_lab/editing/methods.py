@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -16,13 +17,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rome_lab.base import Json, OneLine, blank_behind, code_version
-from rome_lab.editing.exact import exact_vectors, independent_keys, remarks_on
+from rome_lab.editing.editors import default_layers
+from rome_lab.editing.exact import remarks_on
 from rome_lab.editing.fine_tuning import Tuning, default_tuning, fine_tune
+from rome_lab.editing.keys import key_size
+from rome_lab.editing.many_layers import check_layers, write_values
 from rome_lab.editing.optima import Optima, Optimum
-from rome_lab.editing.requests import NothingToEdit, Request
-from rome_lab.editing.settings import EditSettings, default_settings
+from rome_lab.editing.remedies import prune, rect
+from rome_lab.editing.requests import NothingToEdit, Request, check_agreement
+from rome_lab.editing.settings import EditSettings, LeastSquares, default_settings, solution_of
 from rome_lab.editing.texts import SampledText, Source, source_of
-from rome_lab.editing.update import Factor, Update
+from rome_lab.editing.update import Factor
 from rome_lab.models import Change, LanguageModel
 
 
@@ -33,10 +38,37 @@ class Proposal(OneLine, Change):
     Attributes:
         remark: what whoever reads the result should know, such as that v* did not converge; "" where there is nothing.
         failed: in a `rome_lab.studies.many_edits`: whether the last request could not be met; the remark says why.
+        keys: by layer, (H, n) float32, what it gives values; AlphaEdit keeps them in later changes.
     """
 
     remark: str = ""
     failed: bool = False
+    keys: Mapping[int, Float[Tensor, "H n"]] = field(default_factory=dict)
+
+    def followed_by(self, other: Proposal) -> Proposal:
+        """The sum of both; remark and failure are those of the other."""
+        keys = {
+            x: torch.cat([p.keys[x] for p in (self, other) if x in p.keys], dim=1) for x in {**self.keys, **other.keys}
+        }
+        return Proposal(
+            *layers_and_deltas(added(self.deltas, other.deltas)),
+            preamble=self.preamble + other.preamble,
+            remark=other.remark,
+            failed=other.failed,
+            keys=keys,
+        )
+
+
+def added(some: Mapping[int, Tensor], others: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Deltas of both by layer, those of one layer added up."""
+    return {**some, **{x: some[x] + delta if x in some else delta for x, delta in others.items()}}
+
+
+def layers_and_deltas(deltas: Mapping[int, Tensor]) -> tuple[object, object]:
+    """`layer` and `delta` of a Change with these deltas: one of each, or a tuple of several, or None."""
+    if len(deltas) > 1:
+        return tuple(deltas), tuple(deltas.values())
+    return next(iter(deltas.items()), (None, None))
 
 
 class Method(Protocol):
@@ -114,7 +146,7 @@ class Rome:
 
     def change(self, lm: LanguageModel, requests: Sequence[Request], optima: Optima) -> Proposal:
         method = self.settled(lm)
-        settings = replace(method.settings, key=method.key)
+        settings = replace(optima.with_prefixes(method.settings), key=method.key)
         reached, remarks = [], []
         for request in requests:
             try:
@@ -123,23 +155,112 @@ class Rome:
                 remarks.append(str(reason))
             else:
                 remarks += remarks_on(lm, reached[-1], settings)
-        if not reached:
-            return Proposal(remark="; ".join(remarks))
-        keys = [optima.k_star(optimum.request[0], method.layer, settings) for optimum in reached]
-        delta = method.solve(lm, method.factor(lm, optima), keys, reached)
-        return Proposal(method.layer, delta.float(), remark="; ".join(remarks))
+        proposal = method.proposal(lm, optima, reached, settings) if reached else Proposal()
+        return replace(proposal, remark="; ".join(remarks))
+
+    def proposal(
+        self, lm: LanguageModel, optima: Optima, reached: Sequence[Optimum], settings: EditSettings
+    ) -> Proposal:
+        """What comes of a settled method and the v* of each request."""
+        keys = [optima.k_star(optimum.request[0], self.layer, settings) for optimum in reached]
+        delta = self.solve(lm, self.factor(lm, optima), keys, reached, settings)
+        return Proposal(self.layer, delta.float())
 
     def factor(self, lm: LanguageModel, optima: Optima) -> Factor:
         """Of the matrix that measures the smallness of a change."""
         return optima.factor(self.layer, self.source, self.tokens)
 
     def solve(
-        self, lm: LanguageModel, factor: Factor, keys: Sequence[Float[Tensor, "H n"]], reached: Sequence[Optimum]
+        self,
+        lm: LanguageModel,
+        factor: Factor,
+        keys: Sequence[Float[Tensor, "H n"]],
+        reached: Sequence[Optimum],
+        settings: EditSettings,
     ) -> Float[Tensor, "D H"]:
         """dW, float64, of the keys and v* of each request."""
-        keys = independent_keys(self.layer, factor, [optimum.request for optimum in reached], keys)
-        vectors, _ = exact_vectors(lm, self.layer, factor, keys, reached)
-        return Update(vectors["Lambda"], vectors["u"]).delta
+        written = write_values(lm, (self.layer,), LeastSquares(), {self.layer: factor}, keys, reached, settings)
+        return written.deltas[self.layer]
+
+
+@dataclass(frozen=True)
+class LayeredRome(Rome):
+    """The one least squares at several layers: MEMIT, EMMET and AlphaEdit, with remedies as options; see `write_values`.
+
+    Attributes:
+        name: "memit", "emmet" or "alphaedit"; says which default of `squares` to take.
+        key: as of ROME: "both" and "all" give v* to several keys of each fact at every layer, each with the states of its
+            own texts.
+        layers: whose W to change, the lowest first, of which `layer` is the last; by default that one alone, where it is
+            given, or else those of `default_settings`, or those that end at its layer.
+        squares: how each change is solved for; by default that of `solution_of`.
+        rect: share of the entries of each change that RECT keeps; None for all.
+        prune: base of the logarithm by which PRUNE compresses the sum of changes; None leaves it as it is.
+    """
+
+    solution: ClassVar[str] = "layers"
+    together: int = 10
+    layers: tuple[int, ...] | None = None
+    squares: LeastSquares | None = None
+    rect: float | None = None
+    prune: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.layers:
+            object.__setattr__(self, "layer", self.layers[-1])
+        if self.rect is not None and not 0 < self.rect <= 1:
+            raise ValueError(f"{self.name}: rect is {self.rect!r}; expected a share above 0, up to 1, or None.")
+        if self.prune is not None and not self.prune > 1:
+            raise ValueError(f"{self.name}: prune is {self.prune!r}; expected a base above 1, or None.")
+
+    def settled(self, lm: LanguageModel) -> LayeredRome:
+        """Raises a ValueError where no layers are known for the model, or it has no such layers."""
+        layers = self.layers or (default_layers(lm) if self.layer is None else (self.layer,))
+        if not layers:
+            raise ValueError(
+                f"{self.name}: no layers are known for {lm.name}, which has 0 to {lm.n_layers - 1}. Choose some, say up "
+                f'to the peak of a causal trace of MLP outputs: dataclasses.replace(METHODS["{self.name}"], layers=(...)).'
+            )
+        layers = check_layers(lm, layers, self.name)
+        squares = self.squares or solution_of(self.name, lm, key_size(lm, layers[-1]))
+        settled = super(LayeredRome, replace(self, layers=layers)).settled(lm)
+        return replace(settled, squares=squares)
+
+    def describe(self) -> dict[str, Json]:
+        check_settled(self.name, self.layers, self.squares)
+        options = {"layers": list(self.layers), **asdict(self.squares), "rect": self.rect, "prune": self.prune}
+        return super().describe() | options
+
+    def change(self, lm: LanguageModel, requests: Sequence[Request], optima: Optima) -> Proposal:
+        check_agreement(requests, self.name)
+        return self.finished(lm, super().change(lm, requests, optima))
+
+    def factor(self, lm: LanguageModel, optima: Optima) -> Factor:
+        """Of the last layer; all are measured."""
+        return optima.factors_at(self.layers, self.source)[self.layer]
+
+    def proposal(
+        self, lm: LanguageModel, optima: Optima, reached: Sequence[Optimum], settings: EditSettings
+    ) -> Proposal:
+        factors = optima.factors_at(self.layers, self.source)
+        keys = [optima.k_star(optimum.request[0], self.layers[0], settings) for optimum in reached]
+        restraint = None if self.rect is None else partial(rect, share=self.rect)
+        options = {"earlier": optima.earlier, "restraint": restraint, "doing": self.name}
+        written = write_values(lm, self.layers, self.squares, factors, keys, reached, settings, **options)
+        layer, delta = layers_and_deltas({x: dW.float() for x, dW in written.deltas.items()})
+        return Proposal(layer, delta, keys={part.layer: part.k_star for part in written.parts})
+
+    def unfinished(self) -> LayeredRome:
+        """The same without what is done to the sum of changes."""
+        return replace(self, prune=None)
+
+    def finished(self, lm: LanguageModel, total: Proposal) -> Proposal:
+        """The sum of changes of `lm`, as it is without them, after PRUNE."""
+        if self.prune is None or not total.deltas:
+            return total
+        deltas = {x: prune(delta, lm.weight(x), self.prune).float() for x, delta in total.deltas.items()}
+        layer, delta = layers_and_deltas(deltas)
+        return replace(total, layer=layer, delta=delta)
 
 
 @dataclass(frozen=True)
@@ -179,7 +300,12 @@ class MismatchedRome(Rome):
         return super().change(lm, requests, optima)
 
     def solve(
-        self, lm: LanguageModel, factor: Factor, keys: Sequence[Float[Tensor, "H n"]], reached: Sequence[Optimum]
+        self,
+        lm: LanguageModel,
+        factor: Factor,
+        keys: Sequence[Float[Tensor, "H n"]],
+        reached: Sequence[Optimum],
+        settings: EditSettings,
     ) -> Float[Tensor, "D H"]:
         bare, averaged = keys[0].double().cpu().T
         u = factor.solve(averaged[:, None].to(factor.lower.device))[:, 0].cpu()
@@ -275,6 +401,9 @@ METHODS: Mapping[str, Method] = {
         IdentityRome("rome-identity"),
         MismatchedRome("rome-mismatched"),
         Rome("joint", together=10),
+        LayeredRome("memit"),
+        LayeredRome("emmet"),
+        LayeredRome("alphaedit"),
         FineTuning("ft"),
         FineTuning("ft-linf"),
         InContext(introduction="Breaking news: "),

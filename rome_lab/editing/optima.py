@@ -5,15 +5,18 @@ Optima.find(request, layer, ...)    an Optimum: from memory, from the store, or 
 Optima.recall(request, layer, ...)  the same, or None where it would have to be found now
 Optima.optimise(request, ...)       now
 Optima.k_star(fact, layer, ...)     the keys that an edit maps to v*
-Optima.factor(layer, source)        of C
+Optima.factor(layer, source)        of C; Optima.factors_at(layers, source) of several, measured in one pass
+mean_length(optima, requests, ...)  of v*, which norm control scales to
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 import pandas as pd
 import torch
@@ -22,7 +25,7 @@ from torch import Tensor
 
 from rome_lab.base import Json, OneLine, Record, Store, canonical_json, code_version, opened
 from rome_lab.editing.keys import one_key, sample_prefixes
-from rome_lab.editing.requests import Request, check_news
+from rome_lab.editing.requests import NothingToEdit, Request, check_news
 from rome_lab.editing.second_moment import TokensSeen, covariances
 from rome_lab.editing.settings import PARTS, EditSettings
 from rome_lab.editing.texts import Source
@@ -37,7 +40,8 @@ class Optimum(OneLine):
     """v* of one request.
 
     Attributes:
-        v_star: (D,) float64, W k* + delta, where k* is the averaged key, or the bare one where that alone is mapped to v*.
+        v_star: (D,) float64, W k* + delta, where k* is the averaged key, or the bare one where that alone is mapped to v*;
+            scaled where the settings have an anchor.
         history, converged: of the optimisation, see `rome_lab.editing.values.Value`.
     """
 
@@ -73,11 +77,15 @@ class Optima:
         self.k_stars: dict[tuple[object, ...], Tensor] = {}
         self.prefixes: dict[tuple[tuple[int, ...], int], tuple[str, ...]] = {}
         self.factors: dict[tuple[int, str], Factor] = {}
+        self.earlier: Mapping[int, Tensor] = {}
 
-    def anew(self) -> Optima:
-        """For `lm` with other weights: v* and keys are found afresh, C and the prefixes stay those that are here."""
+    def anew(self, earlier: Mapping[int, Float[Tensor, "H p"]] = MappingProxyType({})) -> Optima:
+        """For `lm` with other weights: v* and keys are found afresh, C and the prefixes stay those that are here.
+
+        Args: earlier: by layer, the keys that were given values since, which AlphaEdit keeps.
+        """
         other = Optima(self.lm, self.store, self.progress)
-        other.prefixes, other.factors = self.prefixes, self.factors
+        other.prefixes, other.factors, other.earlier = self.prefixes, self.factors, earlier
         return other
 
     def at(self, lm: LanguageModel | None, store: Store | None) -> Optima:
@@ -91,16 +99,24 @@ class Optima:
     def common(self) -> dict[str, Json]:
         return dict(self.lm.identity().key()) if self.store else {}
 
-    def factor(
-        self, layer: int, source: Source | None = None, tokens: int | None = None, callback: TokensSeen | None = None
-    ) -> Factor:
-        """The Cholesky factor of C, see `covariances`; measured without edits in force, so that it need not be anew."""
-        key = (layer, canonical_json([source and source.describe(), tokens]))
-        if key not in self.factors:
+    def factor(self, layer: int, source: Source | None = None, tokens: int | None = None) -> Factor:
+        """The Cholesky factor of C, see `factors_at`."""
+        return self.factors_at([layer], source, tokens)[layer]
+
+    def factors_at(
+        self,
+        layers: Sequence[int],
+        source: Source | None = None,
+        tokens: int | None = None,
+        callback: TokensSeen | None = None,
+    ) -> dict[int, Factor]:
+        """The Cholesky factors of C by layer, see `covariances`; measured without edits in force, so never to be anew."""
+        about = canonical_json([source and source.describe(), tokens])
+        if missing := [layer for layer in layers if (layer, about) not in self.factors]:
             with self.lm.overlay.only([]):
-                C = covariances(self.lm, [layer], source, tokens, progress=self.progress, callback=callback)[layer]
-            self.factors[key] = factorise(C.C, C.tokens)
-        return self.factors[key]
+                C = covariances(self.lm, missing, source, tokens, progress=self.progress, callback=callback)
+            self.factors |= {(layer, about): factorise(C[layer].C, C[layer].tokens) for layer in missing}
+        return {layer: self.factors[layer, about] for layer in layers}
 
     def with_prefixes(self, settings: EditSettings) -> EditSettings:
         """The settings with prefixes sampled where they name none."""
@@ -159,7 +175,8 @@ class Optima:
         k = self.k_star(request[0], layer, settings)[:, -1]  # the averaged one where there is one
         original = self.lm.weight(layer).cpu().double() @ k.double()
         value = optimise_value(Objective(self.lm, layer, request, original, settings), progress, callback)
-        return Optimum(request, original + value.delta.cpu().double(), value.history, value.converged)
+        v_star = anchored(request, original + value.delta.cpu().double(), settings.anchor)
+        return Optimum(request, v_star, value.history, value.converged)
 
     def inputs(self, request: Request, layer: int, settings: EditSettings) -> Mapping[str, Json]:
         """Everything that determines an Optimum; of the keys that are mapped to v* only the one that it starts from."""
@@ -168,3 +185,36 @@ class Optima:
         chosen = {name: value for name, value in asdict(settings).items() if name not in ("prefix_lengths", "seed")}
         about = {"template": fact.template, "subject": fact.subject, "target": target, "layer": layer}
         return {**self.common, "what": "optimum", "code": code_version(__name__), **about, "settings": chosen}
+
+
+def anchored(request: Request, v_star: Float[Tensor, " D"], anchor: float | None) -> Float[Tensor, " D"]:
+    """v* scaled to the length of the anchor, where there is one.
+
+    Raises:
+        NothingToEdit: it is more than twice as long, and left out.
+    """
+    if anchor is None:
+        return v_star
+    if (length := float(v_star.norm())) > 2 * anchor:
+        raise NothingToEdit(
+            f"rome: v* of {request[0].prompt!r} -> {request[1]!r} has the length {length:.3g}, more than twice the anchor "
+            f"{anchor:.3g}, so norm control leaves the edit out; raise the anchor, lower the clamp, or take another target."
+        )
+    return v_star * (anchor / length)
+
+
+def mean_length(optima: Optima, requests: Sequence[Request], layer: int, settings: EditSettings) -> float:
+    """The mean length of v* of these requests in the model as it is: an anchor for norm control, `EditSettings.anchor`.
+
+    Requests whose target the model says already do not count; the more others, the better.
+
+    Raises:
+        ValueError: there are none.
+    """
+    lengths = []
+    for request in requests:
+        with contextlib.suppress(NothingToEdit):
+            lengths.append(float(optima.find(request, layer, replace(settings, anchor=None)).v_star.norm()))
+    if not lengths:
+        raise ValueError("mean_length: there is no request that the model does not meet already; give others.")
+    return sum(lengths) / len(lengths)

@@ -2,6 +2,7 @@
 
 Request                            a fact, and what is to be said instead of its object
 check_requests(lm, requests, ...)  raises where they are none that can be met; asks the model nothing
+check_agreement(requests)          raises where two of them contradict each other
 check_news(lm, request)            raises NothingToEdit where the model says the target already
 layer_to_edit(lm, facts, layer)    the layer that is meant: given, known for the model, or found by a causal trace
 effects_at_subject(lm, facts)      what that trace measures: MLP outputs restored at the subject's last token
@@ -28,23 +29,39 @@ Request: TypeAlias = tuple[Fact, str]  # a fact, and what is to be said instead 
 
 
 class NothingToEdit(ValueError):
-    """The model says the target already."""
+    """There is nothing to write: the model says the target already, or norm control leaves v* out."""
 
 
-def check_requests(lm: LanguageModel, requests: Sequence[Request], layer: int | None) -> None:
-    """Raise where there is nothing to edit, or no such layer; the model is not run."""
+def check_requests(lm: LanguageModel, requests: Sequence[Request], layer: int | None, doing: str = "rome") -> None:
+    """Raise where there is nothing to edit, or no such layer; the model is not run. `doing` is how errors begin."""
     if not requests:
-        raise ValueError("rome: there is nothing to edit; give at least one fact with its target.")
+        raise ValueError(f"{doing}: there is nothing to edit; give at least one fact with its target.")
     if layer is not None and layer not in range(lm.n_layers):
-        raise ValueError(f"rome: layer is {layer!r}; {lm.name} has the layers 0 to {lm.n_layers - 1}.")
+        raise ValueError(f"{doing}: layer is {layer!r}; {lm.name} has the layers 0 to {lm.n_layers - 1}.")
     for fact, target in requests:
         if not isinstance(fact, Fact):
             raise TypeError(
-                f"rome: the fact is {fact!r}; expected a Fact, such as "
+                f"{doing}: the fact is {fact!r}; expected a Fact, such as "
                 'Fact(subject="Eiffel Tower", template="The {} is located in the city of", object="Paris").'
             )
         if not isinstance(target, str) or not target.strip():
-            raise ValueError(f"rome: the target is {target!r}; write what {lm.name} is to say after {fact.prompt!r}.")
+            raise ValueError(
+                f"{doing}: the target is {target!r}; write what {lm.name} is to say after {fact.prompt!r}."
+            )
+    check_agreement(requests, doing)
+
+
+def check_agreement(requests: Sequence[Request], doing: str = "rome") -> None:
+    """Raise a ValueError where one prompt, or one subject in one relation, is to have two objects."""
+    targets: dict[tuple[str, ...], Request] = {}
+    for fact, target in requests:
+        for about in [(fact.prompt,), *([(fact.subject, fact.relation)] if fact.relation else [])]:
+            other, before = targets.setdefault(about, (fact, target))
+            if before.strip() != target.strip():
+                raise ValueError(
+                    f"{doing}: the requests {other.prompt!r} -> {before!r} and {fact.prompt!r} -> {target!r} contradict "
+                    "each other, since a subject has one object in a relation; leave one out, or edit one after the other."
+                )
 
 
 def check_news(lm: LanguageModel, request: Request) -> None:

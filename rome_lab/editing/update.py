@@ -1,13 +1,14 @@
-"""Exact updates of a linear associative memory: least squares with equality constraints (Appendix A).
+"""Updates of a linear associative memory: keep what it has, write what it lacks (Appendix A, and its successors).
 
-`factorise` prepares C, `solve_update` finds Lambda and u, `apply_update` makes W_hat; `constraint_error` and `penalty`
-measure what came out. Matrices in, matrices out: nothing here knows a model. All arithmetic is float64.
+`factorise` prepares C, `solve_update` and `solve_change` find Lambda and u, `apply_update` makes W_hat; `constraint_error`
+and `penalty` measure what came out. Matrices in, matrices out: nothing here knows a model. All arithmetic is float64.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -45,21 +46,39 @@ class DependentKeys(ValueError):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Factor(OneLine):
-    """The Cholesky factor of C, made once and used for many updates.
+    """The Cholesky factor of C, made once and used for many updates; or of a matrix within a subspace, see `null_space`.
 
     Attributes:
-        lower: (H, H) lower triangular, float64; lower @ lower.T = C.
+        lower: (m, m) lower triangular, float64; lower @ lower.T = C, or UT C U.
         tokens: how many tokens C was built from, where that is known.
         unseen: components of the key that were zero at every one of them. They are left out: W's columns there stay as they
             are, and a key that is not zero there is refused.
+        basis: U, (H, m) float64 with orthonormal columns: an update changes nothing outside their span. None where that is
+            the whole space, so that m = H.
     """
 
-    lower: Float[Tensor, "H H"]
+    lower: Float[Tensor, "m m"]
     tokens: int | None = None
     unseen: tuple[int, ...] = ()
+    basis: Float[Tensor, "H m"] | None = None
 
-    def whiten(self, K: Float[Tensor, "H n"]) -> Float[Tensor, "H n"]:
-        """lower^-1 K, (H, n): keys in coordinates in which C is the identity.
+    @property
+    def size(self) -> int:
+        """H."""
+        return len(self.lower if self.basis is None else self.basis)
+
+    @property
+    def rank(self) -> int:
+        """How many keys can have a value of their own."""
+        return len(self.lower) - (len(self.unseen) if self.basis is None else 0)
+
+    @cached_property
+    def spectrum(self) -> tuple[Float[Tensor, " H"], Float[Tensor, "H H"]]:
+        """Eigenvalues of C, the smallest first, and its eigenvectors, one a column; 1 of each component that was unseen."""
+        return torch.linalg.eigh(self.lower @ self.lower.T)
+
+    def whiten(self, K: Float[Tensor, "H n"]) -> Float[Tensor, "m n"]:
+        """lower^-1 K, (m, n): keys in coordinates in which C is the identity; in a subspace lower^-1 UT K.
 
         Raises: ValueError: a key is not zero where every key behind C is.
         """
@@ -70,20 +89,22 @@ class Factor(OneLine):
                 f"zero, and were zero at every token of {tokens_in_words(self.tokens)}; {advice(len(K))}, in text that "
                 "activates them."
             )
-        return torch.linalg.solve_triangular(self.lower, K, upper=False)
+        inside = K if self.basis is None else self.basis.T @ K
+        return torch.linalg.solve_triangular(self.lower, inside, upper=False)
 
     def solve(self, K: Float[Tensor, "H n"]) -> Float[Tensor, "H n"]:
-        """C^-1 K, (H, n)."""
-        return torch.linalg.solve_triangular(self.lower.T, self.whiten(K), upper=True)
+        """C^-1 K, (H, n); in a subspace U (UT C U)^-1 UT K."""
+        inside = torch.linalg.solve_triangular(self.lower.T, self.whiten(K), upper=True)
+        return inside if self.basis is None else self.basis @ inside
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Update(OneLine):
-    """The smallest change of W that meets the constraints; of rank n.
+    """A change of W; of rank n.
 
     Attributes:
         Lambda: (D, n).
-        u: (H, n) = C^-1 K.
+        u: (H, n) = C^-1 K, as `Factor.solve` has it.
     """
 
     Lambda: Float[Tensor, "D n"]
@@ -171,22 +192,81 @@ def solve_update(
     """
     factor = C if isinstance(C, Factor) else factorise(C)
     check_shapes("solve_update", W, K, V)
-    if factor.lower.shape[0] != W.shape[1]:
-        raise ValueError(
-            f"solve_update: C is of keys with {factor.lower.shape[0]} components, but W takes {W.shape[1]}; "
-            "use the covariance of the same model and layer."
-        )
     check_finite("solve_update", W=W, K=K, V=V)
     W, K, V = (precise(x).to(factor.lower.device) for x in (W, K, V))
-    whitened = factor.whiten(K)  # (H, n)
+    if factor.size != W.shape[1]:
+        raise ValueError(
+            f"solve_update: C is of keys with {factor.size} components, but W takes {W.shape[1]}; "
+            "use the covariance of the same model and layer."
+        )
+    return solve_change(factor, K, V - W @ K)
+
+
+def solve_change(factor: Factor, K: Float[Tensor, "H n"], R: Float[Tensor, "D n"], weight: float = 0.0) -> Update:
+    """The change dW that gives each key what it lacks, R, and leaves other keys alone (EMMET, MEMIT).
+
+        dW = R (weight I + KT C^-1 K)^-1 KT C^-1
+
+    With a weight of 0 the constraints are hard: it minimises tr(dW C dWT) among all dW with dW K = R (Gupta et al. 2024,
+    arXiv 2403.14236). Else it minimises weight tr(dW C dWT) + |dW K - R|^2, which is the same as
+    dW = R KT (weight C + K KT)^-1 (Meng et al. 2023, arXiv 2210.07229, Eqn 14).
+
+    Args:
+        factor: of C; where it has a basis, among all dW that are zero outside its span.
+        K: (H, n) keys, one a column.
+        R: (D, n) what is to be added to the value of each.
+        weight: how much the keys of C count beside those of K.
+
+    Raises:
+        DependentKeys: the weight is 0 and the keys are linearly dependent; the message and `columns` say which.
+    """
+    K, R = (precise(x).to(factor.lower.device) for x in (K, R))
+    whitened = factor.whiten(K)  # (m, n)
+    if weight > 0:
+        gram = whitened.T @ whitened + weight * torch.eye(K.shape[1]).to(whitened)
+        return Update(torch.cholesky_solve(R.T, torch.linalg.cholesky(gram)).T, factor.solve(K))
     length = whitened.norm(dim=0)
     directions, triangle = torch.linalg.qr(whitened / length.where(length > 0, 1))
     if columns := dependent_columns(triangle):
         raise DependentKeys(columns)
     # KT C^-1 K = RT R with R = triangle * length: two triangular systems in place of an inverse.
-    right = torch.linalg.solve_triangular(triangle, (V - W @ K) / length, upper=True, left=False)
+    right = torch.linalg.solve_triangular(triangle, R / length, upper=True, left=False)
     Lambda = torch.linalg.solve_triangular(triangle.T, right, upper=False, left=False) / length
     return Update(Lambda, factor.solve(K))
+
+
+def null_space(
+    factor: Factor, threshold: float, earlier: Float[Tensor, "H p"] | None = None, ridge: float = 1.0
+) -> Factor:
+    """What AlphaEdit keeps instead of C: all keys outside the null space, and within it those of earlier edits.
+
+        P = U UT of the eigenvectors U of C with eigenvalues below the threshold
+        dW = R KT P (K_p K_pT P + K KT P + ridge I)^-1 = R (I + KT B K)^-1 KT B,  B = U (UT K_p K_pT U + ridge I)^-1 UT
+
+    (Fang et al. 2025, arXiv 2410.02355). The second form is `solve_change` with the Factor that is returned and weight 1.
+
+    Args:
+        factor: of C.
+        threshold: in the units of C, a mean of k kT.
+        earlier: K_p, (H, p) keys of earlier edits, which keep their values as far as the ridge is small.
+
+    Raises:
+        ValueError: no eigenvalue is below the threshold; the message says which threshold leaves how much.
+    """
+    eigenvalues, vectors = factor.spectrum
+    basis = vectors[:, eigenvalues < threshold]
+    if not basis.shape[1]:
+        shares = ", ".join(
+            f"{float(torch.quantile(eigenvalues, share)):.1e} would leave {share:.0%}" for share in (0.1, 0.5, 0.9)
+        )
+        raise ValueError(
+            f"null_space: none of the {len(eigenvalues)} eigenvalues of C is below the threshold {threshold:g}, so there is "
+            f"no direction to write in; the smallest is {float(eigenvalues[0]):.1e}. A threshold of {shares} of the "
+            "directions."
+        )
+    inside = basis.T @ (precise(earlier).to(basis) if earlier is not None else basis[:, :0])  # (m, p)
+    kept = inside @ inside.T + ridge * torch.eye(basis.shape[1]).to(basis)
+    return Factor(torch.linalg.cholesky(kept), factor.tokens, factor.unseen, basis)
 
 
 def dependent_columns(triangle: Tensor) -> list[int]:
@@ -212,14 +292,13 @@ def dependent(factor: Factor, K: Float[Tensor, "H n"]) -> list[int]:
     return dependent_columns(torch.linalg.qr(whitened / length.where(length > 0, 1)).R)
 
 
-def distinct(factor: Factor, K: Float[Tensor, "H n"]) -> Float[Tensor, "H m"]:
-    """The keys of one fact, each once: where the layer sees no prefix they are the same, and the last one stays."""
+def distinct(factor: Factor, K: Float[Tensor, "H n"]) -> list[int]:
+    """The columns of one fact's keys, each once: where the layer sees no prefix they are alike, and the last one stays."""
     if not dependent(factor, K):
-        return K
-    chosen = K[:, -1:]
+        return list(range(K.shape[1]))
+    chosen = [K.shape[1] - 1]
     for column in reversed(range(K.shape[1] - 1)):
-        wider = torch.cat([K[:, column : column + 1], chosen], dim=1)
-        chosen = chosen if dependent(factor, wider) else wider
+        chosen = chosen if dependent(factor, K[:, [column, *chosen]]) else [column, *chosen]
     return chosen
 
 

@@ -34,6 +34,7 @@ from rome_lab.models import (
     run_blocks,
 )
 
+TOGETHER = 16  # tokens whose most probable next ones are found at once, so that logits of large vocabularies fit
 Callback = Callable[[Mapping[str, float]], bool | None]
 
 
@@ -172,14 +173,24 @@ class Objective:
 
     def __call__(self, delta: Tensor) -> dict[str, Tensor]:
         """The loss, its terms, and what the history says of each step."""
-        log_target, essence = self.read_log_p(self.texts.run(self.lm, self.layer, delta))
+        hidden = self.texts.run(self.lm, self.layer, delta)
+        log_target, essence = self.read_log_p(hidden)
         terms = {
             "nll": -log_target.mean(),
             "kl": self.settings.kl * (essence.exp() * (essence - self.before)).sum(),
             "weight_decay": self.settings.weight_decay * delta.square().sum() / self.length**2,
         }
         measured = {"p_target": log_target.exp().mean(), "norm": delta.norm() / self.length}
+        if self.settings.early_stop:
+            measured["done"] = self.says_target(hidden)
         return {"loss": sum(terms.values()), **terms, **measured}
+
+    @torch.no_grad()
+    def says_target(self, hidden: Tensor) -> Tensor:
+        """1 where every token of the target is the most probable one behind every text, else 0."""
+        states = hidden[self.rows, self.places][:-1]  # without that of the KL's text
+        best = torch.cat([self.lm.logits(part).argmax(-1) for part in states.split(TOGETHER)])
+        return (best.view(-1, len(self.target_ids)) == self.target_ids).all().float()
 
 
 def optimise_value(objective: Objective, progress: bool = True, callback: Callback | None = None) -> Value:
@@ -188,12 +199,13 @@ def optimise_value(objective: Objective, progress: bool = True, callback: Callba
     Args:
         callback: called with the row of the history at each step; where it returns True, the optimisation stops there.
 
-    Returns: the step with the least loss, marked as not converged where it leaves the target improbable.
+    Returns: the step with the least loss, marked as not converged where it leaves the target improbable. With `early_stop`
+        it is the first one of the least loss so far at which every text's most probable continuation is the target.
 
     Raises:
         ValueError: the loss is NaN or infinite.
     """
-    settings = objective.settings
+    settings, done = objective.settings, False
     delta = objective.start.clone().requires_grad_()
     adam = torch.optim.Adam([delta], lr=settings.learning_rate)
     rows, best, least = [], objective.start, float("inf")
@@ -207,8 +219,8 @@ def optimise_value(objective: Objective, progress: bool = True, callback: Callba
                 'its settings are too large; load it with dtype="float32", or lower the learning rate.'
             )
         if rows[-1]["loss"] < least:
-            best, least = delta.detach().clone(), rows[-1]["loss"]
-        if (callback is not None and callback(rows[-1])) or step == settings.steps:
+            best, least, done = delta.detach().clone(), rows[-1]["loss"], bool(rows[-1].get("done"))
+        if (callback is not None and callback(rows[-1])) or step == settings.steps or done:
             break
         (delta.grad,) = torch.autograd.grad(terms["loss"], [delta])
         adam.step()

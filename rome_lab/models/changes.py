@@ -1,6 +1,6 @@
 """Changes: what a method does to make a model say something else, as a thing that leaves the model as it is.
 
-Change                              an addition to one W, or words before every prompt, or nothing
+Change                              an addition to one W or to several, or words before every prompt, or nothing
 side_by_side(lm, changes, owners)   within it, each row of a batch is run with a change of its own
 """
 
@@ -21,19 +21,20 @@ from rome_lab.models.weights import device_of, read_weight, write_weight
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What a method does to make a model say something else: an addition to one W, or words before every prompt.
+    """What a method does to make a model say something else: an addition to W, or words before every prompt.
 
     Attributes:
-        layer: where W is; None where no weight changes.
-        delta: (D, H) float32, W_hat - W in the paper's orientation, (out, in).
+        layer: where W is, or a tuple of layers; None where no weight changes.
+        delta: (D, H) float32, W_hat - W in the paper's orientation, (out, in); of several layers a tuple of these.
         preamble: put before every prompt as it is, so it ends with the blank that parts it from the prompt.
 
     Raises:
-        ValueError: a layer without a delta or a delta without a layer, or a delta that is no matrix of numbers.
+        ValueError: a layer without a delta or a delta without a layer, one layer twice, or a delta that is no matrix of
+            numbers.
     """
 
-    layer: int | None = None
-    delta: Float[Tensor, "D H"] | None = None
+    layer: int | tuple[int, ...] | None = None
+    delta: Float[Tensor, "D H"] | tuple[Float[Tensor, "D H"], ...] | None = None
     preamble: str = ""
 
     def __post_init__(self) -> None:
@@ -42,15 +43,30 @@ class Change:
                 f"Change: the layer is {self.layer} and the delta is {'given' if self.layer is None else 'None'}; "
                 "give both, or neither for a change that leaves the weights as they are."
             )
-        if self.delta is not None and not (self.delta.ndim == 2 and torch.isfinite(self.delta).all()):
-            raise ValueError(
-                f"Change: delta has shape {tuple(self.delta.shape)} and may hold NaN or infinity; expected a (D, H) "
-                "matrix of finite numbers."
-            )
+        several = isinstance(self.layer, tuple)
+        if several != isinstance(self.delta, tuple) or (several and not len(set(self.layer)) == len(self.delta) > 0):
+            raise ValueError(f"Change: the layers are {self.layer}; give each of them once, with a delta for each.")
+        for delta in self.deltas.values():
+            if not (delta.ndim == 2 and torch.isfinite(delta).all()):
+                raise ValueError(
+                    f"Change: delta has shape {tuple(delta.shape)} and may hold NaN or infinity; expected a (D, H) "
+                    "matrix of finite numbers."
+                )
+
+    @property
+    def deltas(self) -> dict[int, Float[Tensor, "D H"]]:
+        """W_hat - W by layer; empty where no weight changes."""
+        if self.layer is None:
+            return {}
+        return (
+            dict(zip(self.layer, self.delta, strict=True))
+            if isinstance(self.layer, tuple)
+            else {self.layer: self.delta}
+        )
 
     @contextlib.contextmanager
     def applied(self, lm: LanguageModel) -> Iterator[LanguageModel]:
-        """Within the context W is W_hat; after it, also after an exception, it is bit for bit what it was.
+        """Within the context every W is W_hat; after it, also after an exception, it is bit for bit what it was.
 
         The preamble is not in any weight: whoever asks the model something puts it before the prompt. Edits in force
         stay so; applying or undoing one within the context is refused by the edit, which finds a weight that it did
@@ -59,21 +75,26 @@ class Change:
         Raises:
             ValueError: the delta does not fit the layer, or W_hat would overflow.
         """
-        if self.delta is None:
-            yield lm
-            return
         check_fits(lm, self)
         with torch.no_grad():
-            original = read_weight(lm.memory(self.layer)).clone()
-            delta = self.delta.to(original.device)
-            total = (original.float() + (delta.T if lm.memory_is_transposed(self.layer) else delta)).to(original.dtype)
-            if not torch.isfinite(total).all():
-                raise ValueError(f"Change: the changed weight of layer {self.layer} overflows {lm.dtype}; use float32.")
+            originals = {layer: read_weight(lm.memory(layer)).clone() for layer in self.deltas}
+            totals = {layer: changed_weight(lm, layer, W, self.deltas[layer]) for layer, W in originals.items()}
             try:
-                write_weight(lm.memory(self.layer), total)
+                for layer, total in totals.items():
+                    write_weight(lm.memory(layer), total)
                 yield lm
             finally:
-                write_weight(lm.memory(self.layer), original)
+                for layer, original in originals.items():
+                    write_weight(lm.memory(layer), original)
+
+
+def changed_weight(lm: LanguageModel, layer: int, original: Tensor, delta: Float[Tensor, "D H"]) -> Tensor:
+    """W_hat as the model stores it."""
+    delta = delta.to(original.device)
+    total = (original.float() + (delta.T if lm.memory_is_transposed(layer) else delta)).to(original.dtype)
+    if not torch.isfinite(total).all():
+        raise ValueError(f"Change: the changed weight of layer {layer} overflows {lm.dtype}; use float32.")
+    return total
 
 
 @contextlib.contextmanager
@@ -92,12 +113,10 @@ def side_by_side(lm: LanguageModel, changes: Sequence[Change], owners: Sequence[
         raise ValueError(f"side_by_side: owners are {sorted(set(owners))}; expected places in {len(changes)} changes.")
     changing: dict[int, list[tuple[slice | Tensor, Tensor]]] = {}
     for owner in dict.fromkeys(owners):
-        change = changes[owner]
-        if change.delta is not None:
-            check_fits(lm, change)
-            device = device_of(lm.memory(change.layer))
-            delta = change.delta.to(device, lm.dtype)
-            changing.setdefault(change.layer, []).append((rows_of(owner, owners, device), delta))
+        check_fits(lm, changes[owner])
+        for layer, delta in changes[owner].deltas.items():
+            device = device_of(lm.memory(layer))
+            changing.setdefault(layer, []).append((rows_of(owner, owners, device), delta.to(device, lm.dtype)))
     with contextlib.ExitStack() as stack:
         for layer, deltas in changing.items():
             hook = partial(add_deltas, deltas=deltas, n_rows=len(owners))
@@ -133,12 +152,12 @@ def rows_of(owner: int, owners: Sequence[int], device: torch.device) -> slice | 
 
 
 def check_fits(lm: LanguageModel, change: Change) -> None:
-    if not 0 <= change.layer < lm.n_layers:
-        raise ValueError(f"Change: layer {change.layer} is not among layers 0 to {lm.n_layers - 1} of {lm.name}.")
-    shape = tuple(lm.memory(change.layer).weight.shape)
-    expected = shape[::-1] if lm.memory_is_transposed(change.layer) else shape
-    if tuple(change.delta.shape) != expected:
-        raise ValueError(
-            f"Change: delta has shape {tuple(change.delta.shape)}; layer {change.layer} of {lm.name} takes {expected}, "
-            "(D, H)."
-        )
+    for layer, delta in change.deltas.items():
+        if not 0 <= layer < lm.n_layers:
+            raise ValueError(f"Change: layer {layer} is not among layers 0 to {lm.n_layers - 1} of {lm.name}.")
+        shape = tuple(lm.memory(layer).weight.shape)
+        expected = shape[::-1] if lm.memory_is_transposed(layer) else shape
+        if tuple(delta.shape) != expected:
+            raise ValueError(
+                f"Change: delta has shape {tuple(delta.shape)}; layer {layer} of {lm.name} takes {expected}, (D, H)."
+            )

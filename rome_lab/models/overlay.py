@@ -24,17 +24,17 @@ from rome_lab.models.weights import read_weight, write_weight
 
 
 class WeightChange(Protocol):
-    """What changes one matrix: an Edit, say.
+    """What changes one matrix or several: an Edit, say.
 
     Attributes:
-        layer: whose W it changes.
-        delta: (D, H) float64, W_hat - W in the paper's orientation, (out, in).
+        layers: whose W it changes.
     """
 
-    layer: int
-
     @property
-    def delta(self) -> Tensor: ...
+    def layers(self) -> tuple[int, ...]: ...
+
+    def delta_at(self, layer: int) -> Tensor:
+        """(D, H) float64, W_hat - W of one of them in the paper's orientation, (out, in)."""
 
 
 class Memories(Protocol):
@@ -142,10 +142,11 @@ class Overlay:
         """The weight that is stored when `changes` are in force; in float64 on the CPU, rounded once."""
         total = original.to(torch.float64, copy=True)
         for change in changes_at(layer, changes):
-            total += change.delta.T if self.memories.memory_is_transposed(layer) else change.delta
+            delta = change.delta_at(layer)
+            total += delta.T if self.memories.memory_is_transposed(layer) else delta
         return total.to(original.dtype)
 
 
 def changes_at(layer: int, changes: Sequence[WeightChange]) -> list[WeightChange]:
     """Those of `changes` that change `layer`."""
-    return [change for change in changes if change.layer == layer]
+    return [change for change in changes if layer in change.layers]

@@ -115,19 +115,17 @@ def changes_in_turn(
     """
     optima = optima or Optima(lm)
     method = method.settled(lm)
+    single = method.unfinished() if hasattr(method, "unfinished") else method
     total = Proposal()
     for request in requests:
         # The first change that needs C or the prefixes finds nothing in place yet: they are those of `lm` as it is.
         try:
             with total.applied(lm):
-                change = method.change(lm, [request], optima.anew())
+                change = single.change(lm, [request], optima.anew(total.keys))
         except ValueError as error:
             change = Proposal(remark=str(error), failed=True)
-        deltas = [x.delta for x in (total, change) if x.delta is not None]
-        layer = total.layer if change.layer is None else change.layer
-        preamble = total.preamble + change.preamble
-        total = Proposal(layer, sum(deltas) if deltas else None, preamble, change.remark, change.failed)
-        yield total
+        total = total.followed_by(change)
+        yield total if single is method else method.finished(lm, total)
 
 
 SIZES = (1, 3, 10, 30, 100)

@@ -17,7 +17,7 @@ from test_editing import FACT, FEW, OTHER, covariance_of, edit_of_embedded_model
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rome_lab.editing.edit import FORMER_FORMAT, VECTORS, checksum, describe_edit, load_edit
+from rome_lab.editing.edit import FORMER_FORMATS, VECTORS, checksum, describe_edit, load_edit
 from rome_lab.editing.exact import rome_many
 from rome_lab.facts.fact import Fact
 
@@ -52,7 +52,7 @@ def rewrite(path: Path, change_tensors=lambda x: x, **changes) -> None:
     """Write the file again with other content and a checksum that fits, as only a determined person would."""
     metadata = header(path)
     with safe_open(path, framework="pt") as file:
-        tensors = change_tensors({name: file.get_tensor(name) for name in VECTORS})
+        tensors = change_tensors({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     about = json.dumps(json.loads(metadata["about"]) | changes)
     save_file(tensors, path, metadata=metadata | {"about": about, "sha256": checksum(tensors, about)})
 
@@ -99,9 +99,10 @@ def former_file(edit, path: Path) -> Path:
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in VECTORS}
     about = json.loads(header(path)["about"]) | {"fingerprint": "0" * 64}
-    del about["function"]
+    for name in ("function", "below", "solution"):
+        del about[name]
     text = json.dumps(about)
-    metadata = {"format": FORMER_FORMAT, "about": text, "sha256": checksum(tensors, text, FORMER_FORMAT)}
+    metadata = {"format": FORMER_FORMATS[0], "about": text, "sha256": checksum(tensors, text, FORMER_FORMATS[0])}
     save_file(tensors, path, metadata=metadata)
     return path
 
@@ -178,7 +179,7 @@ def test_every_altered_byte_is_refused(tmp_path, edit) -> None:
         (lambda path: rewrite(path, lambda t: t | {"Lambda": t["Lambda"] * float("nan")}), "or holds NaN"),
         (lambda path: rewrite(path, layer="1"), "layer is '1'"),
         (lambda path: rewrite(path, targets=[]), "it has 1 facts and 0 targets"),
-        (lambda path: rewrite(path, extra=1), "expected the entries constraint_error"),
+        (lambda path: rewrite(path, extra=1), "expected the entries below, constraint_error"),
         (lambda path: rewrite(path, settings={"steps": 0}), "steps is 0"),
         (lambda path: rewrite(path, settings={"stops": 1}), "stops"),
         (lambda path: rewrite(path, facts=[asdict(FACT) | {"subject": ""}]), "the subject is empty"),
@@ -197,7 +198,7 @@ def test_other_files_and_missing_ones_are_refused(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no file"):
         describe_edit(tmp_path)
     save_file({"x": torch.ones(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="is not in the format 'rome_lab edit 2'"):
+    with pytest.raises(ValueError, match="is not in the format 'rome_lab edit 3'"):
         load_edit(tmp_path / "other.safetensors")
     torch.save({"x": 1}, tmp_path / "pickle.safetensors")
     with pytest.raises(ValueError, match="is no edit"):

@@ -336,7 +336,7 @@ def test_no_tensor_is_printed(tiny) -> None:
         assert "\n" not in text and "tensor" not in text and len(text) < 600, text
     assert repr(edit) == "<edit of layer 1 of tiny-llama: 'The Eiffel Tower is in' -> 'Rome'>"
     assert repr(C) == "Covariance(C=<48 x 48>, tokens=768, source={'kind': 'random'}, layer=1)"
-    assert repr(factor) == "Factor(lower=<48 x 48>, tokens=768, unseen=())"
+    assert repr(factor) == "Factor(lower=<48 x 48>, tokens=768, unseen=(), basis=None)"
 
 
 class StandIn(Optima):

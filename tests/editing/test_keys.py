@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from tiny import FAMILIES, tiny_model
 
-from rome_lab.editing.keys import k_star, opening_key, sample_prefixes, subject_keys
+from rome_lab.editing.keys import k_star, one_key, sample_prefixes, subject_keys
 from rome_lab.editing.settings import KEYS
 from rome_lab.facts.fact import Fact
 from rome_lab.facts.prompts import read_prompt
@@ -108,7 +108,7 @@ def test_the_opening_key_is_that_of_a_text_which_begins_with_the_subject() -> No
     lm = tiny_model("gpt2")
     opened = replace(FACT, template=FACT.template[FACT.template.index("{}") :])
     assert not FACT.template.startswith("{}")
-    opening = opening_key(lm, FACT, 1)
+    opening = one_key(lm, FACT, 1, "opening")
     torch.testing.assert_close(opening, k_star(lm, opened, 1, "bare"))
     bare, averaged = k_star(lm, FACT, 1, "both", PREFIXES).split(1, dim=1)
     assert torch.equal(k_star(lm, FACT, 1, "all", PREFIXES), torch.cat([bare, opening, averaged], dim=1))
@@ -118,7 +118,7 @@ def test_a_subject_of_one_token_has_no_opening_key_since_it_would_be_that_of_eve
     lm = tiny_model("gpt2")
     short = Fact("J", "The country of {} is in", "Asia")
     assert read_prompt(lm, replace(short, template="{} is in")).subject_range == (0, 1)
-    assert opening_key(lm, short, 1).shape[1] == 0
+    assert one_key(lm, short, 1, "opening").shape[1] == 0
     assert torch.equal(k_star(lm, short, 1, "all", PREFIXES), k_star(lm, short, 1, "both", PREFIXES))
 
 

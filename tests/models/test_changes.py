@@ -56,6 +56,21 @@ def test_rows_side_by_side_are_as_if_each_were_run_with_its_own_weights(family):
     torch.testing.assert_close(together, apart, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@torch.no_grad()
+def test_a_change_of_several_layers_is_all_of_its_parts_in_place_and_side_by_side(family):
+    lm = tiny_model(family)
+    parts, ids, before = [random_change(lm, layer, layer) for layer in (0, 2)], token_rows(lm, 2), lm.fingerprint()
+    both = Change((0, 2), tuple(part.delta for part in parts))
+    with parts[0].applied(lm), parts[1].applied(lm):
+        expected = lm.model(ids[:1], use_cache=False).logits[0]
+    assert torch.equal(in_place(lm, [both], [0], ids[:1])[0], expected) and lm.fingerprint() == before
+    with side_by_side(lm, [both, Change()], [0, 1]):
+        together = lm.model(ids, use_cache=False).logits
+    torch.testing.assert_close(together[0], expected, rtol=2e-4, atol=2e-4)
+    torch.testing.assert_close(together[1], lm.model(ids[1:], use_cache=False).logits[0], rtol=2e-4, atol=2e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_decoding_with_a_cache_side_by_side_gives_the_same_as_whole_texts(family):
@@ -120,6 +135,9 @@ def test_what_does_not_fit_is_refused_in_one_sentence():
     shape = random_change(lm, 1, 0).delta.shape
     with pytest.raises(ValueError, match="give both"):
         Change(layer=3)
+    for layers, deltas in (((1, 1), 2), ((1, 2), 1), ((), 0)):
+        with pytest.raises(ValueError, match="give each of them once, with a delta for each"):
+            Change(layers, (torch.zeros(shape),) * deltas)
     with pytest.raises(ValueError, match="finite"):
         Change(1, torch.full(shape, torch.nan))
     with pytest.raises(ValueError, match=r"takes \(32, 128\)"), Change(1, torch.zeros(shape[::-1])).applied(lm):

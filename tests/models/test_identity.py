@@ -150,7 +150,10 @@ class Doubling:
     """A change of one matrix."""
 
     def __init__(self, lm: LanguageModel, layer: int) -> None:
-        self.layer, self.delta = layer, lm.weight(layer).double()
+        self.layers, self.delta = (layer,), lm.weight(layer).double()
+
+    def delta_at(self, layer: int) -> torch.Tensor:
+        return self.delta
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
