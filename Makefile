@@ -46,6 +46,7 @@ PARAMETERS_compare_models := $(call p,models,[$(subst $(space),$(comma),$(MODELS
 PARAMETERS_compare_models += $(call p,figures,$(FIGURES)) $(call p,n_facts,$(N_FACTS))
 PARAMETERS_corruptions := $(COMMON) $(call p,dtype,$(DTYPE))
 PARAMETERS_heads := $(PARAMETERS_corruptions)
+PARAMETERS_gradients := $(PARAMETERS_corruptions)
 SOURCES := $(shell find rome_lab -name '*.py' -o -name '*.csv')
 
 .PHONY: help setup gemma figures anatomy evaluate search studies compare cost bench peers models faults lab test check lint accept numbers site wheels clean
@@ -103,14 +104,14 @@ search: runs/search.ipynb ## search for the settings of the methods (hours)
 
 cost: runs/cost.ipynb ## measure how time and memory of tracing grow, and extrapolate to large models
 
-studies: runs/corruptions.ipynb runs/heads.ipynb ## beyond the paper: other corruptions, metrics and directions; heads
+studies: runs/corruptions.ipynb runs/heads.ipynb runs/gradients.ipynb ## beyond the paper: other corruptions, metrics and directions; heads; gradients
 
 compare: runs/compare_models.ipynb ## the claims and both sites model by model, of MODELS
 
 runs/compare_models.ipynb: | $(if $(filter gemma3-270m,$(subst $(comma), ,$(MODELS))),.venv/gemma)
 
 runs/edit_anatomy.ipynb runs/evaluation.ipynb runs/many_edits.ipynb runs/search.ipynb runs/cost.ipynb \
-runs/corruptions.ipynb runs/heads.ipynb runs/compare_models.ipynb: \
+runs/corruptions.ipynb runs/heads.ipynb runs/gradients.ipynb runs/compare_models.ipynb: \
 runs/%.ipynb: notebooks/%.ipynb $(SOURCES) runs/%.parameters | $(READY)
 	$(RUN) $< $(PARAMETERS_$*)
 
@@ -124,7 +125,7 @@ runs/%.parameters: always
 always:
 
 bench: .venv/ready ## measure tracing and edits beside the plain ways: speed, memory, exactness (an hour)
-	$(BIN)/python -m benchmarks.tracing --parts trace floor precision memory --page benchmarks/tracing.md
+	$(BIN)/python -m benchmarks.tracing --parts trace floor precision gradients memory --page benchmarks/tracing.md
 	$(BIN)/python -m benchmarks.tracing --parts growth tasks --out benchmarks/results/growth.csv --page benchmarks/growth.md
 	$(BIN)/python -m benchmarks.edit --page benchmarks/edit.md
 	$(MAKE) peers

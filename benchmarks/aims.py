@@ -16,6 +16,7 @@ ON_CPU = {  # on two cores, the embedded model and 9 tokens
     "state: batched cells, default products / sweep, default products": "at least 6",
     "state: batched cells, fast products / sweep, fast products": "at least 6",
     f"state: {SWEEP}, default products": "at most 1e-5",
+    "all three kinds: attribution patching / one plain forward": "at most 6",
     "float32, fast products / bfloat16": "at least 1.5",
     **{
         f"{kind}, {choice} products: sweep / (arithmetic / rate of one large product)": "at most 1.3"

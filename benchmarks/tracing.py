@@ -1,8 +1,9 @@
-"""What tracing costs: `python -m benchmarks.tracing [--parts trace floor precision growth tasks memory]`.
+"""What tracing costs: `python -m benchmarks.tracing [--parts trace floor precision gradients growth tasks memory]`.
 
 trace        one fact, each kind: the sweep, one forward a cell, cells batched together; in turns, in this one process
 floor        how far the sweep is from the time of its matrix products alone
 precision    faster products and bfloat16: their speed, and their error in the figures
+gradients    attribution patching of three kinds, in plain forwards of the same texts, and how it ranks states
 growth       the sweep with more tokens, layers and samples
 tasks        known facts and covariance, against the plain ways
 memory       the peak of each way, in a process of its own
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import spearmanr
 
 from benchmarks.aims import with_aims
 from benchmarks.floor import floor, idle
@@ -31,12 +33,12 @@ from benchmarks.model import SHAPES, Chosen, load
 from benchmarks.plain_tracing import KINDS, WAYS, Question, forward, sweep
 from benchmarks.precision import precision
 from benchmarks.tasks import TASKS, Options, prepared
-from rome_lab import Fact, LanguageModel
+from rome_lab import Fact, FixedNoise, LanguageModel, attribution_patching
 from rome_lab.models.process import PRODUCTS, products
 from rome_lab.studies.cost.counting import Shape
 from rome_lab.studies.cost.growth import growth_of_one_trace
 
-PARTS = ("trace", "floor", "precision", "growth", "tasks", "memory")
+PARTS = ("trace", "floor", "precision", "gradients", "growth", "tasks", "memory")
 MANY = 1000  # facts, to which the time of one is extrapolated
 GROWN_SAMPLES = 4  # of growth with tokens and layers: with 10, 80 tokens alone would take a quarter of an hour
 
@@ -92,6 +94,22 @@ def all_kinds(asked: Question, repetitions: int) -> list[Row]:
     return rows
 
 
+def gradients(asked: Question, repetitions: int) -> list[Row]:
+    """Part "gradients": all cells of three kinds from one gradient; `forwards` is time over that of one plain forward."""
+    options = {"kinds": KINDS, "corruption": FixedNoise(asked.noise), "window": asked.window}
+    estimate = partial(attribution_patching, asked.lm, asked.prompt.text, asked.prompt.subject, **options)
+    ways = {"one plain forward": partial(forward, asked), "attribution patching": estimate}
+    times, results = in_turns(ways, repetitions, asked.lm.device, warm_up=ways.values())
+    exact = sweep(asked, KINDS)
+    rows = [row("gradients", name, taken, "s") for name, taken in times.items()]
+    told = "all three kinds: attribution patching / one plain forward"
+    rows.append(row("gradients", told, ratios(times["attribution patching"], times["one plain forward"]), "forwards"))
+    for kind, values in results["attribution patching"].items():
+        rho = float(spearmanr(values.ravel(), exact[kind].ravel()).statistic)
+        rows.append(row("gradients", f"{kind}: rank correlation with exact effects", [rho], "1"))
+    return rows
+
+
 def grown(lm: LanguageModel, given: argparse.Namespace) -> list[Row]:
     """Part "growth"."""
     at = Shape(tokens=9, samples=GROWN_SAMPLES, window=given.window)
@@ -140,6 +158,7 @@ def run(given: argparse.Namespace) -> pd.DataFrame:
             *(x for choice in PRODUCTS for x in idle(asked, KINDS, choice, given.repetitions)),
         ],
         "precision": lambda: precision(lm, options, given.repetitions),
+        "gradients": lambda: gradients(asked, given.repetitions),
         "growth": lambda: grown(lm, given),
         "tasks": lambda: tasks(lm, options, given.repetitions),
         "memory": lambda: peaks(chosen, options, given.tasks),

@@ -4,5 +4,6 @@ anatomy       edit_anatomy.ipynb: the vectors of one edit, what it does to other
 evaluation    evaluation.ipynb: methods beside each other and beside the paper, paraphrases one by one
 many_edits    many_edits.ipynb: what becomes of a model of many edits
 search        search.ipynb: settings, searched for on cases that are not reported
+gradients     gradients.ipynb: effects estimated by gradients beside the exact ones
 cost          cost.ipynb: what tracing costs, measured here and counted for larger models
 """

@@ -33,7 +33,9 @@ ACCEPT = os.environ.get("ROME_LAB_ACCEPT", "0") not in ("", "0")
 
 TOLERANCE = 1e-3  # absolute, of probabilities; layers and numbers of facts are whole and so have to agree
 # Edits go through prefixes, and some through C of text, that the model samples: one other token moves all of them.
-TOLERANCES = {"edit": 0.05, "edit_anatomy": 0.05} | dict.fromkeys(("evaluation", "many_edits", "search"), 5.0)  # in %
+TOLERANCES = {"edit": 0.05, "edit_anatomy": 0.05, "gradients": 0.02} | dict.fromkeys(
+    ("evaluation", "many_edits", "search"), 5.0
+)  # in %
 SHOWN = 10  # differences that a failure lists; it counts the others
 # Random weights have effects near nothing, whose largest, and whose significance, is decided by rounding.
 IGNORED = {
@@ -43,6 +45,7 @@ IGNORED = {
     "evaluation_paper.csv": ["ci_low", "ci_high"],
     "cost.csv": ["seconds", "least", "greatest", "forwards", "mb", "threads"],  # measured
     "cost_models.csv": ["hours, here"],
+    "gradients_cost.csv": ["seconds", "forwards"],
 }
 KEYS = ("claim", "measure", "panel", "kind", "bucket", "position", "layer")  # columns that say which row it is
 
@@ -63,6 +66,7 @@ SMALL = {
     "corruptions": {"n_facts": 3, "n_random": 3, "sigmas": [3.0], "windows": [10, 1], "samples": 2},
     "heads": {"n_facts": 4},
     "compare_models": DEFAULT | {"models": ["smollm2-135m"]},
+    "gradients": {"n_facts": 2, "n_integrated": 1, "steps": [1, 2], "windows": [10]},
     # One subject that the model knows something about, and one that no data set has.
     "figure_1": DEFAULT | {"examples": ["Windows 95", "Nobody at all"]},
 }
@@ -72,7 +76,7 @@ SMALL = {
 TOGETHER = dict.fromkeys(("claims", "figure_1", "figure_2", "figure_3", "figure_7", "compare_models"), "traces")
 TOGETHER |= dict.fromkeys(("evaluation", "many_edits", "search"), "judged edits")
 # They look for known facts in a whole data set.
-OF_CASES = ("evaluation", "many_edits", "search", "cost", "corruptions", "heads")
+OF_CASES = ("evaluation", "many_edits", "search", "cost", "corruptions", "heads", "gradients")
 
 
 def read(name: str) -> NotebookNode:

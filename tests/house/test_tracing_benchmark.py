@@ -116,6 +116,7 @@ def test_every_aim_is_that_of_a_row(learner, asked, folder) -> None:  # noqa: F8
     rows = bench.trace(asked, KINDS, 1) + bench.all_kinds(asked, 1)
     rows += [x for kind in KINDS for choice in PRODUCTS for x in floor(asked, kind, choice, 1)]
     rows += precision(learner, Options(samples=2, window=3, facts=2, dataset=str(folder / "facts.csv")), 1)
+    rows += bench.gradients(asked, 1)
     table = pd.DataFrame(rows)
     for device, aims in AIMS.items():
         found = with_aims(table, torch.device(device)).dropna(subset="aim")
@@ -179,3 +180,10 @@ def test_a_page_says_once_what_all_rows_share() -> None:
     page = markdown(pd.DataFrame(rows).assign(model="tiny"), "python -m x")
     assert "By `python -m x`, which writes this page: n 2, model tiny;" in page
     assert "| a\\|b | s | 2 | 1 | 3 | 2 |" in page and "| c | s | 0.5 | 0.5 | 0.5 |" in page
+
+
+def test_gradients_are_measured_in_plain_forwards_of_the_same_texts(asked) -> None:
+    table = pd.DataFrame(bench.gradients(asked, 1)).set_index("measure")["median"]
+    seconds = table["attribution patching"] / table["one plain forward"]
+    assert table["all three kinds: attribution patching / one plain forward"] == pytest.approx(seconds)
+    assert {f"{kind}: rank correlation with exact effects" for kind in KINDS} <= set(table.index)
