@@ -236,7 +236,7 @@ def agreement_dots(agreed: pd.DataFrame, ax: Axes) -> Axes:
     ax.set_yticks(range(len(names)), [BUCKETS[x] for x in names])
     ax.invert_yaxis()
     ax.axvline(0, color="0.6", linewidth=0.5, zorder=0)
-    ax.set(xlabel="rank correlation within a fact", title="Do they rank alike?")
+    ax.set(xlabel="rank correlation within a fact", title="Do they rank alike?", xlim=(-1.05, 1.05))
     return finish(ax, legend=True)
 
 
