@@ -23,6 +23,7 @@ def in_short(value: object) -> str:
     """A value in a few words: the shape of an array, the number of many items, the beginning of a long text."""
     if hasattr(value, "shape"):
         return f"<{' x '.join(map(str, value.shape)) or 'one number'}>"
-    if isinstance(value, list | tuple | dict) and (len(value) > 3 or any(hasattr(x, "shape") for x in value)):
+    items = value.values() if isinstance(value, dict) else value
+    if isinstance(value, list | tuple | dict) and (len(value) > 3 or any(hasattr(x, "shape") for x in items)):
         return f"<{len(value)} items>"
     return textwrap.shorten(repr(value), MOST_SHOWN, placeholder=" ...")

@@ -145,13 +145,14 @@ class Default:
     weight: float | None = None
 
 
-# Layers and numbers of the papers' authors; the layer of smollm2-135m is the best of notebooks/search.ipynb.
+# Layers and numbers of the papers' authors; the layer of smollm2-135m is the best of notebooks/search.ipynb, at which its
+# layers end; those and its weight were not searched.
 DEFAULTS = {
     "gpt2-medium": Default(8, EditSettings(prefix_lengths=TWENTY, clamp=3.0)),
     "gpt2-large": Default(12, EditSettings(prefix_lengths=TWENTY)),
     "gpt2-xl": Default(17, EditSettings(prefix_lengths=TWENTY), (13, 14, 15, 16, 17), 20_000.0),
     "gpt-j-6b": Default(5, EditSettings(prefix_lengths=TWENTY), (3, 4, 5, 6, 7, 8), 15_000.0),
-    "smollm2-135m": Default(3, EditSettings(key="all", weight_decay=0.1), (2, 3, 4), 100.0),
+    "smollm2-135m": Default(3, EditSettings(key="all", weight_decay=0.1), (1, 2, 3), 100.0),
 }
 MOST_LAYERS = 5  # that an edit of several changes where none are known, as in GPT-2 XL
 

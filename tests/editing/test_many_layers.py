@@ -367,6 +367,17 @@ def test_a_family_whose_mlps_pass_a_norm_is_edited_at_one_layer_only(family) -> 
     assert made(emmet, lm, layers=(2,)).constraint_error < 1e-5
 
 
+def test_in_half_precision_several_layers_are_edited_and_undone_bit_for_bit() -> None:
+    lm = tiny_model("llama")
+    C = second_moments(lm)
+    lm.model.bfloat16()
+    before = lm.fingerprint()
+    edit = memit(lm, SEVERAL, LAYERS, weight=0.1, C=C, hparams=FEW, progress=False)
+    with edit.applied(lm):
+        assert lm.fingerprint() != before
+    assert lm.fingerprint() == before and edit.layers == LAYERS
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, ValueError])
 def test_an_interruption_while_climbing_leaves_the_model_as_it_was(stop, monkeypatch) -> None:
     import rome_lab.editing.many_layers as module
@@ -476,6 +487,11 @@ def test_a_method_makes_what_the_library_makes(optima, name, editor) -> None:
         expected = logits(lm)
     with change.applied(lm):
         torch.testing.assert_close(logits(lm), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_method_proposes_prints_in_one_line_without_tensors(optima) -> None:
+    text = repr(layered("memit").change(optima.lm, SEVERAL, optima))
+    assert "tensor" not in text and "\n" not in text and "layer=(0, 1, 2), delta=<3 items>" in text
 
 
 def test_emmet_at_one_layer_is_the_method_joint(optima) -> None:
