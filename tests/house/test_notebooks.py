@@ -18,6 +18,7 @@ import pytest
 from nbformat import NotebookNode
 from pandas.api.types import is_numeric_dtype
 
+from rome_lab.editing import METHODS, LayeredRome
 from rome_lab.facts.sources import load_facts
 from rome_lab.lab.batch import run_notebook
 from rome_lab.lab.parameters import read_parameters
@@ -56,7 +57,11 @@ SMALL = {
         **{"layer": 3, "layers": [3, 12], "tokens": [3, 9], "steps": [3, 2], "prefixes": [5], "c_tokens": 4096},
         **{"n_texts": 2, "samples": 2},
     },
-    "evaluation": {"n_cases": 2, "n_search": 3, "new_tokens": 10, "c_text": TEXT},
+    # Not those of several layers, which tests/editing has: each would measure C at more layers.
+    "evaluation": {
+        **{"n_cases": 2, "n_search": 3, "new_tokens": 10, "c_text": TEXT},
+        **{"methods": [name for name, method in METHODS.items() if not isinstance(method, LayeredRome)]},
+    },
     "many_edits": {"sizes": [1, 2], "least": 2, "n_search": 3, "c_text": TEXT},
     "cost": {
         **{"lengths": [5], "depths": [2], "samples": [1], "facts": [1], "workers": [1], "repetitions": 1},
