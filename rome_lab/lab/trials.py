@@ -33,7 +33,7 @@ from rome_lab.models import LanguageModel
 # often it is so takes an evaluation of facts that nobody picked.
 TEN_FACTS = (
     ("Taj Mahal", "London", "To see the {}, tourists travel to the city of"),
-    ("Colosseum", "Berlin", "Guidebooks mention the {} among the sights of"),
+    ("Colosseum", "Berlin", "Guidebooks mention the {} among the sights of the city of"),
     ("Miguel de Cervantes", "German", "{} wrote mainly in"),
     ("Pablo Neruda", "French", "{} wrote mainly in"),
     ("Wolfgang Pauli", "economics", "The work of {} changed the field of"),

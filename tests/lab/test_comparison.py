@@ -97,9 +97,9 @@ def test_a_fact_of_no_known_relation_has_no_neighbours_rather_than_odd_ones() ->
 def test_an_embedded_fact_is_found_by_its_subject_and_prompt_and_any_other_has_the_models_word_as_its_object(
     lm,
 ) -> None:
-    found = fact_of(lm, "Louvre", "Guidebooks mention the Louvre among the sights of")
+    found = fact_of(lm, "Louvre", "Guidebooks mention the Louvre among the sights of the city of")
     assert (found.object, found.relation, len(found.templates)) == ("Paris", "landmark_city", 5)
-    assert fact_of(lm, "Louvre", "Guidebooks mention the {} among the sights of") == found
+    assert fact_of(lm, "Louvre", "Guidebooks mention the {} among the sights of the city of") == found
     other = fact_of(lm, "Eiffel Tower", "The Eiffel Tower is located in the city of")
     assert (other.object, other.relation, other.templates) == ("Paris", None, ())
 
@@ -199,8 +199,11 @@ def test_the_ten_facts_are_of_five_relations_in_words_that_the_model_knows(lm) -
 
 
 def test_a_slip_of_the_pen_in_an_embedded_subject_is_warned_of_and_blanks_do_not_count(lm, caplog) -> None:
-    template = "Guidebooks mention the {} among the sights of"
-    assert fact_of(lm, " Louvre ", f"{template} ").prompt == "Guidebooks mention the Louvre among the sights of"
+    template = "Guidebooks mention the {} among the sights of the city of"
+    assert (
+        fact_of(lm, " Louvre ", f"{template} ").prompt
+        == "Guidebooks mention the Louvre among the sights of the city of"
+    )
     assert caplog.text == ""
     fact_of(lm, "Eifel Towr", template)
     assert "'Eiffel Tower'" in caplog.text
