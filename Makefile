@@ -47,6 +47,7 @@ PARAMETERS_compare_models += $(call p,figures,$(FIGURES)) $(call p,n_facts,$(N_F
 PARAMETERS_corruptions := $(COMMON) $(call p,dtype,$(DTYPE))
 PARAMETERS_heads := $(PARAMETERS_corruptions)
 PARAMETERS_gradients := $(PARAMETERS_corruptions)
+PARAMETERS_where_to_edit := $(PARAMETERS_corruptions) $(call p,c_text,$(C_TEXT))
 SOURCES := $(shell find rome_lab -name '*.py' -o -name '*.csv')
 
 .PHONY: help setup gemma figures anatomy evaluate search studies compare cost bench peers models faults lab test check lint accept numbers site wheels clean
@@ -104,14 +105,14 @@ search: runs/search.ipynb ## search for the settings of the methods (hours)
 
 cost: runs/cost.ipynb ## measure how time and memory of tracing grow, and extrapolate to large models
 
-studies: runs/corruptions.ipynb runs/heads.ipynb runs/gradients.ipynb ## beyond the paper: other corruptions, metrics and directions; heads; gradients
+studies: runs/corruptions.ipynb runs/heads.ipynb runs/gradients.ipynb runs/where_to_edit.ipynb ## beyond the paper: other corruptions and metrics; heads; gradients; does tracing tell where to edit
 
 compare: runs/compare_models.ipynb ## the claims and both sites model by model, of MODELS
 
 runs/compare_models.ipynb: | $(if $(filter gemma3-270m,$(subst $(comma), ,$(MODELS))),.venv/gemma)
 
 runs/edit_anatomy.ipynb runs/evaluation.ipynb runs/many_edits.ipynb runs/search.ipynb runs/cost.ipynb \
-runs/corruptions.ipynb runs/heads.ipynb runs/gradients.ipynb runs/compare_models.ipynb: \
+runs/corruptions.ipynb runs/heads.ipynb runs/gradients.ipynb runs/where_to_edit.ipynb runs/compare_models.ipynb: \
 runs/%.ipynb: notebooks/%.ipynb $(SOURCES) runs/%.parameters | $(READY)
 	$(RUN) $< $(PARAMETERS_$*)
 

@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT)]
 
 READ = ("figures", "cost", "elsewhere", "lessons", "machines")  # pages of docs/ in their order
 ORDER = ("figure_1", "figure_2", "figure_3", "figure_7", "claims", "edit", "edit_anatomy", "evaluation", "many_edits")
-ORDER += ("compare_models", "corruptions", "heads", "gradients")
+ORDER += ("compare_models", "corruptions", "heads", "gradients", "where_to_edit")
 ROOMS = ("models", "facts", "tracing", "editing", "evaluation", "lab", "base")
 PROJECT = ("CONTRIBUTING", "SECURITY", "benchmarks/README", "benchmarks/tracing", "benchmarks/growth")
 PROJECT += ("benchmarks/edit", "benchmarks/tokens", "tests/faults/README")

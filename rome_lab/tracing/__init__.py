@@ -16,6 +16,7 @@ BUCKETS, buckets                    where in a prompt a token stands
 claims, claims_at_fact              the paper's claims, put to the test over many facts; what one fact says of them
 strongest, strongest_places         peaks, read off the averages
 beside_paper                        our numbers and the paper's in shares, so that models compare
+samples_worth                       which number of samples is worth its cost
 trace_random_weights                the same of a model that has learnt nothing
 columns_of, restored_layers         which layers a column restores; READ_TOGETHER texts' logits are made at once:
                                     what a sweep does, for those who count its operations
@@ -32,7 +33,7 @@ from rome_lab.tracing.metrics import TRACE_METRICS, Readings
 from rome_lab.tracing.one_fact import causal_trace, restore, restore_heads, trace_of_kind
 from rome_lab.tracing.pairs import SwapPair, swap_pairs
 from rome_lab.tracing.paper_claims import claims, claims_at_fact
-from rome_lab.tracing.readings import beside_paper, strongest, strongest_places, trace_random_weights
+from rome_lab.tracing.readings import beside_paper, samples_worth, strongest, strongest_places, trace_random_weights
 from rome_lab.tracing.runs import Runs, TraceSettings, run_clean_and_corrupted
 from rome_lab.tracing.sweep import READ_TOGETHER, columns_of
 from rome_lab.tracing.trace import KINDS, Trace

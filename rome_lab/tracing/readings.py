@@ -3,6 +3,7 @@
 strongest(average, kind, among)          where the mean effect is highest: a Peak
 strongest_places(average, numbers)       whether each kind has its peak where the paper found it
 beside_paper(numbers, n_layers)          `Traces.summary` in shares, so that models of other depths and probabilities compare
+samples_worth(traces)                    how much of each peak's error samples of noise make, and what fewer would do
 trace_random_weights(lm, facts, ...)     the same tracing of a model that has learnt nothing
 """
 
@@ -93,6 +94,30 @@ def beside_paper(numbers: pd.DataFrame, n_layers: int) -> pd.DataFrame:
     sides = [numbers["paper"] < numbers["ci_low"], numbers["paper"] > numbers["ci_high"], numbers["ci_low"].isna()]
     places = ["below our interval", "above our interval", "beside no interval, for n = 1"]
     return numbers.assign(paper_lies=np.select(sides, places, "in our interval"))
+
+
+def samples_worth(traces: Traces, numbers: Sequence[int] = (1, 2, 3, 5, 10)) -> pd.DataFrame:
+    """How far the mean effects at the two sites would be off with other numbers of samples; see `Traces.spread`.
+
+    At each site, where its mean effect is highest: of states and MLP outputs at the last subject token, of attention at the
+    last token.
+
+    Returns: DataFrame: kind, bucket, layer, between, within, samples; error, the standard error of the mean with so many
+             samples of as many facts; error_same_cost, with as many samples in all, of more or fewer facts. A row a site and number.
+    Raises:  ValueError: the traces have one sample only; see `Traces.spread`.
+    """
+    average, rows = traces.average(), []
+    for kind, bucket in (("state", "subject_last"), ("mlp", "subject_last"), ("attn", "last")):
+        layer = strongest(average, kind, [bucket]).layer
+        spread = traces.spread(kind, bucket, layer)
+        of_site = {"kind": kind, "bucket": bucket, "layer": layer, "between": spread.between, "within": spread.within}
+        rows += [
+            of_site
+            | {"samples": samples, "error": spread.error(samples)}
+            | {"error_same_cost": spread.error(samples) * float(np.sqrt(samples / spread.samples))}
+            for samples in numbers
+        ]
+    return pd.DataFrame(rows)
 
 
 def trace_random_weights(

@@ -70,6 +70,7 @@ SMALL = {
     "search": {"n_search": 2, "layers": [6], "tokens": [5000], "changes": 1, "configurations": 1, "c_text": TEXT},
     "corruptions": {"n_facts": 3, "n_random": 3, "sigmas": [3.0], "windows": [10, 1], "samples": 2},
     "heads": {"n_facts": 4},
+    "where_to_edit": {"n_facts": 3, "layers": [0, 3, 12], "steps": 3, "samples": 2, "c_text": TEXT},
     "compare_models": DEFAULT | {"models": ["smollm2-135m"]},
     "gradients": {"n_facts": 2, "n_integrated": 1, "steps": [1, 2], "windows": [10]},
     # One subject that the model knows something about, and one that no data set has.
@@ -81,7 +82,7 @@ SMALL = {
 TOGETHER = dict.fromkeys(("claims", "figure_1", "figure_2", "figure_3", "figure_7", "compare_models"), "traces")
 TOGETHER |= dict.fromkeys(("evaluation", "many_edits", "search"), "judged edits")
 # They look for known facts in a whole data set.
-OF_CASES = ("evaluation", "many_edits", "search", "cost", "corruptions", "heads", "gradients")
+OF_CASES = ("evaluation", "many_edits", "search", "cost", "corruptions", "heads", "gradients", "where_to_edit")
 
 
 def read(name: str) -> NotebookNode:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,7 +13,7 @@ from tiny import tiny_model
 
 from rome_lab.facts.fact import Fact
 from rome_lab.tracing.averaging import BUCKETS, Traces
-from rome_lab.tracing.readings import beside_paper, strongest, strongest_places, trace_random_weights
+from rome_lab.tracing.readings import beside_paper, samples_worth, strongest, strongest_places, trace_random_weights
 from rome_lab.tracing.trace import KINDS
 
 
@@ -72,3 +74,19 @@ def test_random_weights_are_traced_for_all_kinds_the_same_each_time_without_seed
     again = trace_random_weights(lm, facts, samples=1, window=2, seed=3, progress=False)
     for trace, other in zip(first, again, strict=True):
         np.testing.assert_array_equal(trace.p_restored, other.p_restored)
+
+
+def test_the_worth_of_samples_is_that_of_the_spread_at_each_sites_peak():
+    rng, traces = np.random.default_rng(0), []
+    for label, token, layer in (("state", 3, 0), ("mlp", 3, 1), ("attn", 6, 1)):
+        for fact in range(6):
+            effect = np.zeros((7, 2))
+            effect[token, layer] = 0.3 + 0.1 * rng.normal()
+            trace = make_trace(fact, label, effect)
+            traces.append(replace(trace, p_variance=np.full((7, 2), 0.05)))  # of ten samples
+    worth = samples_worth(Traces(traces)).set_index(["kind", "samples"])
+    assert worth["layer"].groupby("kind").first().to_dict() == {"state": 0, "mlp": 1, "attn": 1}
+    effects = np.array([trace.effect[6, 1] for trace in traces if trace.kind == "attn"])
+    assert worth.loc[("attn", 10), "error"] == pytest.approx(effects.std(ddof=1) / np.sqrt(6))
+    assert worth.loc[("attn", 10), "error"] == worth.loc[("attn", 10), "error_same_cost"]
+    assert worth.loc[("attn", 1), "error"] > worth.loc[("attn", 10), "error"]
