@@ -2,6 +2,7 @@
 
 plots                                     the paper's figures, and the parts that all drawings share
 save_figure, save_table, plot_history     a figure or a table as files; how the optimisation of v* went
+samples_lines                             standard errors by number of samples of noise
 panel_figure, new_axes, finish, layer_ticks, shared_legend, colour_bar, token_names    parts of drawings
 COLOURS, FONT_SIZE, COLUMN_WIDTH          what lines and text look like; the colours of heatmaps are COLOUR_MAPS in plots
 show, TracePicture                        traces that one can point at and click
@@ -36,5 +37,6 @@ from rome_lab.lab.plots import (
     token_names,
 )
 from rome_lab.lab.reporting import report
+from rome_lab.lab.samples import samples_lines
 from rome_lab.lab.trials import EditRequest, for_people, ten_facts, try_edit, try_facts
 from rome_lab.lab.typed_facts import fact_of

@@ -9,7 +9,6 @@
     facts_and_average(...)          Figure 1 whole: heatmaps of several facts and of the average, a row each
     average_heatmaps(...), severed_and_gaps(...), average_lines(...)    Figures 2, 3 and 7 whole
     lens_heatmap(lens)              the answer's rank or probability in every state (logit lens)
-    samples_lines(worth)            standard errors by number of samples
     plot_history(edit)              how the optimisation of v* went
     shared_limits(*data)            vmin and vmax with which compared heatmaps share their colour scale
     cell_table(trace)               the numbers of a heatmap, as a table
@@ -277,23 +276,6 @@ def severed_lines(average: pd.DataFrame, ax: Axes | None = None, legend: bool = 
     ax.set_title(title or f"Last subject token (n = {rows['n_facts'].max()})")
     ax.set_xlabel("layer")
     return _draw_lines(ax, rows.groupby("kind"), SEVERED_STYLES, average, legend)
-
-
-def samples_lines(worth: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """The standard error at each site by number of samples, with as many facts (solid), and at the same cost (dashed).
-
-    Args: worth: what `samples_worth` returns.
-    """
-    ax = ax or new_axes(2.3)
-    for (kind, bucket), colour in zip(
-        dict.fromkeys(zip(worth["kind"], worth["bucket"], strict=True)), COLOURS.values(), strict=False
-    ):
-        rows = worth[(worth["kind"] == kind) & (worth["bucket"] == bucket)]
-        ax.plot(rows["samples"], rows["error"], color=colour, linewidth=1.1, label=f"{TITLES[kind]}, {BUCKETS[bucket]}")
-        ax.plot(rows["samples"], rows["error_same_cost"], color=colour, linewidth=1.1, linestyle=(0, (3, 2)))
-    ax.set(xlabel="samples of noise for each fact", ylabel="standard error of the mean effect", ylim=(0, None))
-    ax.set_title("As many facts (solid), or as many samples in all (dashed)")
-    return finish(ax, legend=True)
 
 
 def plot_history(edit: Edit, ax: Axes | None = None) -> Axes:

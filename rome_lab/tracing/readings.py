@@ -103,7 +103,8 @@ def samples_worth(traces: Traces, numbers: Sequence[int] = (1, 2, 3, 5, 10)) -> 
     last token.
 
     Returns: DataFrame: kind, bucket, layer, between, within, samples; error, the standard error of the mean with so many
-             samples of as many facts; error_same_cost, with as many samples in all, of more or fewer facts. A row a site and number.
+             samples of as many facts; error_same_cost, with as many samples in all, of more or fewer facts. A row a site and
+             number.
     Raises:  ValueError: the traces have one sample only; see `Traces.spread`.
     """
     average, rows = traces.average(), []
