@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -428,3 +429,21 @@ def test_noise_of_a_pair_has_the_partners_object_as_its_foil(monkeypatch):
     assert (
         trace.swapped is None and trace.foil == lm.tokenizer.decode([first_id(lm, " Rome")]) and trace.noise_std == 0.3
     )
+
+
+def test_a_pair_is_traced_on_a_worker_as_it_is_here(tmp_path, monkeypatch):
+    from rome_lab.base import Store
+    from rome_lab.tracing.many_facts import TracePlan, trace_fact, trace_there
+    from rome_lab.tracing.pairs import SwapPair
+
+    lm = tiny_model("llama")
+    monkeypatch.setattr("rome_lab.tracing.runs.known_answer", lambda lm, fact, logits: int(logits.argmax()))
+    template = "The {} is located in the city of"
+    pair = SwapPair(Fact(SUBJECT, template, "x", "place"), Fact(OTHER, template, "Rome", "place"))
+    plan = TracePlan(("state",), TraceSettings(direction="noise"), True, "logit_difference", lm.identity().key())
+    task, sent = pickle.loads(pickle.dumps(((pair, ("state",)), plan)))
+    assert trace_there(lm, task, Store(tmp_path), sent) is None
+    stored = Store(tmp_path).load(plan.inputs(lm, pair)["state"])
+    (here,) = trace_fact(lm, pair, None, plan)
+    np.testing.assert_array_equal(stored.arrays["restored_probability"], here.p_restored)
+    assert here.direction == "noise" and here.swapped == OTHER and here.relation == "place"
