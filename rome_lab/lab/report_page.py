@@ -98,6 +98,7 @@ def page_of(lm: LanguageModel, findings: Findings) -> str:
         claims=claims_at_fact(findings.traces).to_dict("records"),
         compared=compared(findings),
         changed=changed(findings),
+        heads=heads_of_page(findings.traces),
         stills=[(TITLES[trace.label], still(trace, drawn)) for trace in drawn],
         style=Markup(picture._css),
         script=Markup(picture._esm.replace("export default", "const module =")),
@@ -129,6 +130,16 @@ def place_row(trace: Trace) -> dict[str, object]:
     at_last = {"last_effect": float(last.max()), "last_layer": int(last.argmax())}
     effect = float(trace.indirect_effect[token, layer])
     return {"title": TITLES[trace.label], "token": word, "effect": effect, "layer": layer} | at_last
+
+
+def heads_of_page(traces: Traces, n: int = 5) -> dict[str, object] | None:
+    """The heatmap of the heads and the n of most effect; None where heads were not traced."""
+    for trace in traces.of("head"):
+        order = np.argsort(trace.indirect_effect, axis=None)[::-1][:n]
+        places = zip(*np.unravel_index(order, trace.indirect_effect.shape), strict=True)
+        rows = [{"layer": x, "head": y, "effect": float(trace.indirect_effect[x, y])} for x, y in places]
+        return {"still": still(trace, [trace]), "rows": rows}
+    return None
 
 
 def compared(findings: Findings) -> Markup:

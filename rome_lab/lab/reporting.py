@@ -71,7 +71,7 @@ def report(
         text = text.strip()
     check_whole("report", samples=(samples, 1), seed=(seed, 0))
     with tqdm(
-        total=4 + len(KINDS) + 3 * (text is not None), unit="step", disable=not progress or tell is not None
+        total=5 + len(KINDS) + 3 * (text is not None), unit="step", disable=not progress or tell is not None
     ) as bar:
         stages = Stages(bar, tell)
         others = [edit for edit in lm.edits if given is None or edit.digest != given.digest]
@@ -157,6 +157,9 @@ def traced(
     for label in KINDS:
         stages.begin(f"Tracing {label}")
         traces.append(trace_of_kind(runs, label))
+    stages.begin("Tracing heads")
+    if runs.recording.heads:  # in some models they cannot be told apart
+        traces.append(trace_of_kind(runs, "head"))
     stages.begin("Asking at the strongest place")
     return Traces(traces), answers_at(lm, traces[0], *strongest_of(traces[0]))
 

@@ -8,17 +8,20 @@ from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from playwright.sync_api import expect, sync_playwright
 from test_browser import ARTEFACTS, CHROMIUM, FLAGS
 from test_comparison import REQUEST, model_of_long_texts
 from test_editing import FACT, FEW
+from test_plots import make_trace
 
 from rome_lab import Fact, audit, causal_trace, report
 from rome_lab.facts import completions
 from rome_lab.lab.jobs import Job, wait_for_job
-from rome_lab.lab.report_page import digits, strongest_of
+from rome_lab.lab.report_page import digits, heads_of_page, strongest_of
 from rome_lab.lab.trials import make_edit
+from rome_lab.tracing import Traces
 
 QUICK = {"samples": 2, "progress": False}
 HOW = {"layer": 1, "hparams": FEW, "tokens": 256}
@@ -209,3 +212,14 @@ def test_it_opens_from_a_file_can_be_pointed_at_and_prints(pages) -> None:
             assert errors == [] and all(url.startswith(("file:", "data:")) for url in requests)
             page.close()
         browser.close()
+
+
+def test_the_heads_of_most_effect_are_named():
+    trace = make_trace("attn", 0)
+    effect = np.zeros((6, 3))
+    effect[4, 2], effect[1, 0] = 0.5, 0.2
+    heads = replace(trace, kind="head", token=len(trace.tokens) - 1, p_restored=trace.p_corrupted + effect)
+    shown = heads_of_page(Traces([trace, heads]), n=2)
+    assert [(row["layer"], row["head"]) for row in shown["rows"]] == [(4, 2), (1, 0)]
+    assert shown["rows"][0]["effect"] == pytest.approx(0.5)
+    assert heads_of_page(Traces([trace])) is None
