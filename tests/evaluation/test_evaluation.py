@@ -310,7 +310,7 @@ def Fact_(number: int):
         (CASES, ["ft", "ft"], "the methods are ft, ft; give at least one, and none twice"),
         (CASES, [], "the methods are none; give at least one"),
         ([CASES[0], CASES[0]], "none", "two cases have one id"),
-        (CASES, "rome", "rome: layer is None; tiny-llama has the layers 0 to 3"),
+        (CASES, "rome", "rome: no layer is known for tiny-llama, and none could be suggested"),
         (CASES, Rome(layer=9), "layer is 9"),
     ],
 )
