@@ -26,7 +26,7 @@ from sphinx.cmd.build import build_main
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
-READ = ("figures", "cost", "elsewhere", "lessons", "machines")  # pages of docs/ in their order
+READ = ("figures", "beyond", "cost", "elsewhere", "lessons", "machines")  # pages of docs/ in their order
 ORDER = ("figure_1", "figure_2", "figure_3", "figure_7", "claims", "edit", "edit_anatomy", "evaluation", "many_edits")
 ORDER += ("compare_models", "corruptions", "heads", "gradients", "where_to_edit")
 ROOMS = ("models", "facts", "tracing", "editing", "evaluation", "lab", "base")

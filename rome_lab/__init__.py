@@ -21,7 +21,7 @@ from rome_lab.editing import (
 )
 from rome_lab.evaluation import evaluate
 from rome_lab.facts import Fact, known_facts, load_facts
-from rome_lab.lab import plot_history, plots, report, show
+from rome_lab.lab import explore, plot_history, plots, report, show
 from rome_lab.models import LanguageModel, choose_products, load_model
 from rome_lab.tracing import (
     FixedNoise,
@@ -63,6 +63,7 @@ __all__ = [
     "describe_edit",
     "emmet",
     "evaluate",
+    "explore",
     "integrated_gradients",
     "knockout",
     "known_facts",

@@ -12,11 +12,13 @@ EditRequest, ten_facts, fact_of           edits to try, and a fact that was type
 try_edit, try_facts, for_people           make edits, look at what they do, undo them; the table of several made short
 report                                    a page about one fact in one model, as one file of HTML
 run_command                               the command line, with a command for each of these
+explore, Explorer                         a trace chosen by hand: corruption, metric, direction, kind, heads
 Panel, wait_for_job                       all that by hand; returns once the panel's work on a model is done
 """
 
 from rome_lab.lab.batch import record_values, run_notebook
 from rome_lab.lab.command import run_command
+from rome_lab.lab.explorer import Explorer, explore
 from rome_lab.lab.growing import draw_figures, facts_to_show
 from rome_lab.lab.interactive import TracePicture, show
 from rome_lab.lab.jobs import wait_for_job

@@ -9,25 +9,18 @@ import ipywidgets as w
 
 from rome_lab.editing import ENOUGH, KEYS, default_settings, key_size
 from rome_lab.facts import Fact, load_relations
+from rome_lab.lab.trace_form import TRACE_TIPS, TraceForm
 from rome_lab.lab.trials import EditRequest, ten_facts
 from rome_lab.lab.typed_facts import best_known, fact_of, of_others, paraphrased
 from rome_lab.models import LanguageModel
 
 TEN_LABEL = "ten facts to try"
 BY_WORDING = "that of its wording, if it is known"
-RESTORED = {
-    "MLP outputs": ("mlp",),
-    "states": ("state",),
-    "attention outputs": ("attn",),
-    "all three, side by side": ("state", "mlp", "attn"),
-}
 TIPS = {
     "subject": "What the fact is about, as it stands in the prompt. Enter traces.",
     "prompt": "Ends right before the word that the model is to say. Enter traces.",
     "target": "What the model is to say instead. Enter edits.",
     "layer": "Whose MLP to change; a click on a column of the trace chooses it, too.",
-    "restored": "Which piece of the clean run is put back.",
-    "window": "Layers whose MLP or attention outputs are put back together; states are put back one by one.",
     "follow": "Whose probability is traced: of the word that the model says, or of the target.",
     "relation_of_fact": "Brings paraphrases and neighbours to a fact in words of your own.",
     "paraphrases": "Your own, one a line, with the subject in each; they take the place of the known ones.",
@@ -36,10 +29,10 @@ TIPS = {
     "tokens": "Text on which it is measured how keys vary (C); more is slower and not better.",
     "key": "Which keys of the subject get the new value; the README explains them.",
 }
-KEPT = ("subject", "prompt", "target", "layer", "steps", "tokens", "key", *list(TIPS)[4:10])
+KEPT = (*TIPS, *TRACE_TIPS)
 
 
-class EditForm:
+class EditForm(TraceForm):
     """The fields that say what to trace and edit, and how.
 
     Attributes:
@@ -51,6 +44,7 @@ class EditForm:
     """
 
     def __init__(self, lm: LanguageModel, request: EditRequest, refuse: Callable[[Exception], None]) -> None:
+        super().__init__()
         self.lm, self.relations, self.refuse = lm, load_relations(), refuse
         default = default_settings(lm)
         self.settings = request.settings or default.settings
@@ -63,8 +57,6 @@ class EditForm:
         self.prompt = w.Textarea(request.fact.prompt, description="Prompt", rows=2)
         self.target = w.Combobox(value=request.target, description="Target", placeholder="what the model is to say")
         self.layer = w.BoundedIntText(layer, min=0, max=lm.n_layers - 1, description="Layer")
-        self.restored = w.Dropdown(options=RESTORED, description="Restored")
-        self.window = w.BoundedIntText(10, min=1, max=1000, description="Window")
         self.follow = w.Dropdown(options=["what the model says", "the target"], description="Followed")
         self.relation_of_fact = w.Dropdown(options=[BY_WORDING, *self.relations], description="As relation")
         self.paraphrases = w.Textarea(description="Paraphrases", placeholder="one a line", rows=2)
@@ -82,7 +74,7 @@ class EditForm:
     def placed(self) -> w.VBox:
         """The fields in their places: what most need, and the rest folded away."""
         groups = {
-            "Trace: what is restored, window": (self.restored, self.window, self.follow),
+            "Trace: what is restored, corruption, direction": (*self.trace_fields(), self.follow),
             "Questions before and after": (self.relation_of_fact, self.paraphrases, self.others),
             "Search settings of the edit": (self.steps, self.tokens, self.key),
         }
@@ -116,6 +108,7 @@ class EditForm:
             return
         self.subject.value, self.prompt.value, self.target.value = fact.subject, fact.prompt, request.target
         self.paraphrases.value = self.others.value = ""
+        self.forget_other()
         self.relation_of_fact.value = BY_WORDING
         self.target.options = sorted({x.object for x in self.relations[fact.relation].facts} - {fact.object})
 
@@ -156,3 +149,4 @@ class EditForm:
         """Say what another form says."""
         for name in KEPT:
             getattr(self, name).value = getattr(other, name).value
+        self.filled = other.filled

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from rome_lab.editing import Edit, EditSettings
 from rome_lab.facts import Fact
 from rome_lab.lab.looks import Look, Probe
+from rome_lab.lab.trace_form import TraceRequest
 from rome_lab.lab.trials import EditRequest
 from rome_lab.models import LanguageModel
 from rome_lab.tracing import Trace
@@ -30,7 +31,7 @@ class Step:
         edits: in force when it had been done.
         fingerprint: of the weights then.
         traces: what was traced.
-        answer: whose probability they follow; None for what the model says.
+        request: what was to be traced.
         probe, look: the questions, and what the model answered then.
         action: the code that does it, between those of the edits in force before.
         before: the edits in force when it was done.
@@ -41,7 +42,7 @@ class Step:
     edits: tuple[Edit, ...]
     fingerprint: str
     traces: tuple[Trace, ...] = ()
-    answer: str | None = None
+    request: TraceRequest | None = None
     probe: Probe | None = None
     look: Look | None = None
     action: str = ""
@@ -72,12 +73,16 @@ class History:
         same = (step for step in self.steps if [edit.digest for edit in step.edits] == digests)
         return next((step.fingerprint for step in same), None)
 
-    def like(self, traces: Sequence[Trace], edits: Sequence[Edit], answer: str | None) -> Step | None:
-        """The latest step that traced the same as these, following the same, with other edits in force."""
+    def revise(self, number: int, **parts: object) -> None:
+        """Put other parts into a step."""
+        self.steps[number - 1] = replace(self.steps[number - 1], **parts)
+
+    def like(self, traces: Sequence[Trace], request: TraceRequest, edits: Sequence[Edit]) -> Step | None:
+        """The latest step that traced the same prompt, the same being asked for, with other edits in force."""
         now = [edit.digest for edit in edits]
         for step in reversed(self.steps):
-            alike = [settings_of(x) for x in step.traces] == [settings_of(x) for x in traces]
-            if alike and step.answer == answer and [edit.digest for edit in step.edits] != now:
+            alike = step.request == request and [place_of(x) for x in step.traces] == [place_of(x) for x in traces]
+            if alike and [edit.digest for edit in step.edits] != now:
                 return step
         return None
 
@@ -111,9 +116,9 @@ class History:
             lines.append(f"with lm.overlay.only([{listed(before, names)}]):\n{indented(f'{name} = {text}')}")
 
 
-def settings_of(trace: Trace) -> tuple[object, ...]:
-    """All that was asked of a trace: two traces with the same differ by the weights alone."""
-    return (trace.prompt, trace.subject_range, trace.label, trace.samples, trace.window, trace.seed)
+def place_of(trace: Trace) -> tuple[object, ...]:
+    """The prompt of a trace, and where the subject stands in it."""
+    return (trace.prompt, trace.subject_range, trace.kind)
 
 
 def counted(edits: Sequence[Edit]) -> str:
@@ -167,19 +172,3 @@ def edit_code(request: EditRequest, layer: int) -> str:
         f"    tokens={request.tokens},",
     ]
     return "\n".join(["rl.rome(", "    lm,", *lines, ")"])
-
-
-def trace_code(traces: Sequence[Trace], answer: str | None) -> str:
-    """The code that makes traces of one prompt anew."""
-    first = traces[0]
-    lines = [
-        "traces = [",
-        "    rl.causal_trace(",
-        f"        lm, {first.prompt!r}, {first.subject!r}, kind,",
-        f"        samples={first.samples}, window={first.window}, seed={first.seed}, answer={answer!r},",
-        "    )",
-        f"    for kind in {tuple(trace.kind for trace in traces)!r}",
-        "]",
-        "picture = rl.show(traces, lm)",
-    ]
-    return "\n".join(lines)

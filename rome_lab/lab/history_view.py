@@ -10,7 +10,8 @@ from rome_lab.lab.history import History, Step
 from rome_lab.lab.interactive import TracePicture
 from rome_lab.lab.live import LiveText, row
 from rome_lab.lab.page import compared_page
-from rome_lab.lab.plots import TITLES
+from rome_lab.lab.pictured import heads_picture
+from rome_lab.lab.plots import trace_title
 
 
 class HistoryView:
@@ -50,15 +51,19 @@ class HistoryView:
         self.shown.children = parts
 
     def traces(self, steps: list[Step]) -> list[w.Widget]:
-        """The traces of the steps, those of one prompt in one picture."""
+        """The traces of the steps, those of one prompt, metric and direction in one picture; heads in one of their own."""
         groups: dict[tuple[object, ...], list[tuple[Step, int]]] = {}
         for step in steps:
             for number, trace in enumerate(step.traces):
-                groups.setdefault((trace.prompt, *trace.tokens), []).append((step, number))
+                like = (trace.kind == "head", trace.metric, trace.direction, trace.prompt, *trace.tokens)
+                groups.setdefault(like, []).append((step, number))
         pictures = []
         for members in groups.values():
             traces = [step.traces[number] for step, number in members]
-            titles = [f"{TITLES[step.traces[number].label]}, step {step.number}" for step, number in members]
+            titles = [f"{trace_title(step.traces[number])}, step {step.number}" for step, number in members]
+            if traces[0].kind == "head":
+                pictures.append(heads_picture(traces, titles))
+                continue
             pictures.append(TracePicture(traces, self.history.lm, titles, [step.edits for step, _ in members]))
         return pictures
 

@@ -145,10 +145,7 @@ class TracePicture(HouseWidget):
             return pd.concat(tables).to_csv(index=False, lineterminator="\n").encode()
         if suffix not in FILE_TYPES:
             raise ValueError(f"show: a picture is saved as {', '.join(FILE_TYPES)}; given is {suffix!r}.")
-        picture = io.BytesIO()
-        with plt.rc_context({"savefig.bbox": "tight", "savefig.pad_inches": 0.02}):
-            self.figure().savefig(picture, format=suffix, dpi=RESOLUTION)
-        return picture.getvalue()
+        return figure_file(self.figure(), suffix)
 
     def answers(self, token: int, layer: int, trace: int = 0) -> CellAnswers:
         """What the three runs of a cell say, see `answers_at`; of which trace, where there are several.
@@ -200,6 +197,14 @@ class TracePicture(HouseWidget):
         data, metadata = super()._repr_mimebundle_(**options)
         still = base64.b64encode(self.png()).decode()
         return data | {"image/png": still}, metadata
+
+
+def figure_file(figure: Figure, suffix: str) -> bytes:
+    """A figure as "png" or "pdf"."""
+    picture = io.BytesIO()
+    with plt.rc_context({"savefig.bbox": "tight", "savefig.pad_inches": 0.02}):
+        figure.savefig(picture, format=suffix, dpi=RESOLUTION)
+    return picture.getvalue()
 
 
 def picture_of(trace: Trace, ax: Axes) -> dict[str, object]:

@@ -2,14 +2,13 @@
 
 Panel    a form, a trace to point at, what the model says before and after, the edits in force, files, the history
 
-What takes longer than a moment runs as a `Job`, so that the kernel goes on hearing the Stop button.
+What it has in common with `explore` is in explorer.py.
 """
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,26 +19,23 @@ import ipywidgets as w
 
 from rome_lab.editing import Edit, check_requests
 from rome_lab.facts import Fact
+from rome_lab.lab.explorer import Explorer, sentence
 from rome_lab.lab.first_steps import FirstSteps
 from rome_lab.lab.form import EditForm
-from rome_lab.lab.history import History, Step, counted, edit_code, edits_named, trace_code
+from rome_lab.lab.history import History, counted, edit_code, edits_named
 from rome_lab.lab.history_view import HistoryView
-from rome_lab.lab.jobs import Job, Stopped, check_idle, stop_when_interrupted, wait_for_job
 from rome_lab.lab.live import LiveText, StatusLine, placed, row
 from rome_lab.lab.looks import Look, Probe, look_at, probe_of
 from rome_lab.lab.page import compared_page
 from rome_lab.lab.pictured import TraceView
-from rome_lab.lab.plots import TITLES
 from rome_lab.lab.reporting import report
 from rome_lab.lab.saved import SavedEdits
 from rome_lab.lab.trials import EditRequest, make_edit
 from rome_lab.models import LanguageModel
-from rome_lab.tracing import Trace, causal_trace
-
-OPERATION = re.compile(r"^(rome|causal_trace|comparison|load_edit|apply|undo|save_pretrained|report|show|edits): ")
+from rome_lab.tracing import Trace
 
 
-class Panel:
+class Panel(Explorer):
     """Choose a fact, trace it, edit it, compare before and after, undo; save, load and export edits.
 
     It shows the edits in force on `lm` and works on it. Making a new panel for the same model stops what the old one
@@ -55,14 +51,11 @@ class Panel:
     latest: ClassVar[WeakKeyDictionary[LanguageModel, ref[Panel]]] = WeakKeyDictionary()
 
     def __init__(self, lm: LanguageModel, request: EditRequest, folder: str = "edits", samples: int = 10) -> None:
-        self.lm, self.first_request, self.folder, self.samples = lm, request, folder, samples
-        self.stop()
-        wait_for_job(lm)
-        stop_when_interrupted()
-        self.status, self.edits_line = StatusLine(gate=True), StatusLine()
-        self.line = self.status
+        self.first_request, self.folder = request, folder
+        self.take_over(lm, samples)
+        self.edits_line = StatusLine()
         self.form = EditForm(lm, request, lambda error: self.status.say(sentence(error), "error"))
-        self.view = TraceView(lm, self.form)
+        self.view = TraceView(lm, self.form, self.revised)
         self.probe: Probe | None = None
         self.original: Look | None = None
         self.shown_of: dict[w.Widget, tuple[str, ...]] = {}
@@ -79,33 +72,23 @@ class Panel:
         self.list_edits()
         self.status.say("Choose a fact or type one; then Trace or Edit.", "busy")
 
-    @property
-    def trace(self) -> Trace | None:
-        """The trace that was made last, the first of several kinds."""
-        return self.view.traces[0] if self.view.traces else None
-
     def build(self) -> None:
         """Make the widgets and put them in their places."""
-        form, self.buttons = self.form, []
-        self.trace_button = self.button("Trace", self.run_trace, self.status)
+        form = self.form
         self.edit_button = self.button("Edit", self.run_edit, self.status)
-        self.stop_button = w.Button(description="Stop", disabled=True, tooltip="Leave the model as it was")
-        self.stop_button.on_click(lambda _: self.stop())
         self.report_button = self.button("Report", self.run_report, self.status)
         self.report_button.tooltip = "A page about this fact and edit, as one file to keep or to send"
-        self.edit_button.button_style, self.stop_button.button_style = "primary", "danger"
+        self.edit_button.button_style = "primary"
         self.steps = FirstSteps(self.lm, form, self.button, self.tell)
         self.result = LiveText(self.ask_row)
         self.answers = placed("rl-answers-box", [self.result])
         self.edits = w.VBox()
         self.saved = SavedEdits(self.lm, self.folder, self.button, self.loaded)
         self.history_view = HistoryView(self.history)
-        self.status.add_class("rl-status")
-        self.trace_button.add_class("rl-go-trace")
         self.edit_button.add_class("rl-go-edit")
         buttons = row([self.trace_button, self.edit_button, self.stop_button, self.report_button])
         left = placed("rl-left", [form.widget, buttons, self.status, self.steps.widget])
-        right = placed("rl-right", [self.view.box, row([self.view.layer_button])])
+        right = placed("rl-right", [self.view.box, self.view.metrics.widget, row([self.view.layer_button])])
         top = w.HBox([left, right])
         top.add_class("rl-columns")
         parts = (w.VBox([self.edits, self.edits_line]), self.saved.widget, self.history_view.widget)
@@ -115,58 +98,24 @@ class Panel:
         for field in (form.subject, form.prompt, form.target, form.layer):
             field.observe(lambda _: self.mark(), "value")
 
-    def button(self, name: str, action: Callable[[], str], line: StatusLine) -> w.Button:
-        """A button that starts `action`, which returns what to say, on `line`, when it has ended."""
-        button = w.Button(description=name)
-        button.on_click(lambda _: self.start(action, line))
-        self.buttons.append(button)
-        return button
-
-    def _repr_mimebundle_(self, **options: object) -> dict[str, object]:
-        return self.widget._repr_mimebundle_(**options)
-
     # Jobs
 
-    def start(self, action: Callable[[], str], line: StatusLine) -> None:
-        """Do it beside the kernel, and speak on `line`; a second click while it runs changes nothing."""
-        if not self.stop_button.disabled:
-            return
-        try:
-            check_idle(self.lm)
-        except RuntimeError as error:  # of another panel
-            return line.say(str(error), "error")
-        for other in (self.status, self.edits_line, self.saved.line, self.steps.line):
-            other.say("", "busy")
-        self.line = line
-        self.busy(True)
-        Job(self.lm, action, self.ended)
+    def lines(self) -> tuple[StatusLine, ...]:
+        return (self.status, self.edits_line, self.saved.line, self.steps.line)
 
-    def stop(self) -> None:
-        """Stop what is being done on the model."""
-        if job := Job.of(self.lm):
-            job.stop()
-
-    def ended(self, result: str | Exception, notes: list[str]) -> None:
+    def settled(self) -> None:
         self.list_edits()
-        if isinstance(result, Stopped):
-            kept = "Stopped. Nothing is half done: the edits listed below are in force, and no others."
-            self.line.say(kept, "warning")
-        elif isinstance(result, Exception):
-            self.line.say(sentence(result), "error")
-        else:
-            self.line.say(result, "done", [sentence(ValueError(note)) for note in notes])
         self.mark()
-        self.busy(False)
 
     def busy(self, on: bool) -> None:
-        self.stop_button.disabled = not on
+        super().busy(on)
         rows = [button for line in self.edits.children[1:] for button in line.children[1:]]
-        choosers = (self.form.relation, self.form.chosen)  # they ask the model, which only the job may do
-        for control in (*choosers, *self.buttons, *rows):
+        for control in (
+            self.form.relation,
+            self.form.chosen,
+            *rows,
+        ):  # the choosers ask the model, which only the job may do
             control.disabled = on
-
-    def tell(self, doing: str, done: float) -> None:
-        self.line.progress(doing, done)
 
     # What the buttons do
 
@@ -177,29 +126,10 @@ class Panel:
             fact = request.fact
             self.ask(request)
             self.compare()
-        self.view.work_on(fact.prompt)
-        kinds, answer = self.form.restored.value, self.form.answer
-        settings = {"samples": self.samples, "window": self.form.window.value, "answer": answer}
-        complete: list[Trace] = []
-        for kind in kinds:
-            grow = partial(self.grow, complete, len(kinds))
-            complete.append(causal_trace(self.lm, fact.prompt, fact.subject, kind=kind, callback=grow, **settings))
-        before = tuple(self.lm.edits)
-        earlier = self.history.like(complete, before, answer)
-        names = ", ".join(TITLES[x.label].split()[0] for x in complete)
-        title = f"trace ({names}) of {fact.prompt} …{complete[0].answer}"
-        step = self.record(
-            title, traces=tuple(complete), answer=answer, before=before, action=trace_code(complete, answer)
-        )
-        suggested = self.view.draw(step, earlier)
-        beside = f" Beside it, as it was in step {earlier.number}." if earlier else ""
-        return f"Traced the answer {complete[0].answer.strip()!r}.{suggested}{beside}"
+        return self.trace_fact(fact, self.form.answer)
 
-    def grow(self, complete: list[Trace], kinds: int, part: Trace) -> None:
-        """Show how far the trace has come."""
-        rows, total = self.view.grow(complete, part), len(part.tokens)
-        which = f" ({len(complete) + 1} of {kinds} kinds)" if kinds > 1 else ""
-        self.tell(f"Traced {rows} of {total} tokens{which}", (len(complete) + rows / total) / kinds)
+    def grow(self, kinds: int, complete: list[Trace], part: Trace) -> None:
+        super().grow(kinds, complete, part)
         self.shown_of[self.view.box] = self.about(self.view.box)
         self.mark()
 
@@ -296,11 +226,6 @@ class Panel:
         for place, about in self.shown_of.items():
             (place.remove_class if about == self.about(place) else place.add_class)("rl-stale")
 
-    def record(self, title: str, **parts: object) -> Step:
-        step = self.history.add(title, **parts)
-        self.history_view.list_steps()
-        return step
-
     def list_edits(self) -> None:
         rows = [w.HTML(f"<b>{counted(self.lm.edits).capitalize()} in force</b>")]
         for edit in self.lm.edits:
@@ -312,12 +237,3 @@ class Panel:
             save.on_click(lambda _, edit=edit: self.start(partial(self.saved.save, edit), self.edits_line))
             rows.append(row([label, undo, save]))
         self.edits.children = rows
-
-
-def sentence(error: Exception) -> str:
-    """What went wrong, in one line, without the name of the function that says so."""
-    text = " ".join(str(error).split())
-    if not (isinstance(error, ValueError | OSError | MemoryError) and text):
-        return f"{type(error).__name__}: {text}"
-    plain = OPERATION.sub("", text)
-    return plain[:1].upper() + plain[1:] if plain.split()[0].isalpha() else plain  # a model's name stays as it is

@@ -103,13 +103,18 @@ def heatmap(trace: Trace, ax: Axes | None = None, vmin: float | None = None, vma
     """
     ax = ax or new_axes(heatmap_height(trace))
     scale = Scale(trace.kind, trace.base, vmin, vmax, metric_name(trace))
-    ax.set_title(TITLES[trace.label].replace("restored", "corrupted" if trace.direction == "noise" else "restored"))
+    ax.set_title(trace_title(trace))
     if trace.token is not None:
         return _draw_heads(ax, trace.read().restored, scale)
     _draw_cells(ax, trace.read().restored, token_names(trace.tokens, trace.subject_range), scale)
     done = "corrupted" if trace.direction == "noise" else "restored"
     ax.set_xlabel("layer" if trace.kind == "state" else f"middle of the {trace.window} {done} layers")
     return finish(ax, layer_ticks())
+
+
+def trace_title(trace: Trace) -> str:
+    """What was put where, such as "MLP restored", or, where the direction is "noise", "MLP corrupted"."""
+    return TITLES[trace.label].replace("restored", "corrupted" if trace.direction == "noise" else "restored")
 
 
 def metric_name(trace: Trace) -> str:

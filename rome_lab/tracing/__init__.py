@@ -8,7 +8,7 @@ GaussianNoise, FixedNoise           what makes a corrupted run corrupted; Subjec
 attribution_patching                effects estimated by one gradient for all cells: attributions of recorded runs
 integrated_gradients                along each restoration, as near to exact as one likes: integrals of recorded runs
 logit_lens, LogitLens               what the model would say of each state if it were the last
-swap_pairs, SwapPair                facts with a partner whose subject can stand in their place
+swap_pairs, SwapPair, partner_of    facts with a partner whose subject can stand in their place
 knockout, Knockout                  attention from the last token masked in runs of layers
 TRACE_METRICS, Readings             what is read of the runs, beside the probability
 answers_at                          what the model says in the three runs of one cell: CellAnswers, a RunAnswers each
@@ -31,7 +31,7 @@ from rome_lab.tracing.lens import LogitLens, logit_lens
 from rome_lab.tracing.many_facts import trace_facts
 from rome_lab.tracing.metrics import TRACE_METRICS, Readings
 from rome_lab.tracing.one_fact import causal_trace, restore, restore_heads, trace_of_kind
-from rome_lab.tracing.pairs import SwapPair, swap_pairs
+from rome_lab.tracing.pairs import SwapPair, partner_of, swap_pairs
 from rome_lab.tracing.paper_claims import claims, claims_at_fact
 from rome_lab.tracing.readings import beside_paper, samples_worth, strongest, strongest_places, trace_random_weights
 from rome_lab.tracing.runs import Runs, TraceSettings, run_clean_and_corrupted

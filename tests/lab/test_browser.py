@@ -255,6 +255,22 @@ def test_any_two_steps_stand_side_by_side_and_one_is_shown_as_code(page: Page, p
     shoot(page, panel, "5_history")
 
 
+def test_corruption_direction_heads_and_metric_are_picked(page: Page, panel: Locator) -> None:
+    panel.get_by_text("Trace: what is restored").click()
+    field(panel, "Corruption").select_option("another subject")
+    field(panel, "In its place").fill("Luovre")  # as many tokens
+    field(panel, "Foil").fill("Oslo")
+    field(panel, "Direction").select_option("corrupted into clean")
+    panel.get_by_text("heads, too").click()
+    expect(button(panel, "logit difference")).to_be_disabled()
+    button(panel, "Trace").click()
+    expect(panel.locator(".rl-heads img").first).to_be_visible(timeout=LATE)
+    expect(panel.get_by_text("Traced the answer")).to_be_visible(timeout=LATE)
+    button(panel, "logit difference").click()
+    expect(panel.get_by_role("grid", name=re.compile("^MLP corrupted.*: logit of"))).to_be_visible()
+    shoot(page, panel, "5_picked")
+
+
 @pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
 def test_nothing_is_cut_or_pale_at_any_width_in_either_theme(page: Page, panel: Locator, theme: str) -> None:
     command(page, "apputils:change-theme", theme=theme)
