@@ -81,7 +81,9 @@ class History:
         """The latest step that traced the same prompt, the same being asked for, with other edits in force."""
         now = [edit.digest for edit in edits]
         for step in reversed(self.steps):
-            alike = step.request == request and [place_of(x) for x in step.traces] == [place_of(x) for x in traces]
+            alike = step.request == request and [subject_place(x) for x in step.traces] == [
+                subject_place(x) for x in traces
+            ]
             if alike and [edit.digest for edit in step.edits] != now:
                 return step
         return None
@@ -116,7 +118,7 @@ class History:
             lines.append(f"with lm.overlay.only([{listed(before, names)}]):\n{indented(f'{name} = {text}')}")
 
 
-def place_of(trace: Trace) -> tuple[object, ...]:
+def subject_place(trace: Trace) -> tuple[object, ...]:
     """The prompt of a trace, and where the subject stands in it."""
     return (trace.prompt, trace.subject_range, trace.kind)
 

@@ -18,8 +18,7 @@ The parts that drawings elsewhere share: `panel_figure`, `new_axes`, `finish`, `
 `token_names`, `COLOURS`, `FONT_SIZE`, `COLUMN_WIDTH`.
 
 Colours (`COLOUR_MAPS`): white is no effect; the kind's own colour is above it, and its opposite below, at the same distance
-equally strong. The scale always reaches as far as the data, on both sides. For lines with a shared scale make the axes with
-`plt.subplots(..., sharey=True)`.
+equally strong. The scale always reaches as far as the data. For a shared scale of lines: `plt.subplots(..., sharey=True)`.
 """
 
 from __future__ import annotations
@@ -107,7 +106,7 @@ def heatmap(trace: Trace, ax: Axes | None = None, vmin: float | None = None, vma
     if trace.token is not None:
         return _draw_heads(ax, trace.read().restored, scale)
     _draw_cells(ax, trace.read().restored, token_names(trace.tokens, trace.subject_range), scale)
-    done = "corrupted" if trace.direction == "noise" else "restored"
+    done = trace_title(trace).split()[1]
     ax.set_xlabel("layer" if trace.kind == "state" else f"middle of the {trace.window} {done} layers")
     return finish(ax, layer_ticks())
 
