@@ -217,7 +217,7 @@ def picture_of(trace: Trace, ax: Axes) -> dict[str, object]:
         "layer_label": ax.get_xlabel(),
         "answer": drawn(trace.answer.strip() or trace.answer),
         "subject": list(trace.subject_range),
-        "metric": drawn(metric_name(trace)),
+        "metric": metric_name(trace).replace(r"\$", "$"),  # its words are drawn already
         "names": ["p_restored", "indirect effect", "p_clean", "p_corrupted"]
         if trace.metric == "probability"
         else ["restored", "effect", "clean", "corrupted"],
