@@ -119,8 +119,9 @@ class Panel {
     const ends = make("div", "rl-ends", bar);
     for (const text of [number(low), metric, number(high)]) make("span", "", ends, text);
     const key = make("div", "rl-key", bar);
-    make("span", "rl-corrupted", key, `corrupted ${number(p_corrupted)}`);
-    make("span", "rl-clean", key, `clean ${number(p_clean)}${p_clean > high ? ", beyond the scale" : ""}`);
+    const placed = (p) => number(p) + (p < low || p > high ? ", beyond the scale" : "");
+    make("span", "rl-corrupted", key, `corrupted ${placed(p_corrupted)}`);
+    make("span", "rl-clean", key, `clean ${placed(p_clean)}`);
     bar.setAttribute("aria-label", `colours from ${number(low)} to ${number(high)}, white at ${number(base)}; ` +
       `corrupted ${number(p_corrupted)}, clean ${number(p_clean)}`);
   }

@@ -53,7 +53,7 @@ def show(
 
     Raises:
         TypeError: what is given is no Trace, or no LanguageModel.
-        ValueError: no trace at all, traces of different prompts or tokens, or another number of titles.
+        ValueError: no trace at all, traces of different prompts, tokens or metrics, or another number of titles.
     """
     traces = (trace,) if isinstance(trace, Trace) else tuple(trace) if isinstance(trace, Sequence) else (trace,)
     check_traces(traces)
@@ -85,6 +85,11 @@ def check_traces(traces: Sequence[Trace]) -> None:
         if other.prompt != first.prompt:
             raise ValueError(
                 f"show: the traces are of different prompts, {first.prompt!r} and {other.prompt!r}; show each by itself."
+            )
+        if other.metric != first.metric:
+            raise ValueError(
+                f"show: the traces are in different metrics, {first.metric} and {other.metric}, which one range of colours "
+                "cannot hold; show each by itself, or take trace.by(metric)."
             )
         if other.tokens != first.tokens:
             raise ValueError(

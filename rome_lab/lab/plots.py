@@ -26,6 +26,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -56,16 +57,11 @@ TITLES = {
     "head": "Head restored",
 }
 QUANTITY_NAMES = {
-    "indirect_effect": "average indirect effect",
-    "p_restored": "average p, restored",
-    "effect": "average effect",
-    "normalised_effect": "average effect, as a share",
+    **{"indirect_effect": "average indirect effect", "p_restored": "average p, restored"},
+    **{"effect": "average effect", "normalised_effect": "average effect, as a share"},
 }
 METRIC_NAMES = {"probability": "p({})", "log_probability": "log p({})", "logit_difference": "logit of {} minus {}"}
-COLOUR_MAPS = {
-    **{"state": ("Oranges", "Purples"), "mlp": ("RdPu", "Greens")},
-    **{"attn": ("Blues", "Reds"), "head": ("Blues", "Reds")},
-}
+COLOUR_MAPS = {"state": ("Oranges", "Purples"), "mlp": ("RdPu", "Greens"), "attn": ("Blues", "Reds")}
 COLOURS = {
     **{"black": "#000000", "orange": "#E69F00", "sky": "#56B4E9", "green": "#009E73"},
     **{"blue": "#0072B2", "red": "#D55E00", "pink": "#CC79A7"},
@@ -129,8 +125,8 @@ def heads_heatmap(average: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     values = average.pivot(index="layer", columns="head", values="mean").to_numpy()
     ax = ax or new_axes(0.6 + 0.09 * len(values))
-    ax.set_title(f"{TITLES['head']} (n = {average['n_facts'].max()})")
-    return _draw_heads(ax, values, Scale("head", 0.0, None, None, QUANTITY_NAMES["effect"]))
+    _name_axes(ax, average, "head", average["n_facts"].max())
+    return _draw_heads(ax, values, Scale("head", 0.0, None, None, _quantity_name(average, "effect")))
 
 
 def _draw_heads(ax: Axes, values: np.ndarray, scale: Scale) -> Axes:
@@ -194,11 +190,9 @@ def average_heatmap(
     n_most = n_facts.max()
     names = [BUCKETS[bucket] + (f" ({n})" if n < n_most else "") for bucket, n in n_facts.items()]
     ax = ax or new_axes(0.6 + 0.17 * len(present))
-    quantity = average.attrs.get("quantity", "indirect_effect")
-    white = np.nanmin(values) if quantity == "p_restored" else 0.0
-    _draw_cells(ax, values, names, Scale(KINDS[kind][0], white, vmin, vmax, QUANTITY_NAMES[quantity]))
-    ax.set_title(f"{TITLES[kind]} (n = {n_most})")
-    ax.set_xlabel(_layer_label(kind))
+    white = np.nanmin(values) if average.attrs.get("quantity") == "p_restored" else 0.0
+    _draw_cells(ax, values, names, Scale(KINDS[kind][0], white, vmin, vmax, _quantity_name(average)))
+    _name_axes(ax, average, kind, n_most)
     return finish(ax, layer_ticks())
 
 
@@ -258,8 +252,7 @@ def lines(average: pd.DataFrame, kind: str, ax: Axes | None = None, legend: bool
     """
     rows = _of_kind(average, kind)
     ax = ax or new_axes(2.3)
-    ax.set_title(f"{TITLES[kind]} (n = {rows['n_facts'].max()})")
-    ax.set_xlabel(_layer_label(kind))
+    _name_axes(ax, average, kind, rows["n_facts"].max())
     names = {bucket: (name, BUCKET_STYLES[bucket]) for bucket, name in BUCKETS.items()}
     return _draw_lines(ax, rows.groupby("bucket"), names, average, legend)
 
@@ -347,12 +340,12 @@ def save_figure(figure: Figure, numbers: pd.DataFrame, stem: str | Path, unit: s
     columns = {"quantity": numbers.attrs.get("quantity"), "unit": unit}
     table = numbers.assign(**{name: text for name, text in columns.items() if text and name not in numbers})
     if "ci_low" in table and "interval" not in table:
-        table["interval"] = np.where(table["ci_low"].notna(), "95% t over facts", None)
+        over = ", clustered by relation" if numbers.attrs.get("clustered") else ""
+        table["interval"] = np.where(table["ci_low"].notna(), f"95% t over facts{over}", None)
     save_table(table, f"{stem}.csv")  # with_suffix would take the end off "qwen2.5"
     with plt.rc_context(SAVING):
         write_atomically(Path(f"{stem}.png"), lambda path: figure.savefig(path, format="png", dpi=200))
-        undated = {"CreationDate": None}
-        write_atomically(Path(f"{stem}.pdf"), lambda path: figure.savefig(path, format="pdf", metadata=undated))
+        write_atomically(Path(f"{stem}.pdf"), partial(figure.savefig, format="pdf", metadata={"CreationDate": None}))
 
 
 def save_table(table: pd.DataFrame, path: str | Path) -> None:
@@ -392,8 +385,7 @@ def finish(ax: Axes, locator: Locator | None = None, frame: bool = True, legend:
     for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
         text.set_size(FONT_SIZE)
     ax.spines[["top", "right"]].set_visible(frame)
-    for spine in ax.spines.values():
-        spine.set_linewidth(0.5)
+    plt.setp(list(ax.spines.values()), linewidth=0.5)
     if legend:
         ax.legend(fontsize=FONT_SIZE - 1, frameon=False, handlelength=2.4, labelspacing=0.3)
     return ax
@@ -446,7 +438,7 @@ def _limits(ends: list[float], vmin: float | None = None, vmax: float | None = N
 
 def _colour_map(kind: str, white: float, limits: tuple[float, float]) -> Colormap:
     """The colours of [low, high], equally strong at equal distances from `white`."""
-    below, above = (plt.get_cmap(name) for name in COLOUR_MAPS[kind])
+    below, above = (plt.get_cmap(name) for name in COLOUR_MAPS["attn" if kind == "head" else kind])
     strength = np.linspace(0.15, 0.95, 16)
     ramp = LinearSegmentedColormap.from_list(kind, [*below(strength[::-1]), "white", *above(strength)], N=1025)
     low, high = limits
@@ -477,8 +469,15 @@ def _draw_cells(ax: Axes, values: np.ndarray, names: Sequence[str], scale: Scale
     colour_bar(mesh, scale.label)
 
 
-def _layer_label(kind: str) -> str:
-    return "middle of the restored layers" if kind in ("mlp", "attn") else "layer"
+def _name_axes(ax: Axes, average: pd.DataFrame, kind: str, n: int) -> None:
+    done = "corrupted" if average.attrs.get("direction") == "noise" else "restored"
+    ax.set_title(f"{TITLES[kind].replace('restored', done)} (n = {n})")
+    ax.set_xlabel(f"middle of the {done} layers" if kind in ("mlp", "attn") else "layer")
+
+
+def _quantity_name(average: pd.DataFrame, otherwise: str = "indirect_effect") -> str:
+    metric = average.attrs.get("metric", "probability").replace("_", " ")
+    return QUANTITY_NAMES[average.attrs.get("quantity", otherwise)] + f", {metric}" * (metric != "probability")
 
 
 def _draw_lines(
@@ -496,5 +495,5 @@ def _draw_lines(
     ax.axhline(0, color="0.6", linewidth=0.5, zorder=0)
     ax.margins(x=0.01)
     inner = len(ax.get_shared_y_axes().get_siblings(ax)) > 1 and not ax.get_subplotspec().is_first_col()
-    ax.set_ylabel("" if inner else QUANTITY_NAMES[average.attrs.get("quantity", "indirect_effect")])
+    ax.set_ylabel("" if inner else _quantity_name(average))
     return finish(ax, layer_ticks(), frame=False, legend=legend)

@@ -148,8 +148,8 @@ def compare_lines(effects: pd.DataFrame, by: str, kinds: Sequence[str], note: st
             ax.axhline(0, color="0.6", linewidth=0.5, zorder=0)
             ax.set_title(f"{plots.TITLES[kind].split()[0]}, {title}")
             finish(ax, layer_ticks())
-    for ax in axes[-1]:
-        ax.set_xlabel("layer, or middle of the layers" if len(kinds) < len(SINGLE) else "layer", fontsize=FONT_SIZE)
+    for ax, kind in zip(axes[-1], kinds, strict=True):
+        ax.set_xlabel("layer" if kind == "state" else "middle of the layers", fontsize=FONT_SIZE)
     for ax in axes[:, 0]:
         ax.set_ylabel("effect, as a share", fontsize=FONT_SIZE)
     shared_legend(figure, columns=len(values))

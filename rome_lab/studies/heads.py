@@ -8,6 +8,7 @@ heads_figure                    all three in one figure
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from rome_lab.tracing import (
     run_clean_and_corrupted,
     trace_facts,
 )
+
+logger = logging.getLogger(__name__)
 
 METRIC = "logit_difference"
 KNOCKED = {"subject": "the subject", "subject_last": "its last token", "rest": "all other tokens"}
@@ -84,10 +87,16 @@ def share_of_heads(
     """What the k strongest heads bring back together at the last token, as a share of what all heads together do.
 
     The heads are chosen on the first half of the facts and measured on the other. Shares are of means over facts, ratios of
-    single facts being wild where all heads bring back little; the interval is by a bootstrap over facts.
+    single facts being wild where all heads bring back little; the interval is by a bootstrap over facts. Where the interval
+    of what all heads bring back reaches zero, shares say nothing: they are NaN, with a warning.
 
     Returns: DataFrame: heads, share, ci_low, ci_high, n_facts.
+    Raises:  ValueError: fewer than two pairs, or traces of others.
     """
+    if len(pairs) < 2 or [x.prompt for x in traces] != [x.fact.prompt for x in pairs]:
+        raise ValueError(
+            f"share_of_heads: {len(pairs)} pairs and {len(traces)} traces; expected two or more, one each."
+        )
     half = len(pairs) // 2
     order = top_heads(Traces(traces[:half]).average_heads(), traces[0].p_restored.size)
     ranked = list(zip(order["layer"].tolist(), order["head"].tolist(), strict=True))
@@ -100,8 +109,11 @@ def share_of_heads(
     effects = np.stack(rows)  # (facts, sizes)
     rng = np.random.default_rng(0)
     drawn = effects[rng.integers(len(effects), size=(2000, len(effects)))].mean(axis=1)  # (2000, sizes)
-    low, high = np.percentile(drawn / drawn[:, -1:], [2.5, 97.5], axis=0)
-    means = effects.mean(axis=0)
+    means, whole = effects.mean(axis=0), drawn[:, -1:]
+    if np.percentile(whole, 2.5) <= 0:
+        logger.warning("share_of_heads: all heads bring back %.3g, not clearly above zero: no shares", means[-1])
+        means, whole = np.full_like(means, np.nan), np.full_like(whole, np.nan)
+    low, high = np.percentile(drawn / whole, [2.5, 97.5], axis=0)
     return pd.DataFrame(
         {"heads": sizes, "share": means / means[-1], "ci_low": low, "ci_high": high, "n_facts": len(effects)}
     )

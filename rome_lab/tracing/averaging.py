@@ -17,12 +17,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import pandas as pd
 
 from rome_lab.base import MeanCI, mean_ci
-from rome_lab.tracing.trace import HEAD, KINDS, Trace
+from rome_lab.tracing.trace import DIRECTIONS, HEAD, KINDS, Trace
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,8 @@ class Spread:
     def best_samples(self, fact_cost: float, sample_cost: float) -> int:
         """The S of the least error for a given cost of all: sqrt(within / between * fact_cost / sample_cost), at least 1.
 
+        Where nothing is seen to lie between facts there is none, and it is that of the traces.
+
         Args: fact_cost, sample_cost: of a fact whatever its samples, such as its clean run, and of each sample, in one unit.
         """
         if self.between <= 0:
@@ -110,16 +113,19 @@ class Traces(tuple[Trace, ...]):
         return f"Traces({len(self)} traces of {self.n_facts} facts: {', '.join(self.kinds) or 'none'})"
 
     def _repr_html_(self) -> str:
-        rows = [
-            {
-                "kind": kind,
-                "facts": traces.n_facts,
-                "mean p_clean": np.mean([trace.p_clean for trace in traces]),
-                "mean p_corrupted": np.mean([trace.p_corrupted for trace in traces]),
-                "mean of the facts' largest effect": np.mean([trace.indirect_effect[trace.peak] for trace in traces]),
-            }
-            for kind, traces in ((kind, self.of(kind)) for kind in self.kinds)
-        ]
+        rows = []
+        for kind, direction in product(self.kinds, DIRECTIONS):
+            if traces := Traces(x for x in self.of(kind).by("probability") if x.direction == direction):
+                largest = np.mean([trace.effect[trace.peak] for trace in traces])
+                rows.append(
+                    {
+                        "kind": kind if direction == "denoise" else f"{kind}, direction {direction}",
+                        "facts": traces.n_facts,
+                        "mean p_clean": np.mean([trace.p_clean for trace in traces]),
+                        "mean p_corrupted": np.mean([trace.p_corrupted for trace in traces]),
+                        "mean of the facts' largest effect": largest,
+                    }
+                )
         return pd.DataFrame(rows).to_html(index=False, float_format="{:.3f}".format)
 
     @property
@@ -151,8 +157,8 @@ class Traces(tuple[Trace, ...]):
         Returns: a row for each kind but heads, fact and bucket, a column a layer. Facts are counted in the order of their
                  first trace, the same for all kinds. NaN where a fact has no trace of the kind, no token in the bucket, one
                  in it that was not restored, or no normalised effect, see `Trace.has_normalised`.
-        Raises:  ValueError: no traces but of heads, different numbers of layers, metrics or directions, two traces of one
-                 fact and kind, values not finite.
+        Raises:  ValueError: no traces but of heads, different numbers of layers, metrics, directions or corruptions, two
+                 traces of one fact and kind, values not finite.
         """
         if quantity not in _QUANTITIES:
             raise ValueError(f"averaging: unknown quantity {quantity!r}; choose one of {', '.join(_QUANTITIES)}")
@@ -189,11 +195,11 @@ class Traces(tuple[Trace, ...]):
 
         Args:    quantity: see `fact_means`. clustered: by relation, see `mean_ci`.
         Returns: DataFrame: kind, bucket, layer, mean, ci_low, ci_high, n_facts; a bucket that no fact has is left out.
-                 `.attrs` has the quantity, whether it is clustered, and how many facts were left out for want of a
-                 normalised effect.
+                 `.attrs` has the quantity, metric and direction, whether it is clustered, and how many facts were left out
+                 for want of a normalised effect.
         Raises:  see `fact_means`.
         """
-        table = _over_facts(self.fact_means(quantity), quantity, self.relations() if clustered else None)
+        table = _over_facts(self.fact_means(quantity), self.relations() if clustered else None)
         lacking = {_fact_of(trace) for trace in self if trace.label != HEAD and not trace.has_normalised}
         left_out = len(lacking) if quantity == "normalised_effect" else 0
         if left_out:
@@ -202,23 +208,36 @@ class Traces(tuple[Trace, ...]):
                 left_out,
                 self.n_facts,
             )
-        table.attrs |= {"clustered": clustered, "left_out": left_out}
+        table.attrs = self._attrs(quantity, clustered) | {"left_out": left_out}
         return table
+
+    def _attrs(self, quantity: str, clustered: bool = False) -> dict[str, object]:
+        """What an average of these traces, which are of one metric and direction, says of itself."""
+        return {
+            "quantity": quantity,
+            "metric": self[0].metric if quantity in ("effect", "normalised_effect") else "probability",
+            "direction": self[0].direction,
+            "clustered": clustered,
+        }
 
     def average_heads(self, clustered: bool = False) -> pd.DataFrame:
         """Average effect of each head over facts, in the traces' metric, with 95% intervals.
 
-        Returns: DataFrame: layer, head, mean, ci_low, ci_high, n_facts.
-        Raises:  ValueError: there are no traces of heads, or of different shapes.
+        Returns: DataFrame: layer, head, mean, ci_low, ci_high, n_facts; `.attrs` as of `average`.
+        Raises:  ValueError: there are no traces of heads, or of different shapes, metrics or directions, or two of one fact.
         """
         traces = self.of(HEAD)
+        _check_alike(traces)
         if len({trace.p_restored.shape for trace in traces}) != 1:
             raise ValueError("average_heads: these are not traces of heads of one model; trace with kind='head'.")
         mean = mean_ci(
             np.stack([trace.effect for trace in traces]), [t.relation for t in traces] if clustered else None
         )
         layer, head = np.indices(mean.mean.shape).reshape(2, -1)
-        return pd.DataFrame({"layer": layer, "head": head} | {k: v.ravel() for k, v in mean._asdict().items()})
+        table = pd.DataFrame({"layer": layer, "head": head} | {k: v.ravel() for k, v in mean._asdict().items()})
+        table.attrs = traces._attrs("effect", clustered)
+        del table.attrs["quantity"]  # there is no other
+        return table
 
     def spread(self, kind: str, bucket: str, layer: int) -> Spread:
         """The variance of an average effect, taken apart into what lies between facts and within them.
@@ -227,9 +246,12 @@ class Traces(tuple[Trace, ...]):
 
         Args:    kind, bucket, layer: of which average. The traces have more than one sample; the effect is in their metric.
         Returns: Spread.
-        Raises:  ValueError: fewer than two facts have it, or their traces have one sample only.
+        Raises:  ValueError: fewer than two facts have it, or their traces have one sample only; there is no such layer;
+                 traces of heads, or that cannot be averaged.
         """
         traces = self.of(kind)
+        if kind == HEAD or not 0 <= layer < _checked_layers(traces):
+            raise ValueError(f"spread: no layer {layer} of kind {kind!r}; layers count from 0; heads have no buckets.")
         values, within = [], []
         for trace in traces:
             places = np.flatnonzero(np.array(buckets(len(trace.tokens), trace.subject_range)) == bucket)
@@ -252,14 +274,16 @@ class Traces(tuple[Trace, ...]):
 
         Only facts that have both are counted. Returns a table like `average`, with the kind "<kind> minus <minus>".
 
-        Raises: ValueError: there are no traces of one of the kinds.
+        Raises: ValueError: there are no traces of one of the kinds; see also `fact_means`.
         """
         means = self.fact_means()
         for label in (kind, minus):
             if label not in self.kinds:
                 raise ValueError(f"gap: no traces of kind {label!r} among {', '.join(self.kinds)}; trace that kind too")
         pairs = means.loc[kind] - means.loc[minus]
-        return _over_facts(pd.concat({f"{kind} minus {minus}": pairs}, names=["kind"]), "indirect_effect")
+        table = _over_facts(pd.concat({f"{kind} minus {minus}": pairs}, names=["kind"]))
+        table.attrs = self._attrs("indirect_effect")
+        return table
 
     def summary(self) -> pd.DataFrame:
         """The probabilities quoted in appendices B.1 and B.2, beside the paper's for GPT-2 XL.
@@ -269,8 +293,13 @@ class Traces(tuple[Trace, ...]):
         the bucket where the paper found it. The layer is chosen on the same facts, so the peak's interval is optimistic.
 
         Returns: DataFrame: measure, bucket, layer, mean, ci_low, ci_high, n_facts, paper, paper_layer.
+        Raises:  ValueError: traces of direction "noise", which restores what is corrupted; see also `fact_means`.
         """
         means = self.fact_means("p_restored")
+        if self[0].direction == "noise":
+            raise ValueError(
+                "summary: the paper's numbers are of clean values put into corrupted runs; trace with direction='denoise'."
+            )
         of_facts = {_fact_of(trace): trace for trace in self}.values()
         rows = [
             {"measure": "p_clean", "paper": 0.270} | _interval([trace.p_clean for trace in of_facts]),
@@ -294,7 +323,7 @@ def _interval(values: Sequence[float] | np.ndarray) -> dict[str, float]:
     return {name: value.item() for name, value in mean_ci(np.asarray(values))._asdict().items()}
 
 
-def _over_facts(means: pd.DataFrame, quantity: str, relations: Sequence[str | None] | None = None) -> pd.DataFrame:
+def _over_facts(means: pd.DataFrame, relations: Sequence[str | None] | None = None) -> pd.DataFrame:
     """A row for each kind, fact and bucket to rows of `Traces.average`."""
     parts = [
         pd.DataFrame(
@@ -303,9 +332,7 @@ def _over_facts(means: pd.DataFrame, quantity: str, relations: Sequence[str | No
         for (kind, bucket), rows in means.groupby(level=["kind", "bucket"], sort=False)
     ]
     table = pd.concat(parts)
-    table = table[table["n_facts"] > 0].reset_index(drop=True)
-    table.attrs["quantity"] = quantity
-    return table
+    return table[table["n_facts"] > 0].reset_index(drop=True)
 
 
 def _fact_of(trace: Trace) -> tuple[str, str, str]:
@@ -319,20 +346,29 @@ def _bucket_means(trace: Trace, values: np.ndarray) -> dict[str, np.ndarray]:
     return {bucket: rows.mean(axis=0) for bucket, rows in rows.items() if len(rows) and not np.isnan(rows).any()}
 
 
-def _checked_layers(traces: Sequence[Trace]) -> int:
-    """The number of layers of all traces, having refused what cannot be averaged."""
-    if not traces:
-        raise ValueError("averaging: there are no traces; trace at least one fact first")
-    if len(ways := {(trace.metric, trace.direction) for trace in traces}) > 1:
+def _check_alike(traces: Sequence[Trace]) -> None:
+    """Raise a ValueError where these measure different things, or one thing twice."""
+    ways = {(x.metric, x.direction, *(["another subject"] if x.swapped else [])) for x in traces}
+    if len(ways) > 1:
         listed = ", ".join(" and ".join(way) for way in sorted(ways))
-        raise ValueError(f"averaging: traces have different metrics or directions: {listed}; average those of one.")
+        raise ValueError(
+            f"averaging: traces have different metrics, directions or corruptions: {listed}; average those of one."
+        )
     seen: set[tuple[object, ...]] = set()
-    shapes: dict[int, str] = {}
     for trace in traces:
         key = (trace.label, _fact_of(trace))
         if key in seen:
             raise ValueError(f"averaging: two {trace.label!r} traces of {trace.prompt!r}; drop one of them")
         seen.add(key)
+
+
+def _checked_layers(traces: Sequence[Trace]) -> int:
+    """The number of layers of all traces, having refused what cannot be averaged."""
+    if not traces:
+        raise ValueError("averaging: there are no traces; trace at least one fact first")
+    _check_alike(traces)
+    shapes: dict[int, str] = {}
+    for trace in traces:
         shape = np.shape(trace.p_restored)
         if len(shape) != 2 or shape[0] != len(trace.tokens):
             raise ValueError(

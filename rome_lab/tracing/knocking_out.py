@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,8 @@ def knockout(
         tokens: which tokens instead of the subject's, by number.
 
     Raises:
-        ValueError: no such tokens, or all there are; the model does not know the Fact; see also `causal_trace`.
+        ValueError: no such tokens, or all that the last one sees in some block; the model does not know the Fact; see also
+            `causal_trace`.
     """
     check_whole("knockout", window=(window, 1))
     check_verified(lm, "knockout")
@@ -100,11 +102,13 @@ def knockout(
     runs = run_clean_and_corrupted(lm, prompt, subject, settings, answer)
     length = len(runs.prompt.ids)
     chosen = sorted(set(range(*runs.prompt.subject_range) if tokens is None else tokens))
-    if not chosen or not 0 <= chosen[0] <= chosen[-1] < length or len(chosen) == length:
+    whole = all(isinstance(x, Integral) and not isinstance(x, bool) for x in chosen)
+    if not chosen or not whole or not 0 <= chosen[0] <= chosen[-1] < length or len(chosen) == length:
         raise ValueError(
             f"knockout: the tokens {chosen} are not some of the prompt's {length}, counted from 0, with one left at "
             "least to attend to; name others, or a longer prompt."
         )
+    chosen = list(map(int, chosen))
     columns = columns_of("attn", lm.n_layers, window)
     order = sorted(range(lm.n_layers), key=lambda place: columns[place].first)
     recording = runs.recording
@@ -156,6 +160,11 @@ def without(
             unseen = mask[0, 0, 0, -1].clone()
             for row in (row for row, is_barred in enumerate(barred) if is_barred):
                 mask[row, :, -1, list(tokens)] = unseen
+                if (mask[row, :, -1] == unseen).all():
+                    raise ValueError(
+                        f"knockout: in block {layer} of {lm.name} the last token sees none but {list(tokens)}, so that "
+                        "it would have nothing left to attend to; name other tokens."
+                    )
             return mask
         if isinstance(value, tuple | list):
             return type(value)(changed("", x) for x in value)

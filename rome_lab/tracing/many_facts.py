@@ -66,7 +66,8 @@ def trace_facts(
     Returns: Traces, in the order of the facts. Facts that `lm` does not know are left out, with a warning.
 
     Raises:
-        ValueError: a kind that is unknown or given twice, no facts, or none that `lm` knows.
+        ValueError: a kind that is unknown or given twice, no facts, or none that `lm` knows; facts among pairs without a
+            corruption that is the same for both.
         OSError: the store cannot be written; found before any work is done.
         RuntimeError: the cluster has failed, and what was finished is in the store; or the store loses what it is given.
     """
@@ -84,6 +85,11 @@ def trace_facts(
     settings = TraceSettings(corruption, samples, window, seed, max_rows, direction)
     settings = replace(settings, corruption=settings.corruption.measured(lm))
     pairs = [x for x in facts if isinstance(x, SwapPair)]
+    if corruption is None and 0 < len(pairs) < len(facts):
+        raise ValueError(
+            f"trace_facts: {len(pairs)} of {len(facts)} facts are pairs, in whose corrupted runs the partners would stand, "
+            "and noise in those of the others; give only pairs, only facts, or a corruption."
+        )
     check_metric("trace_facts", metric, settings.foil or (pairs if len(pairs) == len(facts) else None))
     plan = TracePlan(kinds, settings, corruption is None, metric)
     unknown: dict[Fact | SwapPair, str] = {}

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from rome_lab.base import check_whole
 from rome_lab.facts import Fact
 from rome_lab.models import (
     LanguageModel,
@@ -88,6 +89,8 @@ def causal_trace(
         )
     if token is not None and kind != HEAD:
         raise ValueError(f"causal_trace: a token is chosen for heads only; kind {kind!r} restores every token.")
+    if token is not None:
+        check_whole("causal_trace", token=(token, 0))
     if not despite_verdict:
         check_verified(lm, "causal_trace")
     settings = TraceSettings(corruption, samples, window, seed, max_rows, direction, foil)
@@ -186,9 +189,9 @@ def restore_heads(
         sets: of heads, each (layer, head); none of them empty.
         token: where, the last one by default.
 
-    Raises: ValueError: there is no such head, or heads cannot be told apart.
+    Raises: ValueError: there is no such head or token, or heads cannot be told apart.
     """
-    heads = heads_of(runs)
+    heads, length = heads_of(runs), len(runs.prompt.ids)
     for layer, head in {place for places in sets for place in places}:
         if not (0 <= layer < runs.lm.n_layers and 0 <= head < heads):
             raise ValueError(
@@ -196,7 +199,9 @@ def restore_heads(
             )
     if not all(len(places) for places in sets):
         raise ValueError("restore_heads: one of the sets is empty; what it would restore is the base run itself.")
-    token = len(runs.prompt.ids) - 1 if token is None else token
+    token = length - 1 if token is None else token
+    if not 0 <= token < length:
+        raise ValueError(f"restore_heads: there is no token {token}; the prompt has {length}, counted from 0.")
     with suited_attention(runs.lm), suited_products(runs.lm.device), freed_memory_kept():
         swept = Sweep(runs, token, HEAD, None, [column_of_heads(places) for places in sets]).metrics()
     return {metric: values.mean(axis=1) for metric, values in swept.items()}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from rome_lab.base import Store, seed_from
+from rome_lab.base import Store, check_whole, seed_from
 from rome_lab.facts import Fact, known_among, known_facts, object_token, read_prompt
 from rome_lab.models import LanguageModel
 from rome_lab.tracing.corruption import SubjectSwap
@@ -82,6 +82,8 @@ def swap_pairs(
     Raises:
         ValueError: no facts, or none that the model knows has a partner.
     """
+    if n is not None:
+        check_whole("swap_pairs", n=(n, 1))
     given = list(dict.fromkeys(facts))
     pairs, alone = {}, []
     for size in (None,) if n is None else (2 * n, None):  # a larger sample begins with the smaller one

@@ -134,7 +134,9 @@ def claims(
         )
     means = traces.fact_means(quantity)
     relations = traces.relations() if clustered else None
-    return pd.DataFrame([_row(claim, means, margin, relations) for claim in CLAIMS]).astype({"peak_layer": "Int64"})
+    wanting = "a trace, of the token or of a share" if quantity == "normalised_effect" else "a trace or of the token"
+    rows = [_row(claim, means, margin, wanting, relations) for claim in CLAIMS]
+    return pd.DataFrame(rows).astype({"peak_layer": "Int64"})
 
 
 def claims_at_fact(traces: Iterable[Trace], margin: float = 0.01) -> pd.DataFrame:
@@ -144,9 +146,11 @@ def claims_at_fact(traces: Iterable[Trace], margin: float = 0.01) -> pd.DataFram
     Returns: DataFrame: claim; larger, smaller, mean indirect effects over the claim's layers at its two sites; effect, their
              difference; tested_layers; verdict: "agrees" (effect > margin), "disagrees" (effect < -margin), "neither", or
              "can't tell", for want of a trace, of the token or of layers.
-    Raises:  ValueError: the traces are of several facts; see also `Traces.fact_means`.
+    Raises:  ValueError: the traces are of several facts, or of direction "noise"; see also `Traces.fact_means`.
     """
     traces = Traces(traces)
+    if any(trace.direction == "noise" for trace in traces):
+        raise ValueError("claims_at_fact: it compares effects of direction 'denoise'; those of 'noise' are below zero.")
     if traces.n_facts > 1:
         raise ValueError(f"claims_at_fact: these are traces of {traces.n_facts} facts; claims(traces) is about many.")
     means = traces.fact_means()
@@ -180,7 +184,7 @@ def holm(p_values: np.ndarray) -> np.ndarray:
 
 
 def _row(
-    claim: Claim, means: pd.DataFrame, margin: float, relations: Sequence[str | None] | None = None
+    claim: Claim, means: pd.DataFrame, margin: float, wanting: str, relations: Sequence[str | None] | None = None
 ) -> dict[str, object]:
     kinds, facts, _ = (means.index.unique(level) for level in means.index.names)
     n_layers = len(means.columns)
@@ -197,7 +201,7 @@ def _row(
     if not len(layers):
         notes.append(f"a model of {n_layers} layers has none that the claim speaks of")
     elif not missing:
-        notes += [f"{n_all - n} of {n_all} facts left out, for want of a trace or of the token"] if n < n_all else []
+        notes += [f"{n_all - n} of {n_all} facts left out, for want of {wanting}"] if n < n_all else []
         notes += [f"needs at least {MIN_FACTS} facts"] if n < MIN_FACTS else []
     effect = low = high = p_value = np.nan
     significant, peak, verdict = layers[:0], None, "can't tell"

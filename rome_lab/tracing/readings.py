@@ -54,7 +54,15 @@ class Peak:
 
 
 def strongest(average: pd.DataFrame, kind: str, among: Collection[str] = tuple(BUCKETS)) -> Peak:
-    """Where the mean effect of one kind is highest, among these buckets; `average` is what `Traces.average` returns."""
+    """Where the mean effect of one kind is highest, among these buckets; `average` is what `Traces.average` returns.
+
+    Raises: ValueError: effects of direction "noise", which are below zero where a site matters, other than as shares.
+    """
+    if average.attrs.get("direction") == "noise" and average.attrs["quantity"] != "normalised_effect":
+        raise ValueError(
+            "strongest: effects of direction 'noise' are below zero where a site matters, so that the highest is the least; "
+            "take average('normalised_effect')."
+        )
     rows = average[(average["kind"] == kind) & average["bucket"].isin(among)]
     top = rows.loc[rows["mean"].idxmax()]
     below = (rows.loc[rows["bucket"] == top["bucket"], "ci_high"] < top["ci_low"]).sum()
@@ -107,7 +115,7 @@ def samples_worth(traces: Traces, numbers: Sequence[int] = (1, 2, 3, 5, 10)) -> 
              number.
     Raises:  ValueError: the traces have one sample only; see `Traces.spread`.
     """
-    average, rows = traces.average(), []
+    average, rows = traces.average("effect"), []  # which `Traces.spread` takes apart
     for kind, bucket in (("state", "subject_last"), ("mlp", "subject_last"), ("attn", "last")):
         layer = strongest(average, kind, [bucket]).layer
         spread = traces.spread(kind, bucket, layer)

@@ -73,6 +73,9 @@ class Trace:
     p_variance: np.ndarray | None = None
     further: Mapping[str, Readings] = field(default_factory=dict)
 
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update({"further": {}} | state)  # none, where it was pickled before there were other metrics
+
     def read(self, metric: str | None = None) -> Readings:
         """The readings of a metric, by default that of the trace.
 

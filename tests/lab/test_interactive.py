@@ -181,6 +181,7 @@ def test_selected_and_layer_can_be_observed_and_set() -> None:
             ValueError,
             "different tokens, as different models",
         ),
+        ([make_trace(), replace(make_trace(), metric="log_probability")], ValueError, "in different metrics"),
         (replace(make_trace(), kind="unheard of"), ValueError, "of kind 'unheard of' cannot be touched"),
         (replace(make_trace(), p_restored=np.full((7, 12), np.nan)), ValueError, "no restored runs"),
     ],

@@ -342,6 +342,19 @@ def test_another_metric_is_drawn_from_the_run_that_is_restored_into():
     assert table["logit_difference_clean"].eq(-2.0).all() and len(table) == trace.p_restored.size
 
 
+def test_averages_of_another_metric_and_direction_are_named_and_their_clusters_stated(tmp_path):
+    readings = Readings(clean=2.0, corrupted=-1.0, restored=make_trace("mlp", 0).p_restored, variance=np.zeros(1))
+    chosen = {"metric": "logit_difference", "direction": "noise", "further": {"logit_difference": readings}}
+    traces = Traces(replace(make_trace("mlp", fact), **chosen, relation="r") for fact in range(2))
+    average = traces.average("effect", clustered=True)
+    for ax in (plots.average_heatmap(average, "mlp"), plots.lines(average, "mlp")):
+        assert ax.get_title() == "MLP corrupted (n = 2)" and ax.get_xlabel() == "middle of the corrupted layers"
+    assert ax.get_ylabel() == "average effect, logit difference"
+    average = Traces(replace(x, relation=x.prompt) for x in traces).average("effect", clustered=True)
+    plots.save_figure(ax.figure, average, tmp_path / "a")
+    assert (pd.read_csv(tmp_path / "a.csv")["interval"] == "95% t over facts, clustered by relation").all()
+
+
 def test_heads_are_drawn_by_layer_and_head():
     trace = replace(make_trace("attn", 0), kind="head", token=4, p_restored=np.random.default_rng(0).random((6, 3)))
     ax = plots.heatmap(trace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from rome_lab.base.intervals import mean_ci
 from rome_lab.tracing.averaging import BUCKETS, Traces, buckets
+from rome_lab.tracing.metrics import Readings
 from rome_lab.tracing.trace import KINDS, Trace
 
 
@@ -331,9 +333,70 @@ def test_normalised_effects_leave_out_and_count_facts_that_are_hardly_corrupted(
 
 def test_traces_of_several_directions_are_not_averaged():
     with pytest.raises(
-        ValueError, match="different metrics or directions: probability and denoise, probability and noise"
+        ValueError, match="different metrics, directions or corruptions: probability and denoise, probability and noise"
     ):
         Traces([make_trace(fact=0), replace(make_trace(fact=1), direction="noise")]).average()
+
+
+def of_head(fact: int) -> Trace:
+    return replace(make_trace(fact), kind="head", token=6, p_restored=np.full((3, 4), 0.3), p_variance=np.ones((3, 4)))
+
+
+@pytest.mark.parametrize(
+    "changed", [{"direction": "noise"}, {"swapped": "Rome"}, {"prompt": "prompt 0", "subject": "subject 0"}]
+)
+def test_what_differs_or_comes_twice_is_averaged_in_no_way(changed):
+    heads = Traces([of_head(0), replace(of_head(1), **changed)])
+    states = Traces(replace(x, p_variance=np.ones((7, 2))) for x in (make_trace(0), replace(make_trace(1), **changed)))
+    ways = (heads.average_heads, states.average, states.summary, lambda: states.spread("state", "last", 0))
+    for way in ways:
+        with pytest.raises(ValueError, match="different metrics, directions or corruptions|two '(head|state)' traces"):
+            way()
+
+
+@pytest.mark.parametrize(("kind", "layer"), [("head", 0), ("state", 2), ("state", -1)])
+def test_the_spread_is_of_layers_and_buckets_that_there_are(kind, layer):
+    traces = Traces(x for fact in range(2) for x in (make_trace(fact), of_head(fact)))
+    with pytest.raises(ValueError, match=f"no layer {layer} of kind '{kind}'"):
+        traces.spread(kind, "subject_first", layer)
+
+
+def test_the_papers_numbers_are_not_read_off_the_other_direction():
+    traces = Traces(replace(make_trace(fact), direction="noise") for fact in range(3))
+    with pytest.raises(ValueError, match="direction='denoise'"):
+        traces.summary()
+
+
+def test_the_small_table_is_in_probability_and_has_a_row_a_direction():
+    effect = np.zeros((7, 2))
+    effect[3, 1] = 0.25
+    trace = make_trace(effect=effect)
+    readings = Readings(-1.0, -4.0, np.where(np.eye(7, 2) > 0, -1.0, -4.0), effect)  # its peak is another cell
+    trace = replace(trace, metric="log_probability", further={"log_probability": readings})
+    back = replace(make_trace(effect=effect - 0.4), direction="noise")  # 0.6 -> at the least -0.3, at another cell
+    table = Traces([trace, back])._repr_html_()
+    assert "0.250" in table and "state, direction noise" in table and f"{-0.3 - 0.6:.3f}" in table
+
+
+def test_averages_say_what_they_are_of():
+    traces = Traces(replace(make_trace(fact), direction="noise", relation="r") for fact in range(2))
+    common = {"metric": "probability", "direction": "noise"}
+    assert traces.average(clustered=True).attrs == {
+        **common,
+        "quantity": "indirect_effect",
+        "clustered": True,
+        "left_out": 0,
+    }
+    heads = Traces([of_head(0)]).average_heads()
+    assert heads.attrs == {**common, "direction": "denoise", "clustered": False}
+
+
+def test_a_trace_that_was_pickled_before_there_were_metrics_can_be_read():
+    trace = make_trace(effect=np.full((7, 2), 0.2))
+    later = ("direction", "metric", "foil", "swapped", "token", "relation", "p_variance", "further")
+    old = object.__new__(Trace)
+    old.__setstate__({name: value for name, value in trace.__dict__.items() if name not in later})
+    np.testing.assert_allclose(pickle.loads(pickle.dumps(old)).indirect_effect, 0.2)
 
 
 def test_heads_are_averaged_by_layer_and_head():

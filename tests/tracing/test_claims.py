@@ -168,6 +168,20 @@ def test_subjects_of_one_token_are_left_out_where_subject_tokens_are_compared():
     assert table.loc[1, "left_out"] == 10 and table.loc[1, "verdict"] == "can't tell"
 
 
+def test_one_fact_of_the_other_direction_agrees_with_nothing():
+    traces = Traces(replace(trace, direction="noise") for trace in make_traces(1, PAPER_LIKE))
+    with pytest.raises(ValueError, match="of direction 'denoise'"):
+        claims_at_fact(traces)
+
+
+def test_facts_without_a_share_are_left_out_and_the_note_says_so():
+    traces = [*make_traces(4, PAPER_LIKE)]
+    traces[: len(KINDS)] = (replace(trace, p_clean=trace.p_corrupted + 0.01) for trace in traces[: len(KINDS)])
+    table = claims(traces, quantity="normalised_effect")
+    assert (table["left_out"] == 1).all()
+    assert table["note"].str.startswith("1 of 4 facts left out, for want of a trace, of the token or of a share").all()
+
+
 def test_holm_agrees_with_a_hand_calculation():
     assert holm(np.array([0.01, 0.04, 0.03, 0.005])).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm(np.array([0.7, 0.6])).tolist() == [1.0, 1.0]

@@ -349,6 +349,7 @@ def test_bad_input_is_refused_in_one_sentence():
         ({"kind": "head", "severed": "mlp"}, "is not defined"),
         ({"token": 3}, "for heads only"),
         ({"kind": "head", "token": 99}, "there is no token 99"),
+        ({"kind": "head", "token": 1.5}, "token is 1.5; expected a whole number"),
     ):
         with pytest.raises(ValueError, match=message):
             causal_trace(lm, *EIFFEL, **{"samples": 1} | change)
@@ -359,9 +360,51 @@ def test_bad_input_is_refused_in_one_sentence():
         trace.by("logit_difference")
     with pytest.raises(ValueError, match="no share of it says anything"):
         _ = causal_trace(lm, *EIFFEL, corruption=GaussianNoise(std=0.0), samples=1).normalised_effect
-    for tokens in ([], [400], range(len(trace.tokens))):
+    for tokens in ([], [400], [1.5], ["1"], [True], range(len(trace.tokens))):
         with pytest.raises(ValueError, match="at least to attend to|least to attend"):
             knockout(lm, *EIFFEL, tokens=list(tokens))
+
+
+def test_knockout_of_all_that_a_sliding_window_leaves_is_refused():
+    lm = tiny_model("mistral")  # each token sees six
+    length = len(ids_of(lm, PROMPT))
+    with pytest.raises(ValueError, match="in block 0 of tiny-mistral the last token sees none but"):
+        knockout(lm, *EIFFEL, tokens=range(length - 8, length))
+    knockout(lm, *EIFFEL, tokens=range(length - 8, length - 1))
+
+
+def test_facts_among_pairs_are_not_traced_by_another_corruption():
+    from rome_lab.tracing.pairs import SwapPair
+
+    template = "The {} is located in the city of"
+    one, other = Fact(SUBJECT, template, "Paris"), Fact(OTHER, template, "Rome")
+    with pytest.raises(ValueError, match="1 of 2 facts are pairs"):
+        trace_facts(tiny_model("llama"), [SwapPair(one, other), other], progress=False)
+
+
+def test_shares_of_what_all_heads_bring_back_are_none_where_that_is_near_zero(monkeypatch, caplog):
+    from rome_lab.studies import heads as study
+    from rome_lab.tracing.pairs import SwapPair
+
+    lm, template = tiny_model("llama"), "The {} is located in the city of"
+    monkeypatch.setattr("rome_lab.tracing.runs.known_answer", lambda lm, fact, logits: int(logits.argmax()))
+    swapped = (Fact(SUBJECT, x, "Paris") for x in (template, "A {} is in", "{} is in", "Oh {} is in", "The {}, is in"))
+    pairs = [SwapPair(fact, Fact(OTHER, fact.template, "Rome")) for fact in swapped]
+    traces = study.trace_heads(lm, pairs)
+    shares = study.share_of_heads(lm, pairs, traces)
+    assert shares["share"].iloc[-1] == pytest.approx(1) and shares["heads"].iloc[-1] == 16 and shares["n_facts"][0] == 3
+    signs = iter((1, -1, 1))
+    whole = study.restore_heads
+
+    def to_and_fro(runs, sets):
+        sign, base = next(signs), runs.metrics[study.METRIC][1]
+        return {study.METRIC: base + sign * np.abs(whole(runs, sets)[study.METRIC] - base)}
+
+    monkeypatch.setattr(study, "restore_heads", to_and_fro)
+    shares = study.share_of_heads(lm, pairs, traces)
+    assert shares[["share", "ci_low", "ci_high"]].isna().all(axis=None) and "not clearly above zero" in caplog.text
+    with pytest.raises(ValueError, match="5 pairs and 4 traces"):
+        study.share_of_heads(lm, pairs, traces[1:])
 
 
 def test_pairs_have_partners_that_fit_and_are_drawn_by_the_seed(lm):

@@ -34,6 +34,13 @@ def test_the_strongest_effect_is_the_highest_mean_and_only_layers_wholly_below_i
     assert strongest(average, "state").bucket == "last"
 
 
+def test_the_highest_of_what_is_below_zero_is_not_the_strongest():
+    traces = Traces(replace(make_trace(fact, effect=np.full((7, 2), 0.2)), direction="noise") for fact in range(3))
+    with pytest.raises(ValueError, match="normalised_effect"):
+        strongest(traces.average(), "state")
+    assert strongest(traces.average("normalised_effect"), "state").mean == pytest.approx(0.6)
+
+
 def test_places_are_compared_with_the_papers_and_the_state_of_the_last_token_is_left_out():
     effects = {"state": [(6, 1, 0.9), (3, 1, 0.2)], "mlp": [(4, 0, 0.3)], "attn": [(6, 1, 0.4)]}
     traces = []
