@@ -1,9 +1,10 @@
-"""What tracing costs: `python -m benchmarks.tracing [--parts trace floor precision gradients growth tasks memory]`.
+"""What tracing costs: `python -m benchmarks.tracing [--parts trace floor precision gradients swap growth tasks memory]`.
 
 trace        one fact, each kind: the sweep, one forward a cell, cells batched together; in turns, in this one process
 floor        how far the sweep is from the time of its matrix products alone
 precision    faster products and bfloat16: their speed, and their error in the figures
 gradients    attribution patching of three kinds, in plain forwards of the same texts, and how it ranks states
+swap         states traced with another subject, beside all samples of noise
 growth       the sweep with more tokens, layers and samples
 tasks        known facts and covariance, against the plain ways
 memory       the peak of each way, in a process of its own
@@ -33,12 +34,12 @@ from benchmarks.model import SHAPES, Chosen, load
 from benchmarks.plain_tracing import KINDS, WAYS, Question, forward, sweep
 from benchmarks.precision import precision
 from benchmarks.tasks import TASKS, Options, prepared
-from rome_lab import Fact, FixedNoise, LanguageModel, attribution_patching
+from rome_lab import Fact, FixedNoise, LanguageModel, SubjectSwap, attribution_patching, causal_trace
 from rome_lab.models.process import PRODUCTS, products
 from rome_lab.studies.cost.counting import Shape
 from rome_lab.studies.cost.growth import growth_of_one_trace
 
-PARTS = ("trace", "floor", "precision", "gradients", "growth", "tasks", "memory")
+PARTS = ("trace", "floor", "precision", "gradients", "swap", "growth", "tasks", "memory")
 MANY = 1000  # facts, to which the time of one is extrapolated
 GROWN_SAMPLES = 4  # of growth with tokens and layers: with 10, 80 tokens alone would take a quarter of an hour
 
@@ -110,6 +111,22 @@ def gradients(asked: Question, repetitions: int) -> list[Row]:
     return rows
 
 
+def swapped(asked: Question, other: str, repetitions: int) -> list[Row]:
+    """Part "swap": the states of one fact with another subject in its corrupted run, beside all samples of noise."""
+    trace_states = partial(causal_trace, asked.lm, asked.prompt.text, asked.prompt.subject)
+    samples = f"{len(asked.noise)} samples of noise"
+    ways = {
+        "another subject": partial(trace_states, corruption=SubjectSwap(other)),
+        samples: partial(trace_states, corruption=FixedNoise(asked.noise)),
+    }
+    times, _ = in_turns(ways, repetitions, asked.lm.device, warm_up=ways.values())
+    rows = [row("swap", f"state: {name}", taken, "s") for name, taken in times.items()]
+    return [
+        *rows,
+        row("swap", f"state: another subject / {samples}", ratios(times["another subject"], times[samples]), "times"),
+    ]
+
+
 def grown(lm: LanguageModel, given: argparse.Namespace) -> list[Row]:
     """Part "growth"."""
     at = Shape(tokens=9, samples=GROWN_SAMPLES, window=given.window)
@@ -159,6 +176,7 @@ def run(given: argparse.Namespace) -> pd.DataFrame:
         ],
         "precision": lambda: precision(lm, options, given.repetitions),
         "gradients": lambda: gradients(asked, given.repetitions),
+        "swap": lambda: swapped(asked, given.other, given.repetitions),
         "growth": lambda: grown(lm, given),
         "tasks": lambda: tasks(lm, options, given.repetitions),
         "memory": lambda: peaks(chosen, options, given.tasks),
@@ -182,6 +200,7 @@ def read_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", default=getattr(default, name), help="(%(default)s)")
     for name in ("samples", "window", "facts", "tokens", "traced"):
         parser.add_argument(f"--{name}", type=int, default=getattr(default, name), help="(%(default)s)")
+    parser.add_argument("--other", default="Trevi Fountain", help="subject, of swap (%(default)s)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=tuple(TASKS), help="of memory (all)")
     parser.add_argument("--steps", type=int, help="of Adam; the model's default otherwise")
     parser.add_argument("--lengths", type=int, nargs="*", default=[5, 10, 20, 40, 80], help="tokens, of growth")

@@ -187,3 +187,11 @@ def test_gradients_are_measured_in_plain_forwards_of_the_same_texts(asked) -> No
     seconds = table["attribution patching"] / table["one plain forward"]
     assert table["all three kinds: attribution patching / one plain forward"] == pytest.approx(seconds)
     assert {f"{kind}: rank correlation with exact effects" for kind in KINDS} <= set(table.index)
+
+
+def test_a_trace_with_another_subject_is_set_beside_all_samples_of_noise(asked) -> None:
+    table = pd.DataFrame(bench.swapped(asked, "Effiel Toxer", 1)).set_index("measure")["median"]
+    samples = f"{len(asked.noise)} samples of noise"
+    assert table[f"state: another subject / {samples}"] == pytest.approx(
+        table["state: another subject"] / table[f"state: {samples}"]
+    )
