@@ -378,12 +378,12 @@ def test_what_has_no_probability_is_never_drawn() -> None:
 
 def test_sampled_texts_depend_on_their_number_and_the_seed_alone(store: Store) -> None:
     lm = tiny_model("llama")
-    together = SampledText(length=24).texts(lm, range(12))
-    assert SampledText(length=24, batch_size=1).texts(lm, range(7, 12)) == together[7:]
-    assert SampledText(length=24, batch_size=5).texts(lm, [3, 11, 2]) == [together[3], together[11], together[2]]
+    together = SampledText(length=48).texts(lm, range(12))
+    assert SampledText(length=48, batch_size=1).texts(lm, range(7, 12)) == together[7:]
+    assert SampledText(length=48, batch_size=5).texts(lm, [3, 11, 2]) == [together[3], together[11], together[2]]
     assert len({tuple(text) for text in together}) == 12
-    assert SampledText(length=24, seed=1).texts(lm, range(12)) != together
-    assert [text[:5] for text in SampledText(length=24, top_k=1).texts(lm, range(12))] == [t[:5] for t in together]
+    assert SampledText(length=48, seed=1).texts(lm, range(12)) != together
+    assert [text[:5] for text in SampledText(length=48, top_k=1).texts(lm, range(12))] == [t[:5] for t in together]
 
 
 def test_sampled_texts_begin_with_the_subjects_in_turn() -> None:

@@ -219,7 +219,8 @@ def test_a_click_asks_the_model_with_the_edits_of_the_trace() -> None:
     trace = trace_of(lm)
     W, u = lm.weight(1), torch.zeros(lm.weight(1).shape[1])
     u[0] = 1.0
-    change = SimpleNamespace(layer=1, delta=torch.outer(torch.ones(len(W)), u).double(), digest="x")
+    delta = torch.outer(torch.ones(len(W)), u).double()
+    change = SimpleNamespace(layers=(1,), delta_at=lambda layer: delta, digest="x")
     with lm.overlay.only([change]):
         edited = trace_of(lm)
     picture = TracePicture([trace, edited], lm, ("before", "after"), [(), (change,)])

@@ -142,7 +142,7 @@ def test_the_code_on_the_page_makes_the_same_edit_again(tiny, edit, pages, tmp_p
 def test_nothing_is_fetched(pages) -> None:
     for path in pages.values():
         links = read(path).links
-        assert len(links) == 3 and all(link.startswith("data:image/png;base64,") for link in links)
+        assert len(links) == 4 and all(link.startswith("data:image/png;base64,") for link in links)
         assert not re.search(r"@import|url\(|https?://", path.read_text(encoding="utf-8"))
 
 

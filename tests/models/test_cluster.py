@@ -260,7 +260,7 @@ class Forgetful(Store):
 
 
 def test_what_workers_made_and_the_store_lost_is_not_silently_made_again(lm, client, tmp_path):
-    with pytest.raises(RuntimeError, match="have traced 'The city of .* is not there; see that nothing removes"):
+    with pytest.raises(RuntimeError, match="have traced 'The city of .* is not there; see that nothing alters"):
         trace_facts(lm, known(lm), ("state",), store=Forgetful(tmp_path), client=client, **TRACING)
 
 
