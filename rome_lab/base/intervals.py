@@ -41,14 +41,18 @@ def mean_ci(values: np.ndarray, clusters: Sequence[Hashable] | None = None) -> M
     """
     present = ~np.isnan(values)
     n = present.sum(axis=0)
-    labels = range(len(values)) if clusters is None else [i if x is None else (x,) for i, x in enumerate(clusters)]
-    places = {label: place for place, label in enumerate(dict.fromkeys(labels))}
-    member = np.zeros((len(places), len(values)))
-    member[[places[label] for label in labels], range(len(values))] = 1
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = np.where(present, values, 0.0).sum(axis=0) / n
-        g = (np.tensordot(member, present, 1) > 0).sum(axis=0)
-        sums = np.tensordot(member, np.where(present, values - mean, 0.0), 1)  # (clusters, ...)
+        sums = np.where(present, values - mean, 0.0)
+        if clusters is not None:
+            labels = [i if x is None else (x,) for i, x in enumerate(clusters)]
+            places = {label: place for place, label in enumerate(dict.fromkeys(labels))}
+            of_fact = [places[label] for label in labels]
+            sums, there = np.zeros((2, len(places), *values.shape[1:]))
+            np.add.at(sums, of_fact, np.where(present, values - mean, 0.0))
+            np.add.at(there, of_fact, present)
+            present = there > 0
+        g = present.sum(axis=0)
         error = np.sqrt(g / (g - 1) * (sums**2).sum(axis=0)) / n
         half_width = stats.t.ppf(0.975, g - 1) * error
     return MeanCI(mean, mean - half_width, mean + half_width, n)

@@ -105,7 +105,8 @@ def alphaedit(
         ValueError: as for `memit`; also where no eigenvalue is below the threshold, saying which one leaves how much.
     """
     default = solution_of("alphaedit", lm, 1)
-    solution = LeastSquares("soft", threshold=threshold or default.threshold, ridge=ridge or default.ridge)
+    threshold, ridge = default.threshold if threshold is None else threshold, default.ridge if ridge is None else ridge
+    solution = LeastSquares("soft", threshold=threshold, ridge=ridge)
     return edited("alphaedit", lm, requests, layers, solution, options)
 
 

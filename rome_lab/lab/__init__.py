@@ -3,7 +3,7 @@
 plots                                     the paper's figures, and the parts that all drawings share
 save_figure, save_table, plot_history     a figure or a table as files; how the optimisation of v* went
 samples_lines                             standard errors by number of samples of noise
-panel_figure, new_axes, finish, layer_ticks, shared_legend, colour_bar, token_names    parts of drawings
+panel_figure, new_axes, finish, layer_ticks, line_with_band, shared_legend, colour_bar, token_names    parts of drawings
 COLOURS, FONT_SIZE, COLUMN_WIDTH          what lines and text look like; the colours of heatmaps are COLOUR_MAPS in plots
 show, TracePicture                        traces that one can point at and click
 record_values, run_notebook               values for the executed copy of a notebook; running one from Python
@@ -18,26 +18,25 @@ Panel, wait_for_job                       all that by hand; returns once the pan
 
 from rome_lab.lab.batch import record_values, run_notebook
 from rome_lab.lab.command import run_command
-from rome_lab.lab.explorer import Explorer, explore
-from rome_lab.lab.growing import draw_figures, facts_to_show
-from rome_lab.lab.interactive import TracePicture, show
-from rome_lab.lab.jobs import wait_for_job
-from rome_lab.lab.panel import Panel
-from rome_lab.lab.plots import (
+from rome_lab.lab.drawing import (
     COLOURS,
     COLUMN_WIDTH,
     FONT_SIZE,
     colour_bar,
     finish,
     layer_ticks,
+    line_with_band,
     new_axes,
     panel_figure,
-    plot_history,
-    save_figure,
-    save_table,
     shared_legend,
     token_names,
 )
+from rome_lab.lab.explorer import Explorer, explore
+from rome_lab.lab.growing import draw_figures, facts_to_show
+from rome_lab.lab.interactive import TracePicture, show
+from rome_lab.lab.jobs import wait_for_job
+from rome_lab.lab.panel import Panel
+from rome_lab.lab.plots import plot_history, save_figure, save_table
 from rome_lab.lab.reporting import report
 from rome_lab.lab.samples import samples_lines
 from rome_lab.lab.trials import EditRequest, for_people, ten_facts, try_edit, try_facts

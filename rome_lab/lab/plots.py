@@ -14,8 +14,7 @@
     cell_table(trace)               the numbers of a heatmap, as a table
     save_figure, save_table         a figure as PDF, PNG and CSV; a table as CSV
 
-The parts that drawings elsewhere share: `panel_figure`, `new_axes`, `finish`, `layer_ticks`, `shared_legend`, `colour_bar`,
-`token_names`, `COLOURS`, `FONT_SIZE`, `COLUMN_WIDTH`.
+The parts that all drawings share are in `rome_lab.lab.drawing`.
 
 Colours (`COLOUR_MAPS`): white is no effect; the kind's own colour is above it, and its opposite below, at the same distance
 equally strong. The scale always reaches as far as the data. For a shared scale of lines: `plt.subplots(..., sharey=True)`.
@@ -33,20 +32,28 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
 from matplotlib.colors import Colormap, LinearSegmentedColormap, ListedColormap, LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import Locator, MaxNLocator
 from pandas.api.typing import DataFrameGroupBy
 
 from rome_lab.base import visible, write_atomically
 from rome_lab.editing import Edit
+from rome_lab.lab.drawing import (
+    COLOURS,
+    COLUMN_WIDTH,
+    colour_bar,
+    finish,
+    layer_ticks,
+    line_with_band,
+    new_axes,
+    panel_figure,
+    shared_legend,
+    token_names,
+)
 from rome_lab.tracing import BUCKETS, KINDS, LogitLens, Trace, buckets
 
 logger = logging.getLogger(__name__)
 
-FONT_SIZE = 7
-COLUMN_WIDTH = 3.4  # inches, of a two-column page
 SAVING = {"pdf.fonttype": 42, "savefig.bbox": "tight", "savefig.pad_inches": 0.02}  # 42: text stays text in the PDF
 TITLES = {
     "state": "State restored",
@@ -56,17 +63,13 @@ TITLES = {
     "severed-attn": "State restored, attention severed",
     "head": "Head restored",
 }
+PUT_IN = {"denoise": "restored", "noise": "corrupted"}  # direction -> what was done at a place
 QUANTITY_NAMES = {
     **{"indirect_effect": "average indirect effect", "p_restored": "average p, restored"},
     **{"effect": "average effect", "normalised_effect": "average effect, as a share"},
 }
 METRIC_NAMES = {"probability": "p({})", "log_probability": "log p({})", "logit_difference": "logit of {} minus {}"}
 COLOUR_MAPS = {"state": ("Oranges", "Purples"), "mlp": ("RdPu", "Greens"), "attn": ("Blues", "Reds")}
-COLOURS = {
-    **{"black": "#000000", "orange": "#E69F00", "sky": "#56B4E9", "green": "#009E73"},
-    **{"blue": "#0072B2", "red": "#D55E00", "pink": "#CC79A7"},
-}
-"""The colours of Okabe and Ito, told apart by the colour-blind."""
 # The two sites that the paper speaks of stand out.
 BUCKET_STYLES = {
     "subject_first": {"color": COLOURS["sky"], "linestyle": (0, (4, 1.5)), "linewidth": 0.9},
@@ -102,14 +105,14 @@ def heatmap(trace: Trace, ax: Axes | None = None, vmin: float | None = None, vma
     if trace.token is not None:
         return _draw_heads(ax, trace.read().restored, scale)
     _draw_cells(ax, trace.read().restored, token_names(trace.tokens, trace.subject_range), scale)
-    done = trace_title(trace).split()[1]
+    done = PUT_IN[trace.direction]
     ax.set_xlabel("layer" if trace.kind == "state" else f"middle of the {trace.window} {done} layers")
     return finish(ax, layer_ticks())
 
 
 def trace_title(trace: Trace) -> str:
     """What was put where, such as "MLP restored", or, where the direction is "noise", "MLP corrupted"."""
-    return TITLES[trace.label].replace("restored", "corrupted" if trace.direction == "noise" else "restored")
+    return TITLES[trace.label].replace("restored", PUT_IN[trace.direction])
 
 
 def metric_name(trace: Trace) -> str:
@@ -353,71 +356,6 @@ def save_table(table: pd.DataFrame, path: str | Path) -> None:
     write_atomically(Path(path), lambda place: table.to_csv(place, index=False, lineterminator="\n"))
 
 
-def panel_figure(
-    rows: int, columns: int, size: tuple[float, float], note: str = "", **options: object
-) -> tuple[Figure, np.ndarray]:
-    """A figure of several panels and its Axes, as `plt.subplots` gives them, with a note above it in the sizes of print.
-
-    Args: size: width and height in inches. options: as `plt.subplots` takes them, such as `sharey`.
-    """
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", dpi=150, **options)
-    if note:
-        figure.suptitle(note, fontsize=FONT_SIZE)
-    return figure, axes
-
-
-def new_axes(height: float, width: float = COLUMN_WIDTH) -> Axes:
-    """Axes of a figure of their own; inches."""
-    return plt.subplots(figsize=(width, height), layout="constrained")[1]
-
-
-def finish(ax: Axes, locator: Locator | None = None, frame: bool = True, legend: bool = False) -> Axes:
-    """The sizes of print, whatever style the axes were made under.
-
-    Args:
-        locator: of the ticks of the x axis; None leaves them.
-        frame: whether the upper and the right side are drawn.
-        legend: whether a legend is put on the axes.
-    """
-    if locator:
-        ax.xaxis.set_major_locator(locator)
-    ax.tick_params(labelsize=FONT_SIZE - 1, length=2, width=0.5, which="both")
-    for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
-        text.set_size(FONT_SIZE)
-    ax.spines[["top", "right"]].set_visible(frame)
-    plt.setp(list(ax.spines.values()), linewidth=0.5)
-    if legend:
-        ax.legend(fontsize=FONT_SIZE - 1, frameon=False, handlelength=2.4, labelspacing=0.3)
-    return ax
-
-
-def layer_ticks() -> Locator:
-    """Ticks at whole numbers."""
-    return MaxNLocator(nbins=7, integer=True)
-
-
-def shared_legend(figure: Figure, columns: int) -> None:
-    """One legend below the figure for panels that draw the same lines; it is that of the last panel."""
-    style = {"fontsize": FONT_SIZE, "frameon": False, "columnspacing": 1.2, "handlelength": 2.2}
-    handles = figure.axes[-1].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=columns, **style)
-
-
-def colour_bar(mesh: QuadMesh, label: str = "") -> None:
-    """The scale of a heatmap's colours, beside it."""
-    bar = mesh.axes.figure.colorbar(mesh, ax=mesh.axes, fraction=0.05, pad=0.02, aspect=15)
-    bar.set_label(label, fontsize=FONT_SIZE)
-    bar.ax.tick_params(labelsize=FONT_SIZE - 1, length=2, width=0.5)
-    bar.outline.set_linewidth(0.5)
-
-
-def token_names(tokens: Sequence[str], subject_range: tuple[int, int]) -> list[str]:
-    """Tokens as the rows of a heatmap name them: spaces shown, long ones cut short, an asterisk at the subject's."""
-    begin, end = subject_range
-    short = [token if len(token) <= 20 else token[:19] + "…" for token in tokens]
-    return [visible(token) + "*" * (begin <= i < end) for i, token in enumerate(short)]
-
-
 def _of_kind(average: pd.DataFrame, kind: str) -> pd.DataFrame:
     rows = average[average["kind"] == kind]
     if rows.empty:
@@ -470,7 +408,7 @@ def _draw_cells(ax: Axes, values: np.ndarray, names: Sequence[str], scale: Scale
 
 
 def _name_axes(ax: Axes, average: pd.DataFrame, kind: str, n: int) -> None:
-    done = "corrupted" if average.attrs.get("direction") == "noise" else "restored"
+    done = PUT_IN[average.attrs.get("direction", "denoise")]
     ax.set_title(f"{TITLES[kind].replace('restored', done)} (n = {n})")
     ax.set_xlabel(f"middle of the {done} layers" if kind in ("mlp", "attn") else "layer")
 
@@ -488,10 +426,7 @@ def _draw_lines(
     for key, (name, style) in names.items():
         if key in groups:
             rows = groups[key].sort_values("layer")
-            ax.plot(rows["layer"], rows["mean"], label=name, **style)
-            ax.fill_between(
-                rows["layer"], rows["ci_low"], rows["ci_high"], color=style["color"], alpha=0.18, linewidth=0
-            )
+            line_with_band(ax, rows["layer"], rows, opacity=0.18, label=name, **style)
     ax.axhline(0, color="0.6", linewidth=0.5, zorder=0)
     ax.margins(x=0.01)
     inner = len(ax.get_shared_y_axes().get_siblings(ax)) > 1 and not ax.get_subplotspec().is_first_col()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 
-from rome_lab.lab.plots import COLOURS, TITLES, finish, new_axes
+from rome_lab.lab.drawing import COLOURS, finish, new_axes
+from rome_lab.lab.plots import TITLES
 from rome_lab.tracing import BUCKETS
 
 

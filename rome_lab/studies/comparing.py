@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from rome_lab.base import Store
 from rome_lab.facts import known_facts, load_facts
-from rome_lab.lab import COLOURS, FONT_SIZE, finish, panel_figure, plots, shared_legend
+from rome_lab.lab import COLOURS, FONT_SIZE, finish, line_with_band, panel_figure, plots, shared_legend
 from rome_lab.models import LanguageModel
 from rome_lab.tracing import BUCKETS, KINDS, Traces, beside_paper, claims, trace_facts
 
@@ -99,8 +99,7 @@ def depth_figure(depths: pd.DataFrame, note: str) -> Figure:
         rows = depths[(depths["kind"] == kind) & (depths["bucket"] == bucket)]
         for name, colour in zip(names, (COLOURS["blue"], COLOURS["red"], *COLOURS.values()), strict=False):
             part = rows[rows["model"] == name].sort_values("depth")
-            ax.plot(part["depth"], part["mean"], color=colour, linewidth=1.1, label=name)
-            ax.fill_between(part["depth"], part["ci_low"], part["ci_high"], color=colour, alpha=0.15, linewidth=0)
+            line_with_band(ax, part["depth"], part, color=colour, linewidth=1.1, label=name)
         ax.axhline(0, color="0.6", linewidth=0.5, zorder=0)
         ax.set_title(f"{plots.TITLES[kind].split()[0]}, {BUCKETS[bucket]}")
         ax.set_xlabel("depth")

@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from rome_lab.base import Store
-from rome_lab.lab import COLOURS, FONT_SIZE, finish, layer_ticks, panel_figure, plots, shared_legend
+from rome_lab.lab import COLOURS, FONT_SIZE, finish, layer_ticks, line_with_band, panel_figure, plots, shared_legend
 from rome_lab.models import LanguageModel
 from rome_lab.tracing import (
     KINDS,
@@ -143,8 +143,7 @@ def compare_lines(effects: pd.DataFrame, by: str, kinds: Sequence[str], note: st
             rows = effects[(effects["bucket"] == site) & (effects["kind"] == kind)]
             for value, colour in zip(values, list(COLOURS.values())[: len(values)], strict=True):
                 part = rows[rows[by] == value].sort_values("layer")
-                ax.plot(part["layer"], part["mean"], color=colour, linewidth=1.1, label=name_of(by, value))
-                ax.fill_between(part["layer"], part["ci_low"], part["ci_high"], color=colour, alpha=0.15, linewidth=0)
+                line_with_band(ax, part["layer"], part, color=colour, linewidth=1.1, label=name_of(by, value))
             ax.axhline(0, color="0.6", linewidth=0.5, zorder=0)
             ax.set_title(f"{plots.TITLES[kind].split()[0]}, {title}")
             finish(ax, layer_ticks())

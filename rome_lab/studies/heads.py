@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from rome_lab.base import Store, mean_ci
-from rome_lab.lab import COLOURS, FONT_SIZE, finish, layer_ticks, panel_figure, plots
+from rome_lab.lab import COLOURS, FONT_SIZE, finish, layer_ticks, line_with_band, panel_figure, plots
 from rome_lab.models import LanguageModel
 from rome_lab.tracing import (
     Knockout,
@@ -124,10 +124,8 @@ def heads_figure(average: pd.DataFrame, knocked: pd.DataFrame, shares: pd.DataFr
     figure, axes = panel_figure(1, 3, (7, 2.8), note)
     plots.heads_heatmap(average, axes[0])
     knockout_lines(knocked, axes[1])
-    axes[2].plot(shares["heads"], shares["share"], color=COLOURS["blue"], marker="o", markersize=2.5, linewidth=1)
-    axes[2].fill_between(
-        shares["heads"], shares["ci_low"], shares["ci_high"], color=COLOURS["blue"], alpha=0.15, linewidth=0
-    )
+    style = {"color": COLOURS["blue"], "marker": "o", "markersize": 2.5, "linewidth": 1}
+    line_with_band(axes[2], shares["heads"], shares.rename(columns={"share": "mean"}), **style)
     axes[2].axhline(0.8, color="0.6", linewidth=0.6, linestyle="--", zorder=0)
     axes[2].set(xscale="log", xlabel="strongest heads, together", ylabel="share of what all heads restore")
     axes[2].set_title(f"Heads together (n = {shares['n_facts'].max()})")
@@ -140,8 +138,7 @@ def knockout_lines(knocked: pd.DataFrame, ax: Axes) -> Axes:
     colours = (COLOURS["black"], COLOURS["red"], COLOURS["sky"])
     for (name, title), colour in zip(KNOCKED.items(), colours, strict=True):
         part = knocked[knocked["knocked"] == name]
-        ax.plot(part["layer"], part["mean"], color=colour, linewidth=1.1, label=title)
-        ax.fill_between(part["layer"], part["ci_low"], part["ci_high"], color=colour, alpha=0.15, linewidth=0)
+        line_with_band(ax, part["layer"], part, color=colour, linewidth=1.1, label=title)
     ax.axhline(0, color="0.6", linewidth=0.5, zorder=0)
     ax.set(xlabel="middle of the layers", ylabel="relative change of p")
     ax.set_title(f"Attention knocked out (n = {knocked['n_facts'].max()})")

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from rome_lab.base import Store, mean_ci
 from rome_lab.editing import ENOUGH, EditSettings, Optima, Rome, covariances, key_size, measured_on
 from rome_lab.facts import Case, question
-from rome_lab.lab import COLOURS, FONT_SIZE, finish, layer_ticks, panel_figure
+from rome_lab.lab import COLOURS, FONT_SIZE, finish, layer_ticks, line_with_band, panel_figure
 from rome_lab.models import Change, LanguageModel, score
 from rome_lab.tracing import trace_facts
 
@@ -183,8 +183,7 @@ def success_figure(table: pd.DataFrame, note: str) -> Figure:
         values = table.pivot(index="fact", columns="layer", values=name)[layers].to_numpy()
         mean = mean_ci(values)
         label = "tracing: MLP outputs" if name == "mlp" else name
-        left.plot(layers, mean.mean, color=colour, linestyle=style, linewidth=1.1, label=label)
-        left.fill_between(layers, mean.ci_low, mean.ci_high, color=colour, alpha=0.12, linewidth=0)
+        line_with_band(left, layers, mean, opacity=0.12, color=colour, linestyle=style, linewidth=1.1, label=label)
     left.set(xlabel="edited layer, or middle of the restored ones", ylabel="success, or effect")
     left.set_title(f"By layer (n = {table['fact'].nunique()})")
     right.scatter(table["mlp"], table["rewrite"], c=table["layer"], cmap="viridis", s=6, linewidths=0)
