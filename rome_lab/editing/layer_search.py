@@ -38,15 +38,15 @@ from rome_lab.facts import (
     Case,
     Cases,
     Fact,
+    answers_to,
     build_cases,
     known_among,
     known_facts,
     load_facts,
-    question,
     shares_first_token,
     success,
 )
-from rome_lab.models import Change, LanguageModel, Score, check_verified, score
+from rome_lab.models import Change, LanguageModel, Score, check_verified
 
 logger = logging.getLogger(__name__)
 
@@ -285,10 +285,7 @@ class Trials:
 
     def answers(self, change: Change, cases: Iterable[Case]) -> list[dict[str, list[Score]]]:
         """What the model says of each case under one change."""
-        sheets = [case.pairs for case in cases]
-        asking = [question(self.lm, 0, *pair) for sheet in sheets for pairs in sheet.values() for pair in pairs]
-        scores = iter(score(self.lm, [change], asking, "suggest_layer"))
-        return [{name: [next(scores) for _ in pairs] for name, pairs in sheet.items()} for sheet in sheets]
+        return answers_to(self.lm, change, [case.pairs for case in cases], "suggest_layer")
 
 
 def more_probable(own: Sequence[Score], other: Sequence[Score]) -> list[bool]:

@@ -5,7 +5,7 @@ load_facts, load_relations      the embedded set, published sets and files
 known_facts                     a random sample of the facts that a model completes (B.1)
 read_prompt, Prompt             a prompt as tokens, and which of them are the subject's
 continuation_ids, question      with which tokens a text goes on
-completions                     how probable a model finds texts behind prompts, and whether it would say them
+completions, answers_to         how probable a model finds texts behind prompts, and whether it would say them
 known_among, object_token       which facts it would begin to complete, and by which token
 build_cases                     what a model is asked of a fact that it is made to change: target, paraphrases, neighbours
 Case, Cases                     that as things; Unusable says why a fact gives none
@@ -18,7 +18,7 @@ embedded_records, text_at       rows of the project's own files; the text at a p
 
 from rome_lab.facts.built_cases import build_cases
 from rome_lab.facts.case import Case, Cases, Unusable, shares_first_token, success
-from rome_lab.facts.completion import completions, known_among, object_token
+from rome_lab.facts.completion import answers_to, completions, known_among, object_token
 from rome_lab.facts.fact import Fact
 from rome_lab.facts.known import known_facts
 from rome_lab.facts.prompts import Prompt, continuation_ids, question, read_prompt

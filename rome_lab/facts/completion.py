@@ -1,6 +1,7 @@
 """What a model says after a prompt, and whether that names the object: the one place that asks whether it knows a fact.
 
 completions(lm, pairs, doing)     how probable it finds texts after prompts, and whether it would say them: a Score each
+answers_to(lm, change, sheets)    the same of several sheets of texts, such as cases have, under a change
 object_token(lm, fact)            the token that it has to find most probable after the fact's prompt
 known_among(lm, facts, doing)     the facts whose object it would begin to say
 Text, go_on(lm, texts)            greedy texts, judged as they grow until they name the object (B.1)
@@ -11,7 +12,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -59,6 +60,18 @@ def answers_of(lm: LanguageModel, questions: Sequence[Question], doing: str, fol
 def object_token(lm: LanguageModel, fact: Fact) -> int:
     """First token of the fact's object: the model knows the fact where it finds none more probable after the prompt."""
     return continuation_ids(lm, fact.prompt, fact.object)[0]
+
+
+def answers_to(
+    lm: LanguageModel, change: Change, sheets: Sequence[Mapping[str, Sequence[tuple[str, str]]]], doing: str
+) -> list[dict[str, list[Score]]]:
+    """How probable a model under a change finds the texts of each sheet: by name pairs of a prompt and what follows.
+
+    A sheet is, for one, what `Case.pairs` asks.
+    """
+    questions = [question(lm, 0, *pair) for sheet in sheets for pairs in sheet.values() for pair in pairs]
+    scores = iter(score(lm, [change], questions, doing))
+    return [{name: [next(scores) for _ in pairs] for name, pairs in sheet.items()} for sheet in sheets]
 
 
 def known_among(lm: LanguageModel, facts: Sequence[Fact], doing: str) -> list[Fact]:

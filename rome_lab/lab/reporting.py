@@ -152,7 +152,7 @@ def traced(
     stages.begin("Running the model clean and corrupted")
     check_verified(lm, "report")
     prompt = (fact, None) if known else (fact.prompt, fact.subject)
-    runs = run_clean_and_corrupted(lm, *prompt, TraceSettings(**settings))
+    runs = run_clean_and_corrupted(lm, *prompt, TraceSettings(**settings), with_heads=True)
     traces = []
     for label in KINDS:
         stages.begin(f"Tracing {label}")

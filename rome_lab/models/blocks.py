@@ -69,7 +69,7 @@ class Recording:
         attn, mlp: L tensors (B, T, D), the attention's and the MLP's contribution at each layer.
         attention_keys, attention_values: L tensors (B, heads, T, D_head), as the attention uses them.
         heads: L tensors (B, T, heads, D_head), each head's part of what the attention's last matrix is given; none where
-            heads cannot be told apart.
+            they were not asked for, or cannot be told apart.
         arguments: L dictionaries, the keyword arguments that the model gave each block, with a batch of one.
         logits: (B, V) at the last token, float32 at least.
     """
@@ -86,11 +86,14 @@ class Recording:
 
 @torch.no_grad()
 def record_run(
-    lm: LanguageModel, ids: torch.Tensor, change_embedding: Callable[[torch.Tensor], torch.Tensor]
+    lm: LanguageModel,
+    ids: torch.Tensor,
+    change_embedding: Callable[[torch.Tensor], torch.Tensor | None],
+    with_heads: bool = False,
 ) -> Recording:
     """Run the whole model on ids (B, T), its embedding module's output (B, T, D) passed through `change_embedding`."""
     states, attn, mlp, heads, arguments = [], [], [], [], []
-    heads_out = lm.heads_out or []
+    heads_out = with_heads and lm.heads_out or []
 
     def keep_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given = named_arguments(module, args, kwargs)

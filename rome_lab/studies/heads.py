@@ -20,15 +20,16 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from rome_lab.base import Store, mean_ci
+from rome_lab.facts import read_prompt
 from rome_lab.lab import COLOURS, FONT_SIZE, finish, layer_ticks, line_with_band, panel_figure, plots
 from rome_lab.models import LanguageModel
 from rome_lab.tracing import (
-    Knockout,
     SwapPair,
     Traces,
     TraceSettings,
-    knockout,
+    knocked_out,
     restore_heads,
+    run_clean,
     run_clean_and_corrupted,
     trace_facts,
 )
@@ -60,16 +61,12 @@ def knock_out(lm: LanguageModel, pairs: Sequence[SwapPair], window: int = 9) -> 
     """
     changes: dict[str, list[np.ndarray]] = {name: [] for name in KNOCKED}
     for pair in tqdm(pairs, desc="knocking out", unit="fact"):
-        whole = knockout(lm, pair.fact, window=window)
-        n_tokens = len(lm.tokenizer(pair.fact.prompt)["input_ids"])
-        others = [x for x in range(n_tokens - 1) if x not in whole.tokens]
-        results: dict[str, Knockout | None] = {
-            "subject": whole,
-            "subject_last": knockout(lm, pair.fact, window=window, tokens=whole.tokens[-1:]),
-            "rest": knockout(lm, pair.fact, window=window, tokens=others) if others else None,
-        }
-        for name, result in results.items():
-            changes[name].append(np.full(lm.n_layers, np.nan) if result is None else result.relative_change)
+        clean = run_clean(lm, pair.fact, read_prompt(lm, pair.fact))
+        subject = range(*clean.prompt.subject_range)
+        others = [x for x in range(len(clean.prompt.ids) - 1) if x not in subject]
+        for name, tokens in {"subject": subject, "subject_last": subject[-1:], "rest": others}.items():
+            nothing = np.full(lm.n_layers, np.nan)
+            changes[name].append(knocked_out(clean, tokens, window).relative_change if len(tokens) else nothing)
     parts = [
         pd.DataFrame({"knocked": name, "layer": range(lm.n_layers)} | mean_ci(np.stack(values))._asdict())
         for name, values in changes.items()
@@ -103,7 +100,7 @@ def share_of_heads(
     sizes = [*(k for k in sizes if k < len(ranked)), len(ranked)]
     rows = []
     for pair in tqdm(pairs[half:], desc="restoring heads together", unit="fact"):
-        runs = run_clean_and_corrupted(lm, pair.fact, None, TraceSettings(pair.swap))
+        runs = run_clean_and_corrupted(lm, pair.fact, None, TraceSettings(pair.swap), with_heads=True)
         restored = restore_heads(runs, [ranked[:k] for k in sizes])[METRIC]
         rows.append(restored - runs.metrics[METRIC][1])
     effects = np.stack(rows)  # (facts, sizes)

@@ -23,9 +23,9 @@ from tqdm.auto import tqdm
 
 from rome_lab.base import Store, mean_ci
 from rome_lab.editing import ENOUGH, EditSettings, Optima, Rome, covariances, key_size, measured_on
-from rome_lab.facts import Case, question
+from rome_lab.facts import Case, answers_to
 from rome_lab.lab import COLOURS, FONT_SIZE, finish, layer_ticks, line_with_band, panel_figure
-from rome_lab.models import Change, LanguageModel, score
+from rome_lab.models import Change, LanguageModel
 from rome_lab.tracing import trace_facts
 
 SUCCESSES = ("rewrite", "paraphrase", "neighbour")
@@ -75,8 +75,8 @@ def edits_by_layer(
 def probabilities(lm: LanguageModel, change: Change, case: Case) -> dict[str, np.ndarray]:
     """The probability of each text that a case asks about, under a change, by what is asked."""
     texts = {name: case.pairs[name] for name in ("rewrite", "paraphrases", "neighbours")}
-    scores = iter(score(lm, [change], [question(lm, 0, *pair) for pairs in texts.values() for pair in pairs]))
-    return {name: np.exp([next(scores).total for _ in pairs]) for name, pairs in texts.items()}
+    (answers,) = answers_to(lm, change, [texts], "where_to_edit")
+    return {name: np.exp([answer.total for answer in part]) for name, part in answers.items()}
 
 
 def traced_by_layer(

@@ -9,7 +9,8 @@ attribution_patching                effects estimated by one gradient for all ce
 integrated_gradients                along each restoration, as near to exact as one likes: integrals of recorded runs
 logit_lens, LogitLens               what the model would say of each state if it were the last
 swap_pairs, SwapPair, partner_of    facts with a partner whose subject can stand in their place
-knockout, Knockout                  attention from the last token masked in runs of layers
+knockout, Knockout                  attention from the last token masked in runs of layers; knocked_out: of what run_clean
+                                    has recorded
 TRACE_METRICS, Readings             what is read of the runs, beside the probability
 answers_at                          what the model says in the three runs of one cell: CellAnswers, a RunAnswers each
 BUCKETS, buckets                    where in a prompt a token stands
@@ -26,7 +27,7 @@ from rome_lab.tracing.averaging import BUCKETS, Traces, buckets
 from rome_lab.tracing.cell_answers import CellAnswers, RunAnswers, answers_at, restored_layers
 from rome_lab.tracing.corruption import FixedNoise, GaussianNoise, SubjectSwap
 from rome_lab.tracing.gradients import attribution_patching, attributions, integrals, integrated_gradients
-from rome_lab.tracing.knocking_out import Knockout, knockout
+from rome_lab.tracing.knocking_out import Knockout, knocked_out, knockout
 from rome_lab.tracing.lens import LogitLens, logit_lens
 from rome_lab.tracing.many_facts import trace_facts
 from rome_lab.tracing.metrics import TRACE_METRICS, Readings
@@ -34,6 +35,6 @@ from rome_lab.tracing.one_fact import causal_trace, restore, restore_heads, trac
 from rome_lab.tracing.pairs import SwapPair, partner_of, swap_pairs
 from rome_lab.tracing.paper_claims import claims, claims_at_fact
 from rome_lab.tracing.readings import beside_paper, samples_worth, strongest, strongest_places, trace_random_weights
-from rome_lab.tracing.runs import Runs, TraceSettings, run_clean_and_corrupted
+from rome_lab.tracing.runs import Runs, TraceSettings, run_clean, run_clean_and_corrupted
 from rome_lab.tracing.sweep import READ_TOGETHER, columns_of
 from rome_lab.tracing.trace import KINDS, Trace

@@ -35,7 +35,6 @@ from rome_lab.models import (
     freed_memory_kept,
     input_changed,
     output_changed,
-    rows_at_once,
     run_block,
     suited_attention,
     suited_products,
@@ -44,8 +43,8 @@ from rome_lab.models import (
 from rome_lab.tracing.corruption import Corruption
 from rome_lab.tracing.metrics import check_metric, metric_tensors
 from rome_lab.tracing.one_fact import heads_of
-from rome_lab.tracing.runs import Runs, TraceSettings, run_clean_and_corrupted
-from rome_lab.tracing.sweep import READ_TOGETHER, Sweep, columns_of
+from rome_lab.tracing.runs import Runs, TraceSettings, check_tokens, run_clean_and_corrupted
+from rome_lab.tracing.sweep import Sweep, columns_of, few_together
 from rome_lab.tracing.trace import HEAD
 
 ESTIMATED = ("state", "mlp", "attn", HEAD)
@@ -91,7 +90,7 @@ def attribution_patching(
     settings = TraceSettings(corruption, samples, window, seed, max_rows, direction, foil)
     check_estimate("attribution_patching", lm, kinds, metric, settings, despite_verdict)
     with torch.inference_mode(False):
-        runs = run_clean_and_corrupted(lm, prompt, subject, settings, answer)
+        runs = run_clean_and_corrupted(lm, prompt, subject, settings, answer, HEAD in kinds)
         return attributions(runs, kinds, metric, token)
 
 
@@ -135,7 +134,7 @@ def integrated_gradients(
     settings = TraceSettings(corruption, samples, window, seed, max_rows, direction, foil)
     check_estimate("integrated_gradients", lm, kinds, metric, settings, despite_verdict)
     check_whole("integrated_gradients", steps=(steps, 1))
-    runs = run_clean_and_corrupted(lm, prompt, subject, settings, answer)
+    runs = run_clean_and_corrupted(lm, prompt, subject, settings, answer, HEAD in kinds)
     return integrals(runs, kinds, metric, steps, tokens, token)
 
 
@@ -191,12 +190,11 @@ def whole_cells(runs: Runs, kind: str, single: np.ndarray) -> np.ndarray:
 
 def head_token(runs: Runs, token: int | None) -> int:
     """The token where heads are restored; a ValueError where there is no such token."""
-    length = len(runs.prompt.ids)
-    if token is not None:
-        check_whole("heads", token=(token, 0))
-    if token is not None and token >= length:
-        raise ValueError(f"heads: there is no token {token}; the prompt has {length}, counted from 0.")
-    return length - 1 if token is None else token
+    if token is None:
+        return len(runs.prompt.ids) - 1
+    check_whole("heads", token=(token, 0))
+    check_tokens("heads", runs.prompt, [token])
+    return token
 
 
 def shift_of(runs: Runs, recorded: Tensor) -> Tensor:
@@ -226,9 +224,7 @@ def gradient_at_the_end(runs: Runs, metric: str) -> Tensor:
         factor = read["probability"].detach()[:, None].to(gradient) if metric == "probability" else 1.0
         return gradient * factor
 
-    few = Batching(
-        runs.lm, "attribution_patching", text_bytes(runs.lm, 1), rows_at_once(runs.lm.config.vocab_size, READ_TOGETHER)
-    )
+    few = few_together(Batching(runs.lm, "attribution_patching", text_bytes(runs.lm, 1)))
     gradient = at_least_float32(last[rows, runs.prompt.subject_range[0] :]).zero_()
     gradient[:, -1] = torch.cat(list(few.over(rows, of)))
     return gradient
@@ -306,10 +302,7 @@ def integrals(
     """`integrated_gradients` of runs that are recorded."""
     length, begin = len(runs.prompt.ids), runs.prompt.subject_range[0]
     tokens = range(length) if tokens is None else tokens
-    if outside := [x for x in tokens if not 0 <= x < length]:
-        raise ValueError(
-            f"integrated_gradients: there is no token {outside[0]}; the prompt has {length}, counted from 0."
-        )
+    check_tokens("integrated_gradients", runs.prompt, tokens)
     midpoints = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
     effects = {}
     for kind in kinds:

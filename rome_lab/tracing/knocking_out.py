@@ -1,13 +1,14 @@
 """Attention knockout: what the answer loses where the last token may not attend to some tokens in a run of layers.
 
-    knockout(lm, fact)      a Knockout, by layer
+    knockout(lm, fact)                  a Knockout, by layer
+    knocked_out(clean, tokens, window)  the same of a run that is recorded
 
 Source: Geva et al. 2023, "Dissecting Recall of Factual Associations in Auto-Regressive Language Models".
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
@@ -18,7 +19,7 @@ import pandas as pd
 import torch
 
 from rome_lab.base import OneLine, check_whole
-from rome_lab.facts import Fact
+from rome_lab.facts import Fact, read_prompt
 from rome_lab.models import (
     Batching,
     LanguageModel,
@@ -29,16 +30,14 @@ from rome_lab.models import (
     enough_room,
     freed_memory_kept,
     is_mask,
-    rows_at_once,
     run_block,
     suited_attention,
     suited_products,
     text_bytes,
 )
-from rome_lab.tracing.corruption import GaussianNoise
 from rome_lab.tracing.metrics import probability
-from rome_lab.tracing.runs import TraceSettings, run_clean_and_corrupted
-from rome_lab.tracing.sweep import Column, columns_of
+from rome_lab.tracing.runs import CleanRun, run_clean
+from rome_lab.tracing.sweep import Column, columns_of, few_together
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -96,12 +95,18 @@ def knockout(
         ValueError: no such tokens, or all that the last one sees in some block; the model does not know the Fact; see also
             `causal_trace`.
     """
-    check_whole("knockout", window=(window, 1))
     check_verified(lm, "knockout")
-    settings = TraceSettings(GaussianNoise(std=0.0), samples=1, max_rows=max_rows)
-    runs = run_clean_and_corrupted(lm, prompt, subject, settings, answer)
-    length = len(runs.prompt.ids)
-    chosen = sorted(set(range(*runs.prompt.subject_range) if tokens is None else tokens))
+    clean = run_clean(lm, prompt, read_prompt(lm, prompt, subject), answer, "knockout")
+    return knocked_out(clean, range(*clean.prompt.subject_range) if tokens is None else tokens, window, max_rows)
+
+
+@torch.no_grad()
+@enough_room("knockout")
+def knocked_out(clean: CleanRun, tokens: Iterable[int], window: int = 9, max_rows: int | None = None) -> Knockout:
+    """`knockout` of a run that is recorded."""
+    check_whole("knockout", window=(window, 1))
+    lm, recording, length = clean.lm, clean.recording, len(clean.prompt.ids)
+    chosen = sorted(set(tokens))
     whole = all(isinstance(x, Integral) and not isinstance(x, bool) for x in chosen)
     if not chosen or not whole or not 0 <= chosen[0] <= chosen[-1] < length or len(chosen) == length:
         raise ValueError(
@@ -111,7 +116,6 @@ def knockout(
     chosen = list(map(int, chosen))
     columns = columns_of("attn", lm.n_layers, window)
     order = sorted(range(lm.n_layers), key=lambda place: columns[place].first)
-    recording = runs.recording
     texts = recording.states[0][:1, -1:].repeat(lm.n_layers, 1, 1)  # (L, 1, D)
     together = Batching(lm, "knockout", text_bytes(lm, length), max_rows)
     joined = 0
@@ -129,14 +133,11 @@ def knockout(
                 texts[joined] = recording.states[layer][0, -1:]
                 joined += 1
             together.each(range(joined), partial(go_through, layer))
-        few = replace(together, most=rows_at_once(lm.config.vocab_size, max_rows or lm.n_layers))
-        logits = few.over(
-            range(lm.n_layers), lambda rows: at_least_float32(lm.logits(texts[rows.start : rows.stop, 0]))
-        )
+        logits = few_together(together).over(texts[:, 0], lambda last: at_least_float32(lm.logits(last)))
         p = np.empty(lm.n_layers)
-        p[order] = np.concatenate([probability(part, runs.answer_id) for part in logits])
-    p_clean = float(runs.metrics["probability"][0])
-    return Knockout(runs.prompt.text, lm.tokenizer.decode([runs.answer_id]), tuple(chosen), window, p_clean, p)
+        p[order] = np.concatenate([probability(part, clean.answer_id) for part in logits])
+    p_clean = float(probability(recording.logits[0], clean.answer_id))
+    return Knockout(clean.prompt.text, lm.tokenizer.decode([clean.answer_id]), tuple(chosen), window, p_clean, p)
 
 
 def covers(column: Column, layer: int) -> bool:

@@ -9,21 +9,18 @@ import numpy as np
 import torch
 
 from rome_lab.base import visible
-from rome_lab.facts import Fact, continuation_ids, read_prompt
+from rome_lab.facts import Fact, read_prompt
 from rome_lab.models import (
     Batching,
     LanguageModel,
     at_least_float32,
-    check_recording,
     enough_room,
-    record_run,
-    rows_at_once,
     suited_attention,
     suited_products,
     text_bytes,
 )
-from rome_lab.tracing.runs import known_answer
-from rome_lab.tracing.sweep import READ_TOGETHER
+from rome_lab.tracing.runs import run_clean
+from rome_lab.tracing.sweep import few_together
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,18 +80,10 @@ def logit_lens(
     """
     named = isinstance(prompt, Fact) or subject is not None
     read = read_prompt(lm, prompt, subject if named else prompt)
+    clean = run_clean(lm, prompt, read, answer, "logit_lens")
+    answer_id = clean.answer_id
     with suited_attention(lm), suited_products(lm.device):
-        recording = record_run(lm, read.ids[None], lambda embedded: None)
-        lm.check_finite(recording.logits, "logit_lens")
-        check_recording(lm, recording, "logit_lens")
-        if answer is not None:
-            answer_id = continuation_ids(lm, read.text, answer)[0]
-        elif isinstance(prompt, Fact):
-            answer_id = known_answer(lm, prompt, recording.logits[0])
-        else:
-            answer_id = int(recording.logits[0].argmax())
-        # A vocabulary may have 262,144 tokens: the logits of few rows are in memory together.
-        few = Batching(lm, "logit_lens", text_bytes(lm, 1), rows_at_once(lm.config.vocab_size, READ_TOGETHER))
+        few = few_together(Batching(lm, "logit_lens", text_bytes(lm, 1)))
 
         def at_states(states: torch.Tensor) -> np.ndarray:
             logits = at_least_float32(lm.logits(states))  # (rows, V)
@@ -102,7 +91,7 @@ def logit_lens(
             rank = 1 + (logits > logits[:, answer_id, None]).sum(-1)
             return np.stack([x.cpu().double().numpy() for x in (log_p.exp(), rank, logits.argmax(-1))])
 
-        layers = [np.concatenate(list(few.over(x[0], at_states)), axis=1) for x in recording.states[1:]]
+        layers = [np.concatenate(list(few.over(x[0], at_states)), axis=1) for x in clean.recording.states[1:]]
     p, rank, top = np.stack(layers, axis=-1)  # each (T, L)
     words = {int(i): lm.tokenizer.decode([int(i)]) for i in np.unique(top)}
     return LogitLens(

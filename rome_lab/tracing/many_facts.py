@@ -182,7 +182,9 @@ def trace_fact(
     for label in plan.kinds:
         record = store.load(inputs[label]) if store else None
         if record is None:
-            runs = runs or run_clean_and_corrupted(lm, fact_in(fact), None, plan.settings_for(fact))
+            runs = runs or run_clean_and_corrupted(
+                lm, fact_in(fact), None, plan.settings_for(fact), with_heads=HEAD in plan.kinds
+            )
             trace = trace_of_kind(runs, label)
             if store:
                 store.save(inputs[label], *trace_record(trace))

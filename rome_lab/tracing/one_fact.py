@@ -23,7 +23,7 @@ from rome_lab.models import (
 )
 from rome_lab.tracing.corruption import Corruption, SubjectSwap
 from rome_lab.tracing.metrics import Readings, check_metric
-from rome_lab.tracing.runs import Runs, TraceSettings, run_clean_and_corrupted
+from rome_lab.tracing.runs import Runs, TraceSettings, check_tokens, run_clean_and_corrupted
 from rome_lab.tracing.sweep import Sweep, column_of_heads, columns_of
 from rome_lab.tracing.trace import HEAD, KINDS, Trace
 
@@ -95,7 +95,7 @@ def causal_trace(
         check_verified(lm, "causal_trace")
     settings = TraceSettings(corruption, samples, window, seed, max_rows, direction, foil)
     check_metric("causal_trace", metric, settings.foil)
-    runs = run_clean_and_corrupted(lm, prompt, subject, settings, answer)
+    runs = run_clean_and_corrupted(lm, prompt, subject, settings, answer, kind == HEAD)
     return restore(runs, kind, severed, None if token is None else [token], callback).by(metric)
 
 
@@ -124,10 +124,7 @@ def restore(
     columns = columns_of(kind, lm.n_layers, settings.window, heads)
     if tokens is None:
         tokens = [len(prompt.ids) - 1] if heads else range(len(prompt.ids))
-    if outside := [token for token in tokens if not 0 <= token < len(prompt.ids)]:
-        raise ValueError(
-            f"causal_trace: there is no token {outside[0]}; the prompt has {len(prompt.ids)}, counted from 0."
-        )
+    check_tokens("causal_trace", prompt, tokens)
     shape = (lm.n_layers, heads) if heads else (len(prompt.ids), lm.n_layers)
     readings = {
         metric: Readings(float(p[0]), float(p[1:].mean()), np.full(shape, np.nan), np.full(shape, np.nan))
@@ -191,7 +188,7 @@ def restore_heads(
 
     Raises: ValueError: there is no such head or token, or heads cannot be told apart.
     """
-    heads, length = heads_of(runs), len(runs.prompt.ids)
+    heads = heads_of(runs)
     for layer, head in {place for places in sets for place in places}:
         if not (0 <= layer < runs.lm.n_layers and 0 <= head < heads):
             raise ValueError(
@@ -199,9 +196,8 @@ def restore_heads(
             )
     if not all(len(places) for places in sets):
         raise ValueError("restore_heads: one of the sets is empty; what it would restore is the base run itself.")
-    token = length - 1 if token is None else token
-    if not 0 <= token < length:
-        raise ValueError(f"restore_heads: there is no token {token}; the prompt has {length}, counted from 0.")
+    token = len(runs.prompt.ids) - 1 if token is None else token
+    check_tokens("restore_heads", runs.prompt, [token])
     with suited_attention(runs.lm), suited_products(runs.lm.device), freed_memory_kept():
         swept = Sweep(runs, token, HEAD, None, [column_of_heads(places) for places in sets]).metrics()
     return {metric: values.mean(axis=1) for metric, values in swept.items()}
@@ -217,8 +213,12 @@ def copy_of(trace: Trace) -> Trace:
 def heads_of(runs: Runs) -> int:
     """Number of heads of each layer.
 
-    Raises: ValueError: they cannot be told apart, or are not as many in every layer.
+    Raises: ValueError: they were not recorded, cannot be told apart, or are not as many in every layer.
     """
+    if not runs.recording.heads and runs.lm.heads_out:
+        raise ValueError(
+            "causal_trace: heads were not recorded; run_clean_and_corrupted(..., with_heads=True) does it."
+        )
     numbers = {x.shape[2] for x in runs.recording.heads}
     if len(numbers) != 1:
         raise ValueError(

@@ -1,12 +1,14 @@
 """The clean and the corrupted runs of one prompt (B.1), recorded together.
 
 TraceSettings                      how to trace; the paper's values by default
+run_clean                          records the clean run alone
 run_clean_and_corrupted            records both as `Runs`, from which `rome_lab.tracing.sweep` makes the restored runs
 UnknownFactError                   the model does not complete the fact's prompt with its object
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -118,10 +120,13 @@ def run_clean_and_corrupted(
     subject: str | None,
     settings: TraceSettings,
     answer: str | None = None,
+    with_heads: bool = False,
 ) -> Runs:
     """Record the clean run and the S corrupted runs, together where they fit.
 
-    Args: answer: what to follow, whatever the model says; by default what it says, which has to be a Fact's object.
+    Args:
+        answer: what to follow, whatever the model says; by default what it says, which has to be a Fact's object.
+        with_heads: record what restoring heads needs, too.
 
     Raises: see `rome_lab.causal_trace`.
     """
@@ -144,7 +149,7 @@ def run_clean_and_corrupted(
             embedded[:, begin:end] += noise[rows.start : rows.stop].to(embedded)
             return embedded
 
-        return record_run(lm, ids[rows.start : rows.stop], corrupt)
+        return record_run(lm, ids[rows.start : rows.stop], corrupt, with_heads)
 
     together = Batching(lm, "causal_trace", text_bytes(lm, len(read.ids)), settings.max_rows)
     with suited_attention(lm), suited_products(lm.device), freed_memory_kept():
@@ -152,15 +157,57 @@ def run_clean_and_corrupted(
     lm.check_finite(recording.logits, "causal_trace")
     with suited_attention(lm):
         check_recording(lm, recording, "causal_trace")
-    if answer is not None:
-        answer_id = continuation_ids(lm, read.text, answer)[0]
-    elif isinstance(prompt, Fact):
-        answer_id = known_answer(lm, prompt, recording.logits[0])
-    else:
-        answer_id = int(recording.logits[0].argmax())
+    answer_id = followed(lm, prompt, read, recording.logits[0], answer)
     foil_id = None if settings.foil is None else foil_token(lm, read.text, settings.foil, answer_id)
     relation = prompt.relation if isinstance(prompt, Fact) else None
     return Runs(lm, read, settings, recording, answer_id, foil_id, settings.corruption.std(lm), relation)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CleanRun(OneLine):
+    """The clean run of one prompt by itself.
+
+    Attributes:
+        recording: of one row.
+        answer_id: the token that is followed.
+    """
+
+    lm: LanguageModel
+    prompt: Prompt
+    recording: Recording
+    answer_id: int
+
+
+def run_clean(
+    lm: LanguageModel, prompt: str | Fact, read: Prompt, answer: str | None = None, doing: str = "run_clean"
+) -> CleanRun:
+    """Record the clean run alone.
+
+    Args: read: the prompt as it was read. answer: as of `run_clean_and_corrupted`.
+
+    Raises: see `rome_lab.causal_trace`.
+    """
+    with suited_attention(lm), suited_products(lm.device):
+        recording = record_run(lm, read.ids[None], lambda embedded: None)
+        lm.check_finite(recording.logits, doing)
+        check_recording(lm, recording, doing)
+    return CleanRun(lm, read, recording, followed(lm, prompt, read, recording.logits[0], answer))
+
+
+def followed(
+    lm: LanguageModel, prompt: str | Fact | Prompt, read: Prompt, logits: torch.Tensor, answer: str | None
+) -> int:
+    """The token to follow: the answer's first one; or what the model says by its logits, which has to be a Fact's object."""
+    if answer is not None:
+        return continuation_ids(lm, read.text, answer)[0]
+    return known_answer(lm, prompt, logits) if isinstance(prompt, Fact) else int(logits.argmax())
+
+
+def check_tokens(doing: str, prompt: Prompt, tokens: Iterable[int]) -> None:
+    """Raise a ValueError where the prompt has no such tokens."""
+    length = len(prompt.ids)
+    if outside := [token for token in tokens if not 0 <= token < length]:
+        raise ValueError(f"{doing}: there is no token {outside[0]}; the prompt has {length}, counted from 0.")
 
 
 def foil_token(lm: LanguageModel, prompt: str, foil: str, answer_id: int) -> int:

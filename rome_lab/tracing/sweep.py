@@ -34,6 +34,12 @@ from rome_lab.tracing.runs import Runs
 READ_TOGETHER = 80  # texts whose logits are made at once: those of more do not stay in a processor's cache
 
 
+def few_together(together: Batching) -> Batching:
+    """The same for reading: so few texts that their logits are small, whatever the vocabulary."""
+    most = min(READ_TOGETHER, together.most or READ_TOGETHER)
+    return replace(together, most=rows_at_once(together.lm.config.vocab_size, most))
+
+
 @dataclass(frozen=True)
 class Column:
     """One column of the result: the layers `first`..`last` are restored, and `depth` blocks are as in the corrupted run.
@@ -151,10 +157,8 @@ class Sweep:
                 joined += samples
             if depth < runs.lm.n_layers:
                 together.each(range(joined), partial(self.go_through, depth, texts))
-        few = replace(
-            together, most=rows_at_once(runs.lm.config.vocab_size, min(READ_TOGETHER, together.most or READ_TOGETHER))
-        )
-        parts = list(few.over(texts[:, -1], lambda last: reader(at_least_float32(runs.lm.logits(last)))))
+        read = few_together(together).over(texts[:, -1], lambda last: reader(at_least_float32(runs.lm.logits(last))))
+        parts = list(read)
         metrics = {}
         for name in parts[0]:
             metrics[name] = np.empty((len(self.columns), samples))

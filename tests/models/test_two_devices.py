@@ -60,17 +60,15 @@ def lm(request, monkeypatch):
 
 @pytest.mark.parametrize("label", KINDS)
 def test_a_sweep_stays_where_the_blocks_are(lm, label, monkeypatch):
-    monkeypatch.setattr(sweep, "probability", lambda logits, token_id: np.zeros(tuple(logits.shape[:-1])))
+    monkeypatch.setattr(sweep, "read_metrics", lambda logits, *ids: {"p": np.zeros(tuple(logits.shape[:-1]))})
     ids = torch.arange(2, 11)
     recording = record_run(lm, ids.expand(4, -1), lambda embedded: embedded)
     assert [state.device for state in recording.states] == [CPU, CPU, CPU, META, META]
-    runs = tracing.Runs(
-        lm, Prompt("", "", ids, (1, 3)), tracing.TraceSettings(samples=3), recording, 5, np.zeros(4), 1.0
-    )
+    runs = tracing.Runs(lm, Prompt("", "", ids, (1, 3)), tracing.TraceSettings(samples=3), recording, 5, None, 1.0)
     kind, severed = KINDS[label]
     with torch.no_grad():
         swept = sweep.Sweep(runs, 2, kind, severed, sweep.columns_of(kind, lm.n_layers, 2))
-        assert swept.p_restored().shape == (4,)
+        assert swept.metrics()["p"].mean(axis=1).shape == (4,)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])

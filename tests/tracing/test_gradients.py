@@ -159,7 +159,7 @@ def test_both_are_autograd_through_the_whole_model_in_families_that_are_found(na
 def check_slopes(lm, kinds):
     """Forward derivatives of some cells, half way along, beside backward ones of the whole model."""
     whole, settings = Whole(lm, noise := noise_for(lm)), TraceSettings(noise, window=3)
-    runs = run_clean_and_corrupted(lm, *PROMPT, settings)
+    runs = run_clean_and_corrupted(lm, *PROMPT, settings, with_heads=True)
     begin, last = runs.prompt.subject_range[0], len(runs.prompt.ids) - 1
     for kind, token, layer in (("state", begin, 1), ("mlp", begin, 2), ("attn", last, 2), ("mlp", last, 0)):
         if kind in kinds:
@@ -178,7 +178,7 @@ def test_slopes_along_a_restoration_are_autograd_through_the_whole_model(family)
 def test_one_step_at_the_beginning_is_attribution_patching(family):
     """Forward derivatives against backward ones; of runs of layers they are other things, see the docstring."""
     lm = in_float64(family)
-    runs = run_clean_and_corrupted(lm, *PROMPT, TraceSettings(noise := noise_for(lm), window=1))
+    runs = run_clean_and_corrupted(lm, *PROMPT, TraceSettings(noise := noise_for(lm), window=1), with_heads=True)
     estimates = attribution_patching(lm, *PROMPT, KINDS, noise, window=1, metric="probability")
     begin, zero = runs.prompt.subject_range[0], torch.zeros(1, dtype=torch.float64)
     for kind in KINDS[:3]:
@@ -193,7 +193,7 @@ def test_one_step_at_the_beginning_is_attribution_patching(family):
 def test_integrated_gradients_tend_to_the_exact_effect(family, direction):
     lm = in_float64(family)
     settings = TraceSettings(noise_for(lm, samples=1), window=3, direction=direction)
-    runs = run_clean_and_corrupted(lm, *PROMPT, settings)
+    runs = run_clean_and_corrupted(lm, *PROMPT, settings, with_heads=True)
     tokens = [runs.prompt.subject_range[0] + 2]
     for kind in KINDS:
         exact = restore(runs, kind).effect

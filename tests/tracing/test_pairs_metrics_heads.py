@@ -202,7 +202,7 @@ def test_the_noise_direction_is_the_mirror_of_denoising(kind):
     lm = doubled("qwen3")
     there = causal_trace(lm, PROMPT, SUBJECT, kind, SubjectSwap(OTHER), direction="noise")
     swapped = PROMPT.replace(SUBJECT, OTHER)
-    runs = run_clean_and_corrupted(lm, swapped, OTHER, TraceSettings(SubjectSwap(SUBJECT)))
+    runs = run_clean_and_corrupted(lm, swapped, OTHER, TraceSettings(SubjectSwap(SUBJECT)), with_heads=True)
     answer = int(OwnRuns(lm).run(ids_of(lm, PROMPT))[0].argmax())  # as text it might be cut into other tokens
     back = restore(replace(runs, answer_id=answer), kind)
     np.testing.assert_allclose(there.p_restored, back.p_restored, atol=1e-12)
@@ -222,7 +222,7 @@ def test_restoring_the_last_state_does_all_there_is(direction):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_heads_of_a_layer_together_are_its_attention_output(family):
     lm = doubled(family)
-    runs = run_clean_and_corrupted(lm, *EIFFEL, TraceSettings(GaussianNoise(std=0.5), samples=2))
+    runs = run_clean_and_corrupted(lm, *EIFFEL, TraceSettings(GaussianNoise(std=0.5), samples=2), with_heads=True)
     heads, last = runs.recording.heads[0].shape[2], len(runs.prompt.ids) - 1
     assert heads == 4
     together = [column_of_heads((x, head) for head in range(heads)) for x in range(lm.n_layers)]
@@ -242,7 +242,7 @@ def test_heads_of_every_verified_family_together_are_its_attention_output_or_are
         with pytest.raises(ValueError, match="cannot be told apart"):
             causal_trace(lm, *EIFFEL, "head", samples=1)
         return
-    runs = run_clean_and_corrupted(lm, *EIFFEL, TraceSettings(GaussianNoise(std=0.5), samples=1))
+    runs = run_clean_and_corrupted(lm, *EIFFEL, TraceSettings(GaussianNoise(std=0.5), samples=1), with_heads=True)
     heads, last = runs.recording.heads[0].shape[2], len(runs.prompt.ids) - 1
     together = [column_of_heads((x, head) for head in range(heads)) for x in range(lm.n_layers)]
     by_heads = Sweep(runs, last, "head", None, together).metrics()["probability"]
@@ -255,7 +255,7 @@ def test_heads_of_several_layers_together_equal_one_full_forward_a_set(family):
     lm = doubled(family)
     settings = TraceSettings(SubjectSwap(OTHER, "Rome"))
     sets = [[(0, 1)], [(0, 1), (2, 3)], [(2, 0), (1, 1), (1, 2), (3, 3)], [(x, y) for x in range(4) for y in range(4)]]
-    together = restore_heads(run_clean_and_corrupted(lm, *EIFFEL, settings), sets)
+    together = restore_heads(run_clean_and_corrupted(lm, *EIFFEL, settings, with_heads=True), sets)
     own = OwnRuns(lm, family)
     logits, kept = own.run(ids_of(lm, PROMPT))
     answer, swapped = int(logits.argmax()), ids_of(lm, PROMPT.replace(SUBJECT, OTHER))
