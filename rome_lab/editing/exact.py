@@ -131,15 +131,14 @@ def solved_edit(
             logger.warning("%s: %s", doing, remark)
     # Before v* is sought, which takes longest.
     keys = [optima.k_star(fact, layers[0], settings) for fact, _ in requests]
-    for layer in layers:
-        kept_columns(
-            layers[0], kept_at(lm, layer, solution, factors[layer], {}), requests, keys, solution.is_exact, doing
-        )
+    kept = kept_at(lm, solution, factors)
+    for factor in kept.values():
+        kept_columns(layers[0], factor, requests, keys, solution.is_exact, doing)
     values = [optima.optimise(request, last, settings, progress, callback) for request in requests]
     for optimum in values:
         if remark := convergence_remark(optimum, settings):
             logger.warning("%s: %s", doing, remark)
-    written = write_values(lm, layers, solution, factors, keys, values, settings, doing=doing)
+    written = write_values(lm, layers, solution, kept, keys, values, settings, doing=doing)
     identity = lm.identity(edited=False)
     *below, top = (squeezed(part) for part in written.parts)
     return Edit(

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from rome_lab.base import Json, harmonic_mean_ci, mean_ci
+from rome_lab.editing.edit import layers_in_words
 from rome_lab.editing.settings import EditSettings
 from rome_lab.facts import Cases, Fact
 from rome_lab.models import LanguageModel
@@ -63,7 +64,7 @@ class LayerSuggestion:
         near = [
             str(x) for x in scores.index if x != self.layer and scores["score"][x] >= scores["score_low"][self.layer]
         ]
-        return f" Its interval takes in the scores of {in_a_row(near)}." if near else ""
+        return f" Its interval takes in the scores of {layers_in_words(near)}." if near else ""
 
     @property
     def tracing(self) -> str:
@@ -99,11 +100,6 @@ class LayerSuggestion:
                 "": marks,
             }
         )
-
-
-def in_a_row(layers: Sequence[str]) -> str:
-    """Layers in words: "layer 3", "layers 3, 4 and 6"."""
-    return f"layers {', '.join(layers[:-1])} and {layers[-1]}" if layers[1:] else f"layer {layers[0]}"
 
 
 def with_interval(row: Mapping[str, float], name: str) -> str:

@@ -2,6 +2,7 @@
 
 write_values(lm, layers, solution, ...)    a LayerChange of each layer, and what it does to W
 check_layers(lm, layers, doing)            raises where they are not ascending or not there
+kept_at(lm, solution, factors)             of what the change of each layer keeps
 earlier_keys(lm, layer)                    keys of the edits in force
 """
 
@@ -11,6 +12,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Float
@@ -65,7 +67,6 @@ def write_values(
     optima: Sequence[Optimum],
     settings: EditSettings,
     *,
-    earlier: Mapping[int, Float[Tensor, "H p"]] | None = None,
     restraint: Restraint | None = None,
     doing: str = "rome",
 ) -> Written:
@@ -80,11 +81,10 @@ def write_values(
     are exact, so that the last layer brings every h to its z to float precision, AlphaEdit in a null space.
 
     Args:
-        factors: of C, by layer.
+        factors: of what the change of each layer keeps, see `kept_at`.
         keys: of each request at the lowest layer, as `Optima.k_star` finds them.
         optima: v* of each request, found at the last layer.
         settings: which keys are meant, and the prefixes of their texts.
-        earlier: keys of earlier edits by layer, beside those of the edits in force.
         restraint: what is kept of a change; the layers above are solved with that in force.
         doing: how errors begin.
 
@@ -105,16 +105,16 @@ def write_values(
     with contextlib.ExitStack() as below:
         for place, layer in enumerate(layers):
             left = len(layers) - place
-            factor = kept_at(lm, layer, solution, factors[layer], earlier or {})
             if place > 0:
                 keys = [K.float() for K in context_means(lm, subject_keys, layer, texts)]
+                states = context_means(lm, subject_states, last, texts)
             if len(layers) > 1:
-                W, states = precise(lm.weight(layer)).cpu(), context_means(lm, subject_states, last, texts)
+                W = precise(lm.weight(layer)).cpu()
                 V = [W @ precise(K).cpu() + (z - h) / left for K, z, h in zip(keys, Z, states, strict=True)]
-            columns = kept_columns(layer, factor, requests, keys, solution.is_exact, doing)
+            columns = kept_columns(layer, factors[layer], requests, keys, solution.is_exact, doing)
             K = torch.cat([K[:, chosen] for K, chosen in zip(keys, columns, strict=True)], dim=1)
             values = torch.cat([v[:, chosen] for v, chosen in zip(V, columns, strict=True)], dim=1)
-            part, deltas[layer], error = layer_change(lm, layer, solution, factor, K, values, restraint)
+            part, deltas[layer], error = layer_change(lm, layer, solution, factors[layer], K, values, restraint)
             parts.append(part)
             errors.append(error)
             if left > 1:
@@ -150,13 +150,24 @@ def layer_change(
 
 
 def kept_at(
-    lm: LanguageModel, layer: int, solution: LeastSquares, factor: Factor, earlier: Mapping[int, Tensor]
-) -> Factor:
-    """Of what the change of a layer keeps: C, or, in a null space, what is outside it and the keys of earlier edits."""
+    lm: LanguageModel,
+    solution: LeastSquares,
+    factors: Mapping[int, Factor],
+    earlier: Mapping[int, Float[Tensor, "H p"]] = MappingProxyType({}),
+) -> dict[int, Factor]:
+    """Of what the change of each layer keeps: C, or, in a null space, what is outside it and the keys of earlier edits.
+
+    Args:
+        factors: of C, by layer.
+        earlier: keys of earlier edits by layer, beside those of the edits in force.
+    """
     if solution.threshold is None:
-        return factor
-    keys = torch.cat([earlier_keys(lm, layer), *([earlier[layer].float()] if layer in earlier else [])], dim=1)
-    return null_space(factor, solution.threshold, keys, solution.ridge)
+        return dict(factors)
+    kept = {}
+    for layer, factor in factors.items():
+        keys = torch.cat([earlier_keys(lm, layer), *([earlier[layer].float()] if layer in earlier else [])], dim=1)
+        kept[layer] = null_space(factor, solution.threshold, keys, solution.ridge)
+    return kept
 
 
 def earlier_keys(lm: LanguageModel, layer: int) -> Float[Tensor, "H p"]:

@@ -21,7 +21,7 @@ from rome_lab.editing.editors import default_layers
 from rome_lab.editing.exact import remarks_on
 from rome_lab.editing.fine_tuning import Tuning, default_tuning, fine_tune
 from rome_lab.editing.keys import key_size
-from rome_lab.editing.many_layers import check_layers, write_values
+from rome_lab.editing.many_layers import check_layers, kept_at, write_values
 from rome_lab.editing.optima import Optima, Optimum
 from rome_lab.editing.remedies import prune, rect
 from rome_lab.editing.requests import NothingToEdit, Request, check_agreement
@@ -242,11 +242,11 @@ class LayeredRome(Rome):
     def proposal(
         self, lm: LanguageModel, optima: Optima, reached: Sequence[Optimum], settings: EditSettings
     ) -> Proposal:
-        factors = optima.factors_at(self.layers, self.source)
+        kept = kept_at(lm, self.squares, optima.factors_at(self.layers, self.source), optima.earlier)
         keys = [optima.k_star(optimum.request[0], self.layers[0], settings) for optimum in reached]
         restraint = None if self.rect is None else partial(rect, share=self.rect)
-        options = {"earlier": optima.earlier, "restraint": restraint, "doing": self.name}
-        written = write_values(lm, self.layers, self.squares, factors, keys, reached, settings, **options)
+        options = {"restraint": restraint, "doing": self.name}
+        written = write_values(lm, self.layers, self.squares, kept, keys, reached, settings, **options)
         layer, delta = layers_and_deltas({x: dW.float() for x, dW in written.deltas.items()})
         return Proposal(layer, delta, keys={part.layer: part.k_star for part in written.parts})
 
