@@ -11,6 +11,8 @@ from pathlib import Path
 # does not depend on the number of workers. Torch reads these when it is first imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
+# Two processes may find different ways to multiply the quickest, where two ways are as accurate, and round differently.
+os.environ.setdefault("ROME_LAB_PRODUCTS", "default")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

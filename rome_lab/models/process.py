@@ -141,11 +141,14 @@ def suited_products(device: torch.device) -> Iterator[None]:
     """Within the context, float32 products on a CPU are computed in the quickest way that is accurate to `ACCURATE`.
 
     Where another choice is in force, or on another device, nothing happens. Since what comes out is the same but for
-    rounding, `precisions`, and with it the key of stored results, still names the default.
+    rounding, `precisions`, and with it the key of stored results, still names the default. Processes may find different
+    ways the quickest, though, and then round differently; with `ROME_LAB_PRODUCTS=default` in the environment nothing is
+    measured, and all of a machine get the same bits.
     """
     global suited
     with changing:  # who comes while the ways are measured waits for what comes of it
-        is_free = device.type == "cpu" and precisions() == PRODUCTS["default"]
+        is_pinned = os.environ.get("ROME_LAB_PRODUCTS") == "default"
+        is_free = device.type == "cpu" and precisions() == PRODUCTS["default"] and not is_pinned
         choice = quickest_products() if is_free else "default"
         if choice != "default":
             suited += 1

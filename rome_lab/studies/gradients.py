@@ -23,14 +23,14 @@ from tqdm.auto import tqdm
 
 from rome_lab.base import Store, mean_ci
 from rome_lab.facts import read_prompt
-from rome_lab.lab import COLOURS, FONT_SIZE, finish, panel_figure
+from rome_lab.lab import COLOURS, FONT_SIZE, finish, panel_figure, plots
 from rome_lab.models import LanguageModel
 from rome_lab.tracing import (
     BUCKETS,
     SwapPair,
+    Trace,
     TraceSettings,
     attributions,
-    buckets,
     integrals,
     restore,
     run_clean_and_corrupted,
@@ -67,24 +67,13 @@ def compare_cells(
     return pd.concat(tables, ignore_index=True)
 
 
-def cells_of(trace: object, estimate: np.ndarray, window: int) -> pd.DataFrame:
+def cells_of(trace: Trace, estimate: np.ndarray, window: int) -> pd.DataFrame:
     """The rows of one trace and its estimate, from the subject's first token on."""
-    begin = trace.subject_range[0]
-    position, layer = (x.ravel() for x in np.indices(estimate[begin:].shape))
-    places = buckets(len(trace.tokens), trace.subject_range)
-    return pd.DataFrame(
-        {
-            "fact": trace.prompt,
-            "kind": trace.kind,
-            "window": 1 if trace.kind == "state" else window,
-            "metric": trace.metric,
-            "position": position + begin,
-            "bucket": [places[begin + x] for x in position],
-            "layer": layer,
-            "exact": trace.effect[begin:].ravel(),
-            "estimate": estimate[begin:].ravel(),
-        }
-    )
+    effects = {"exact": trace.effect.ravel(), "estimate": estimate.ravel()}
+    named = {"fact": trace.prompt, "window": 1 if trace.kind == "state" else window, "metric": trace.metric}
+    cells = plots.cell_table(trace).assign(**named, **effects)
+    names = ["fact", "kind", "window", "metric", "position", "bucket", "layer", *effects]
+    return cells.loc[cells["position"] >= trace.subject_range[0], names].reset_index(drop=True)
 
 
 def agreement(cells: pd.DataFrame) -> pd.DataFrame:

@@ -16,7 +16,8 @@ from rome_lab.models.process import PRODUCTS, precisions, product_error, product
 
 
 @pytest.fixture(autouse=True)
-def as_before():
+def as_before(monkeypatch):
+    monkeypatch.delenv("ROME_LAB_PRODUCTS", raising=False)
     before = precisions()
     yield
     set_precisions(before)
@@ -109,6 +110,13 @@ def test_suited_products_are_the_quickest_of_the_accurate_and_leave_what_is_chos
         assert module.precisions_now() == ("ieee", "tf32"), "what somebody has chosen stays"
     with pytest.raises(KeyError), module.suited_products(cpu):
         raise KeyError
+
+
+def test_with_the_environment_all_processes_compute_products_by_default(monkeypatch) -> None:
+    monkeypatch.setattr(module, "quickest_products", lambda: pytest.fail("measured"))
+    monkeypatch.setenv("ROME_LAB_PRODUCTS", "default")
+    with module.suited_products(torch.device("cpu")):
+        assert module.precisions_now() == PRODUCTS["default"]
 
 
 def test_a_way_that_is_not_accurate_is_not_the_quickest(monkeypatch) -> None:
