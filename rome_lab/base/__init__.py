@@ -8,7 +8,7 @@ code_version                which code a result rests on, and package_versions w
 write_atomically            a file, whole or not at all; explained, check_writable, user_cache
 seed_from, uniform          random numbers that depend on what they are for, and on nothing else
 check_text, check_whole     arguments refused in a sentence
-mean_ci, MeanCI             a mean over facts, or cases, with its 95% interval; harmonic_mean_ci of several
+mean_ci, MeanCI             a mean over facts, or cases, with its 95% interval; share_ci, harmonic_mean_ci of shares
 mentions, holds, place_of   names in texts, and visible, texts made safe to draw
 blank_behind, without_end  blanks where a text goes on; is_unspaced tells scripts that have none;
                             other_spelling says how names that look alike differ
@@ -18,7 +18,7 @@ OneLine                     results that show themselves in one line; Tell, how 
 from rome_lab.base.checks import check_text, check_whole
 from rome_lab.base.display import OneLine, Tell
 from rome_lab.base.files import check_writable, explained, user_cache, write_atomically
-from rome_lab.base.intervals import MeanCI, harmonic_mean_ci, mean_ci
+from rome_lab.base.intervals import MeanCI, harmonic_mean_ci, mean_ci, share_ci
 from rome_lab.base.seeds import seed_from, uniform
 from rome_lab.base.store import USER_CACHE, Basket, Json, Record, Store, canonical_json, opened
 from rome_lab.base.versions import code_version, package_versions

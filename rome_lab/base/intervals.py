@@ -1,16 +1,20 @@
 """Means over facts, or cases, with their 95% intervals, which are computed nowhere else.
 
 mean_ci(values)             of each column
-harmonic_mean_ci(values)    of the columns together: S of ES, PS and NS
+share_ci(values)            of shares in percent, within 0 to 100
+harmonic_mean_ci(values)    of several shares together: S of ES, PS and NS
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
+
+DRAWS = 4000  # of a bootstrap: its bounds are then off by a fortieth of their distance from the mean
 
 
 class MeanCI(NamedTuple):
@@ -58,21 +62,74 @@ def mean_ci(values: np.ndarray, clusters: Sequence[Hashable] | None = None) -> M
     return MeanCI(mean, mean - half_width, mean + half_width, n)
 
 
-def harmonic_mean_ci(values: np.ndarray) -> MeanCI:
-    """Harmonic mean of the columns' means, with a 95% interval by the delta method, over the rows without NaN.
+def share_ci(values: np.ndarray, clusters: Sequence[Hashable] | None = None) -> MeanCI:
+    """Mean of shares in percent, and a 95% interval that stays within 0 to 100.
 
-        S = k / (1/m_1 + ... + 1/m_k),   dS/dm_j = (S / m_j)^2 / k
+    Where each fact is a success or none, 100 or 0, the exact interval of a share (Clopper and Pearson 1934); else the one of
+    `harmonic_mean_ci`, for one column.
 
-    The interval is the t-interval of the linearised cases, S + sum_j dS/dm_j (x_j - m_j), so it takes account of how the
-    columns vary together.
+    Args:
+        values: (F,), within [0, 100]; NaN stands for facts without a value.
+        clusters: see `mean_ci`; shares of clusters are not all or nothing.
 
-    Args:    values: (F, k), none negative.
-    Returns: MeanCI of scalars. S is 0 where a mean is 0; all its values are 0 then, so they add nothing to the spread.
+    Returns: MeanCI of scalars.
     """
-    complete = values[~np.isnan(values).any(axis=1)]
-    if not len(complete):
-        return mean_ci(complete[:, 0])
-    means = complete.mean(axis=0)
-    score = stats.hmean(means)
-    gradient = np.divide(score, means, out=np.zeros_like(means), where=means > 0) ** 2 / len(means)
-    return mean_ci(score + (complete - means) @ gradient)
+    present = values[~np.isnan(values)]
+    if clusters is not None or not np.isin(present, (0.0, 100.0)).all():
+        return harmonic_mean_ci(values[:, None], clusters)
+    return exact_share(present) if len(present) else mean_ci(present)
+
+
+def exact_share(values: np.ndarray) -> MeanCI:
+    """Of facts (F,) that are 100 or 0 each."""
+    low, high = stats.binomtest(int((values > 0).sum()), len(values)).proportion_ci(0.95, method="exact")
+    return MeanCI(values.mean(), 100 * low, 100 * high, len(values))
+
+
+def harmonic_mean_ci(values: np.ndarray, clusters: Sequence[Hashable] | None = None) -> MeanCI:
+    """Harmonic mean of the means of shares in percent, with a 95% interval by bootstrap, over the rows without NaN.
+
+        S = k / (1/m_1 + ... + 1/m_k)
+
+    Facts, with the values of all columns, are drawn anew `DRAWS` times from those there are, as many as there are, and the
+    interval is that of the middle 95% of what S is then (Efron 1979); of clusters, whole clusters are drawn. So it is
+    nowhere below 0 or above 100, and takes account of how the columns vary together. The bounds are NaN where there is one
+    fact or cluster. A column that is the same in all facts
+    adds nothing to the spread; where all columns are 100, or 0, in all facts, drawing tells nothing, and the bounds are the
+    exact ones of as many successes, or failures.
+
+    Args:    values: (F, k), within [0, 100]. clusters: see `mean_ci`.
+    Returns: MeanCI of scalars. S is 0 where a mean is 0.
+    """
+    complete = ~np.isnan(values).any(axis=1)
+    labels = [
+        ("own", i) if clusters is None or clusters[i] is None else ("of", clusters[i]) for i in complete.nonzero()[0]
+    ]
+    values = values[complete]
+    if not len(values):
+        return mean_ci(values[:, 0])
+    places = {label: place for place, label in enumerate(dict.fromkeys(labels))}
+    of_fact = [places[label] for label in labels]
+    sums, sizes = np.zeros((len(places), values.shape[1])), np.zeros(len(places))
+    np.add.at(sums, of_fact, values)
+    np.add.at(sizes, of_fact, 1.0)
+    score = harmonic_means(values.mean(axis=0))
+    if len(places) == 1:
+        return MeanCI(score, np.nan, np.nan, len(values))
+    if np.isin(values, (0.0, 100.0)).all() and (values == values[0]).all():
+        return MeanCI(score, *exact_share(np.full(len(places), score))[1:3], len(values))
+    counts = drawn_counts(len(places))
+    low, high = np.percentile(harmonic_means(counts @ sums / (counts @ sizes)[:, None]), [2.5, 97.5])
+    return MeanCI(score, low, high, len(values))
+
+
+def harmonic_means(means: np.ndarray) -> np.ndarray:
+    """Of the last axis; 0 where one of them is 0."""
+    with np.errstate(divide="ignore"):
+        return means.shape[-1] / (1.0 / means).sum(axis=-1)
+
+
+@lru_cache(maxsize=4)
+def drawn_counts(n: int) -> np.ndarray:
+    """(DRAWS, n): how often each of n facts is drawn, in each draw of n; always the same."""
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=DRAWS).astype(float)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from rome_lab.base import Json, harmonic_mean_ci, mean_ci
+from rome_lab.base import Json, harmonic_mean_ci, share_ci
 from rome_lab.editing.edit import layers_in_words
 from rome_lab.editing.settings import EditSettings
 from rome_lab.facts import Cases, Fact
@@ -103,7 +103,7 @@ class LayerSuggestion:
 
 
 def with_interval(row: Mapping[str, float], name: str) -> str:
-    """A score of a row of the table with its interval, which is not clipped."""
+    """A score of a row of the table with its interval."""
     return f"{row[name]:.0f} ({row[f'{name}_low']:.0f} to {row[f'{name}_high']:.0f})"
 
 
@@ -112,8 +112,8 @@ def scores_by_layer(rows: Sequence[Mapping[str, Json]], n: int) -> pd.DataFrame:
     parts = []
     for layer, part in pd.DataFrame(rows).groupby("layer"):
         values = part[list(LAYER_SCORES)].to_numpy(float)
-        cis = dict(zip(LAYER_SCORES, zip(*mean_ci(values)[:3], strict=True), strict=True))
-        cis["score"] = tuple(harmonic_mean_ci(values)[:3])
+        cis = {name: share_ci(column)[:3] for name, column in zip(LAYER_SCORES, values.T, strict=True)}
+        cis["score"] = harmonic_mean_ci(values)[:3]
         numbers = {f"{name}{end}": float(x) for name, ci in cis.items() for end, x in zip(ENDS, ci, strict=True)}
         remarks = [x for x in part["remark"] if x]
         remark = f"{len(remarks)} of {len(part)} edits bear a remark; the first: {remarks[0]}" if remarks else ""

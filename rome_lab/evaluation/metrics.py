@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from rome_lab.base import MeanCI, harmonic_mean_ci, mean_ci
+from rome_lab.base import MeanCI, harmonic_mean_ci, mean_ci, share_ci
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Metric:
         forced: whether the model reads the target itself (teacher forcing) instead of what it would have said;
             False exactly where `whole` is "text".
         better: which values are the better ones.
+        least: the least that it can be where 100 is the most; None where it has no such range.
     """
 
     definition: str
@@ -41,20 +42,22 @@ class Metric:
     whole: str = "whole target"
     forced: bool = True
     better: str = "higher"
+    least: float | None = 0.0
 
 
 METRICS: dict[str, Metric] = {
     "ES": Metric("efficacy score: 100 [P(target) > P(true object)] at the rewrite prompt"),
-    "EM": Metric("efficacy magnitude: P(target) - P(true object) at the rewrite prompt"),
+    "EM": Metric("efficacy magnitude: P(target) - P(true object) at the rewrite prompt", least=-100.0),
     "PS": Metric("paraphrase score: share of the paraphrases with P(target) > P(true object)"),
-    "PM": Metric("paraphrase magnitude: mean over the paraphrases of P(target) - P(true object)"),
+    "PM": Metric("paraphrase magnitude: mean over the paraphrases of P(target) - P(true object)", least=-100.0),
     "NS": Metric("neighbourhood score: share of the neighbours with P(own object) > P(target)"),
-    "NM": Metric("neighbourhood magnitude: mean over the neighbours of P(own object) - P(target)"),
+    "NM": Metric("neighbourhood magnitude: mean over the neighbours of P(own object) - P(target)", least=-100.0),
     "GE": Metric(
         "generation entropy: (H_2 + 2 H_3) / 3, the entropies of a generated text's bigrams and trigrams, mean over texts",
         unit="bits",
         whole="text",
         forced=False,
+        least=None,
     ),
     "RS": Metric(
         "reference score: cosine of the TF-IDF vectors of the generated and of the reference texts",
@@ -71,6 +74,7 @@ METRICS: dict[str, Metric] = {
         "nats",
         "per token",
         better="lower",
+        least=None,
     ),
     "known": Metric("share of unrelated known facts all of whose object's tokens are still the most probable ones"),
 }
@@ -141,16 +145,19 @@ def reference_score(texts: Sequence[str], references: Sequence[str], corpus: Seq
     return 100.0 * float(written.multiply(reference).sum())
 
 
-def summarise(rows: pd.DataFrame, by: str | Sequence[str] = "method") -> pd.DataFrame:
-    """Means over cases with 95% t-intervals, a row a group and metric.
+def summarise(rows: pd.DataFrame, by: str | Sequence[str] = "method", clusters: str | None = None) -> pd.DataFrame:
+    """Means over cases with 95% intervals, a row a group and metric.
 
-    S is the harmonic mean of the means of ES, PS and NS over the cases that have all three; its interval is in
-    `harmonic_mean_ci`. Perplexity is exp of the mean nll, its interval exp of the nll's. Intervals are not clipped;
-    where all cases agree they have no width, and where there is one case the bounds are NaN.
+    S is the harmonic mean of the means of ES, PS and NS over the cases that have all three. What is in percent has intervals
+    that stay where it can be: exact ones of metrics that are all or nothing in each case, such as ES, and by bootstrap over
+    cases of the others, S among them (`share_ci`, `harmonic_mean_ci`). Entropies and nll have t-intervals. Perplexity is exp
+    of the mean nll, its interval exp of the nll's.
 
     Args:
         rows: a row a case, as `rome_lab.evaluation.judging.judge_case` makes them, with the columns `by`.
         by: what to group by.
+        clusters: a column, such as "relation": the intervals are then those of a draw of new relations, whose cases are
+            alike, instead of new cases from the same set.
 
     Returns: DataFrame: the columns `by`, metric, mean, ci_low, ci_high, n (cases with a value). Groups stand in the order
              of their first row, metrics in that of `METRICS`, S first.
@@ -158,27 +165,31 @@ def summarise(rows: pd.DataFrame, by: str | Sequence[str] = "method") -> pd.Data
     """
     by = [by] if isinstance(by, str) else list(by)
     metrics = [name for name in METRICS if name in rows]
-    if rows.empty or not metrics or not set(by) <= set(rows):
+    needed = by if clusters is None else [*by, clusters]
+    if rows.empty or not metrics or not set(needed) <= set(rows):
         raise ValueError(
             f"summarise: got {len(rows)} rows with columns {', '.join(map(str, rows)) or '(none)'}; expected rows of "
-            f"judged cases with {', '.join(by)} and metrics such as ES."
+            f"judged cases with {', '.join(needed)} and metrics such as ES."
         )
     if np.isinf(rows[metrics].to_numpy(float)).any():
         raise ValueError("summarise: a metric is infinite; judge those cases again.")
     parts = []
     for group, part in rows.groupby(by, sort=False, dropna=False, observed=True):
         where = dict(zip(by, group, strict=True))
-        parts += [where | {"metric": name} | values for name, values in summaries(part, metrics).items()]
+        labels = None if clusters is None else part[clusters].where(part[clusters].notna(), None).tolist()
+        parts += [where | {"metric": name} | values for name, values in summaries(part, metrics, labels).items()]
     return pd.DataFrame(parts, columns=[*by, "metric", "mean", "ci_low", "ci_high", "n"])
 
 
-def summaries(part: pd.DataFrame, metrics: Sequence[str]) -> dict[str, dict[str, float]]:
+def summaries(
+    part: pd.DataFrame, metrics: Sequence[str], labels: Sequence[Hashable] | None
+) -> dict[str, dict[str, float]]:
     """Metric -> mean, ci_low, ci_high, n over the cases of one group; metrics that no case has are left out."""
     means: dict[str, MeanCI] = {}
     if set(S_OF) <= set(metrics):
-        means["S"] = harmonic_mean_ci(part[list(S_OF)].to_numpy(float))
+        means["S"] = harmonic_mean_ci(part[list(S_OF)].to_numpy(float), labels)
     for name in metrics:
-        means[name] = mean_ci(part[name].to_numpy(float))
+        means[name] = ci_of(METRICS[name], part[name].to_numpy(float), labels)
         if name == "nll":
             *nll, n = means[name]
             means["perplexity"] = MeanCI(*np.exp(nll), n)
@@ -187,3 +198,12 @@ def summaries(part: pd.DataFrame, metrics: Sequence[str]) -> dict[str, dict[str,
         for metric, (mean, low, high, n) in means.items()
         if n > 0
     }
+
+
+def ci_of(metric: Metric, values: np.ndarray, labels: Sequence[Hashable] | None) -> MeanCI:
+    """The mean of a metric over cases (F,), with the interval that suits its range."""
+    if metric.least is None:
+        return mean_ci(values, labels)
+    width = 100.0 - metric.least
+    mean, low, high, n = share_ci(100.0 * (values - metric.least) / width, labels)
+    return MeanCI(*(metric.least + width * x / 100.0 for x in (mean, low, high)), n)

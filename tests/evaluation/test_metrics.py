@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from rome_lab.base import harmonic_mean_ci
+from rome_lab.base import harmonic_mean_ci, mean_ci, share_ci
 from rome_lab.evaluation import metrics
 from rome_lab.evaluation.metrics import ngram_entropy, summarise
 from rome_lab.facts import success
@@ -88,11 +88,39 @@ def test_the_interval_of_S_is_that_of_the_bootstrap_over_cases():
     assert high - low > 3
 
 
-def test_the_interval_of_S_is_that_of_the_mean_where_all_three_scores_are_the_same():
+def test_the_interval_of_S_is_that_of_a_share_where_all_three_scores_are_the_same():
     one = scores()[:, 1:2]
-    found = harmonic_mean_ci(np.repeat(one, 3, axis=1))
-    wanted = metrics.mean_ci(one[:, 0])
-    assert (found.mean, found.ci_low, found.ci_high) == pytest.approx((wanted.mean, wanted.ci_low, wanted.ci_high))
+    assert harmonic_mean_ci(np.repeat(one, 3, axis=1)) == pytest.approx(share_ci(one[:, 0]))
+
+
+def test_intervals_of_shares_agree_with_those_of_scipy_and_stay_where_shares_can_be():
+    values = scores()[:, 1]
+    theirs = stats.bootstrap((values,), np.mean, method="percentile", rng=np.random.default_rng(1)).confidence_interval
+    mean, low, high, n = share_ci(values)
+    assert (mean, n) == (values.mean(), 200) and (low, high) == pytest.approx(theirs, abs=0.3)
+    t = mean_ci(values)
+    assert (low, high) == pytest.approx((t.ci_low, t.ci_high), abs=0.5)
+    few = share_ci(np.array([100.0, 100.0, 100.0, 50.0, np.nan]))
+    assert few.ci_high == 100.0 < mean_ci(np.array([100.0, 100.0, 100.0, 50.0])).ci_high and few.n_facts == 4
+
+
+def test_shares_of_all_or_nothing_have_exact_intervals():
+    # Clopper and Pearson's bounds are quantiles of beta distributions.
+    half = share_ci(np.array([100.0] * 6 + [0.0] * 4))
+    assert half[:3] == pytest.approx((60.0, 100 * stats.beta.ppf(0.025, 6, 5), 100 * stats.beta.ppf(0.975, 7, 4)))
+    assert share_ci(np.full(200, 100.0))[:3] == pytest.approx((100.0, 100 * 0.025 ** (1 / 200), 100.0))
+    assert share_ci(np.zeros(20))[:3] == pytest.approx((0.0, 0.0, 100 * (1 - 0.025 ** (1 / 20))))
+    assert harmonic_mean_ci(np.full((200, 3), 100.0)) == share_ci(np.full(200, 100.0))
+    assert np.isnan(share_ci(np.array([np.nan]))[:3]).all() and share_ci(np.zeros(0)).n_facts == 0
+
+
+def test_clusters_are_drawn_whole():
+    values = np.random.default_rng(0).uniform(0, 100, size=30)
+    alike, relations = np.repeat(values, 7), np.repeat(np.arange(30), 7)
+    assert share_ci(alike, relations)[:3] == pytest.approx(share_ci(values)[:3])
+    assert harmonic_mean_ci(alike[:, None], [None] * 210)[:3] == pytest.approx(share_ci(alike)[:3])
+    assert np.isnan(share_ci(values, ["one"] * 30).ci_low)
+    assert share_ci(np.full(9, 100.0), [1, 2, 3] * 3)[:3] == share_ci(np.full(3, 100.0))[:3]
 
 
 @pytest.mark.parametrize("zeros", [[0], [0, 1], [0, 1, 2]])
@@ -101,7 +129,8 @@ def test_S_is_zero_without_a_warning_where_a_mean_is_zero(zeros):
     values[:, zeros] = 0.0
     with np.errstate(all="raise", divide="warn"):
         found = harmonic_mean_ci(values)
-    assert (found.mean, found.ci_low, found.ci_high) == (0.0, 0.0, 0.0)
+    high = share_ci(np.zeros(20)).ci_high if len(zeros) == 3 else 0.0  # nothing else varies with it
+    assert (found.mean, found.ci_low, found.ci_high) == (0.0, 0.0, high)
 
 
 def rows():
@@ -120,8 +149,8 @@ def test_a_summary_has_a_row_a_method_and_metric_with_means_over_the_cases_that_
     assert list(table["metric"].unique()) == ["S", "ES", "PS", "NS", "nll", "perplexity"]
     rome = table[table["method"] == "rome"].set_index("metric")
     assert rome.loc["ES", "mean"] == pytest.approx(200 / 3)
-    half_width = stats.t.ppf(0.975, 2) * np.std([100, 0, 100], ddof=1) / np.sqrt(3)
-    assert rome.loc["ES", "ci_high"] == pytest.approx(200 / 3 + half_width)  # above 100: not clipped
+    exact = 100 * stats.beta.ppf(0.025, 2, 2), 100 * stats.beta.ppf(0.975, 3, 1)
+    assert rome.loc["ES", ["ci_low", "ci_high"]].tolist() == pytest.approx(exact)
     assert (rome.loc["NS", "mean"], rome.loc["NS", "n"], rome.loc["PS", "n"]) == (75.0, 2, 3)
     assert rome.loc["S", "mean"] == pytest.approx(3 / (1 / 50 + 1 / 50 + 1 / 75))  # the cases that have all three
     assert rome.loc["S", "n"] == 2
@@ -130,10 +159,23 @@ def test_a_summary_has_a_row_a_method_and_metric_with_means_over_the_cases_that_
     )
 
 
-def test_cases_that_all_agree_give_an_interval_of_no_width():
-    none = summarise(rows()).query("method == 'none'").set_index("metric")
-    assert none.loc["NS", ["mean", "ci_low", "ci_high"]].tolist() == [100.0, 100.0, 100.0]
-    assert none.loc["S", "mean"] == 0.0
+def test_nothing_in_percent_leaves_its_range_and_magnitudes_have_theirs():
+    random = np.random.default_rng(0)
+    table = pd.DataFrame(
+        {"EM": [-100.0, -100, -99, 40], "PS": [0.0, 0, 0, 25], "RS": random.uniform(0, 5, 4), "nll": 1}
+    )
+    summary = summarise(table.assign(method="rome")).set_index("metric")
+    assert (summary["ci_low"] <= summary["mean"]).all() and (summary["mean"] <= summary["ci_high"]).all()
+    assert summary.loc["EM", "ci_low"] >= -100 and summary.loc["PS", "ci_low"] == 0
+    assert mean_ci(table["EM"].to_numpy(float)).ci_low < -100
+
+
+def test_a_summary_can_be_clustered_by_a_column():
+    table = rows().assign(relation=["city", "city", None] * 2)
+    clustered = summarise(table, clusters="relation")
+    assert clustered["mean"].tolist() == summarise(table)["mean"].tolist()
+    with pytest.raises(ValueError, match="with method, language and metrics"):
+        summarise(table, clusters="language")
 
 
 def test_a_summary_by_two_columns_keeps_both():
@@ -142,7 +184,8 @@ def test_a_summary_by_two_columns_keeps_both():
     assert list(found)[:2] == ["method", "edits"]
     assert found.groupby(["method", "edits"], sort=False).ngroups == 4
     alone = found.query("method == 'rome' and edits == 10").set_index("metric")
-    assert alone.loc["ES", "mean"] == 100.0 and np.isnan(alone.loc["ES", "ci_low"])
+    assert alone.loc["ES", "mean"] == 100.0 and alone.loc["ES", "ci_low"] == pytest.approx(2.5)
+    assert np.isnan(alone.loc["nll", "ci_low"])
     assert not {"S", "NS"} & set(alone.index)  # no case has them
 
 

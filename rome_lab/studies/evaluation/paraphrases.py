@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from rome_lab.base import Store, mean_ci
+from rome_lab.base import Store, share_ci
 from rome_lab.editing import Method, Optima, settle
 from rome_lab.evaluation import SCORES_ONLY, Case, methods_of, questions_of
 from rome_lab.models import LanguageModel, score
@@ -65,7 +65,7 @@ def by_opening(scores: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for opens, group in scores.groupby("opens"):
-        mean, low, high, n = mean_ci(group.groupby("case")["won"].mean().to_numpy())
+        mean, low, high, n = share_ci(group.groupby("case")["won"].mean().to_numpy())
         rows.append((bool(opens), float(mean), float(low), float(high), int(n), len(group)))
     return pd.DataFrame(rows, columns=["opens", "mean", "ci_low", "ci_high", "n", "paraphrases"])
 
