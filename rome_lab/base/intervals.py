@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-DRAWS = 4000  # of a bootstrap: its bounds are then off by a fortieth of their distance from the mean
+RESAMPLES = 4000  # of a bootstrap: its bounds are then off by a fortieth of their distance from the mean
 
 
 class MeanCI(NamedTuple):
@@ -91,8 +91,8 @@ def harmonic_mean_ci(values: np.ndarray, clusters: Sequence[Hashable] | None = N
 
         S = k / (1/m_1 + ... + 1/m_k)
 
-    Facts, with the values of all columns, are drawn anew `DRAWS` times from those there are, as many as there are, and the
-    interval is that of the middle 95% of what S is then (Efron 1979); of clusters, whole clusters are drawn. So it is
+    Facts, with the values of all columns, are drawn anew `RESAMPLES` times from those there are, as many as there are, and
+    the interval is that of the middle 95% of what S is then (Efron 1979); of clusters, whole clusters are drawn. So it is
     nowhere below 0 or above 100, and takes account of how the columns vary together. The bounds are NaN where there is one
     fact or cluster. A column that is the same in all facts
     adds nothing to the spread; where all columns are 100, or 0, in all facts, drawing tells nothing, and the bounds are the
@@ -131,5 +131,5 @@ def harmonic_means(means: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def drawn_counts(n: int) -> np.ndarray:
-    """(DRAWS, n): how often each of n facts is drawn, in each draw of n; always the same."""
-    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=DRAWS).astype(float)
+    """(RESAMPLES, n): how often each of n facts is drawn, in each draw of n; always the same."""
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(float)

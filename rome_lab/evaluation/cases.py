@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from rome_lab.base import Store, mentions, seed_from
 from rome_lab.evaluation.rewriting import rewrite_prompts
 from rome_lab.facts import (
+    CHOICES,
     Case,
     Cases,
     Parsed,
@@ -189,10 +190,24 @@ def read_cases(source: str | Path) -> Cases | None:
     numbered = [record | {"number": i} if isinstance(record, dict) else record for i, record in enumerate(records)]
     cases, problems = read_each(numbered, CASE_FORMS[form])
     reasons = Counter(re.sub(r" of record \d+$", "", reason) for _, reason in problems)
-    usable = Cases(tuple(cases), dict(reasons))
+    usable = Cases(with_choices(cases), dict(reasons))
     if problems:
         logger.warning("load_cases: %s: %s", source, usable)
     return usable
+
+
+def with_choices(cases: Sequence[Case]) -> tuple[Case, ...]:
+    """Cases with objects and targets of others of their relation to choose among; nothing says what else is true of them."""
+    objects: dict[str, set[str]] = {}
+    for case in cases:
+        if case.fact.relation and case.form != "zsre":
+            objects.setdefault(case.fact.relation, set()).update((case.fact.object, case.target))
+
+    def drawn(case: Case) -> tuple[str, ...]:
+        others = objects.get(case.fact.relation, set()) - {case.fact.object, case.target, *case.neighbour_answers}
+        return tuple(sorted(others, key=lambda text: seed_from(json.dumps([case.id, text])))[:CHOICES])
+
+    return tuple(replace(case, choices=drawn(case)) for case in cases)
 
 
 def read_counterfact_case(record: Parsed) -> Case:

@@ -23,6 +23,7 @@ from rome_lab.evaluation.bench import Bench
 from rome_lab.evaluation.bystanders import requests_by_case
 from rome_lab.evaluation.judging import JudgeSettings
 from rome_lab.evaluation.metrics import METRICS
+from rome_lab.evaluation.scorings import marked
 from rome_lab.facts import Case, Fact
 from rome_lab.models import LanguageModel
 
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 CASES_TOGETHER = 4
 CHANGES = 200_000_000  # weights of changes that are held in memory at once, at most
 CORPUS = 500  # texts that are enough to tell rare words from frequent ones; all of them would be slow
+TEXTS = {"generations": [], "written": {}, "verdicts": {}}
 CASE_COLUMNS = ("form", "relation", "subject", "prompt", "object", "target")
 
 
@@ -68,10 +70,10 @@ def evaluate(
             default `known_pool(lm)`.
         client: of a Dask cluster, whose workers make what the store does not hold; see `rome_lab.models.workers`.
 
-    Returns: DataFrame: case, method, form, relation, subject, prompt, object, target, the metrics, generations, judged,
-        remark. Where `judged` is False the method could not edit the case, or the outcome could not be judged: the
-        metrics are NaN and the remark says why. A remark on a judged case says what to know of it, such as that v* did
-        not converge. `remarks(table)` counts them.
+    Returns: DataFrame: case, method, form, relation, subject, prompt, object, target, the metrics, generations, written,
+        verdicts (see `judge_all`), judged, remark. Where `judged` is False the method could not edit the case, or the
+        outcome could not be judged: the metrics are NaN and the remark says why. A remark on a judged case says what to know
+        of it, such as that v* did not converge. `remarks(table)` counts them.
 
     Raises:
         ValueError: no cases, an unknown method, two of one name, a method that does not fit the model, or no case at all
@@ -131,10 +133,10 @@ def methods_of(method: str | Method | Sequence[str | Method]) -> list[Method]:
 def as_table(rows: Sequence[dict]) -> pd.DataFrame:
     """Rows as a table; a metric that no row has gets no column."""
     table = pd.DataFrame(rows)
-    if "generations" not in table:
-        table["generations"] = [[] for _ in rows]
+    for name, nothing in TEXTS.items():  # what was not judged has none
+        table[name] = [row.get(name, nothing) for row in rows]
     metrics = [name for name in METRICS if name in table]
-    return table[["case", "method", *CASE_COLUMNS, *metrics, "generations", "judged", "remark"]]
+    return table[["case", "method", *CASE_COLUMNS, *metrics, *TEXTS, "judged", "remark"]]
 
 
 def log_remarks(table: pd.DataFrame, name: str) -> None:
@@ -167,14 +169,21 @@ def reference_corpus(cases: Iterable[Case]) -> tuple[str, ...]:
 
 
 def story(table: pd.DataFrame, case: str, methods: Sequence[str] = ("none", "rome")) -> str:
-    """One case in words: what was asked, and its metrics and texts under each of the methods."""
+    """One case in words: what was asked, and its metrics and texts under each of the methods.
+
+    In what is written at the rewrite prompt, stars stand around what differs from the text of the unedited model.
+    """
     rows = table[(table["case"] == case) & table["method"].isin(methods)]
     if rows.empty:
         raise ValueError(f"story: the table has no case {case!r} of {', '.join(methods)}; see table['case'].")
     first = rows.iloc[0]
     lines = [f"{first['prompt']} -> {first['target']} (in truth {first['object']}); case {case}"]
+    unedited = table[(table["case"] == case) & (table["method"] == "none")]
+    before = unedited.iloc[0]["written"].get("rewrite", [""])[0] if len(unedited) else ""
     for row in rows.to_dict("records"):
         numbers = [f"{name} {row[name]:.4g}" for name in METRICS if name in row and not pd.isna(row[name])]
         lines += [f"\n{row['method']}: {', '.join(numbers)}{'; ' * bool(row['remark'])}{row['remark']}"]
+        for text in row["written"].get("rewrite", []):
+            lines.append(f"    writes: {row['prompt']} {marked(before, text) if before else ' '.join(text.split())}")
         lines += [f"    {' '.join(text.split())}" for text in row["generations"]]
     return "\n".join(lines)

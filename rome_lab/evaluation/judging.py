@@ -17,7 +17,8 @@ import numpy as np
 from rome_lab.base import check_whole
 from rome_lab.editing import TEXT
 from rome_lab.evaluation.metrics import generation_entropy, magnitude, reference_score, token_accuracy
-from rome_lab.facts import Case, Fact, question, success
+from rome_lab.evaluation.scorings import CASE_PARTS, OTHERS_OF, case_verdicts, shares_of
+from rome_lab.facts import Case, Fact, question
 from rome_lab.models import Change, LanguageModel, Question, Score, generate, score
 
 
@@ -29,6 +30,8 @@ class JudgeSettings:
         new_tokens: length of the generated texts after their prompts; 0 generates nothing, and GE and RS are left out.
         top_k, seed: how they are drawn, see `rome_lab.models.sampling.generate`; a top_k of 1 is greedy.
         text_tokens: how many tokens of `rome_lab.editing.auditing.TEXT` make up nll; 0 leaves nll out.
+        written_tokens: length of the greedy texts after the prompts, of which "written" is told; 0 writes none.
+        choose: whether the model is made to choose among the case's objects, as "choice" needs.
         known: facts that the unchanged model knows and the case does not touch; without any, "known" is left out.
         corpus: texts that RS takes its document frequencies from, such as the references of all cases.
     """
@@ -37,17 +40,20 @@ class JudgeSettings:
     top_k: int = 5
     seed: int = 0
     text_tokens: int = 128
+    written_tokens: int = 20
+    choose: bool = True
     known: tuple[Fact, ...] = ()
     corpus: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_whole("JudgeSettings", new_tokens=(self.new_tokens, 0), top_k=(self.top_k, 1), seed=(self.seed, 0))
-        check_whole("JudgeSettings", text_tokens=(self.text_tokens, 0))
+        check_whole("JudgeSettings", text_tokens=(self.text_tokens, 0), written_tokens=(self.written_tokens, 0))
         object.__setattr__(self, "known", tuple(self.known))
         object.__setattr__(self, "corpus", tuple(self.corpus))
 
 
-SCORES_ONLY = JudgeSettings(new_tokens=0, text_tokens=0)
+ZSRE_NAMES = {"rewrite": "efficacy", "paraphrases": "paraphrase", "neighbours": "specificity"}
+SCORES_ONLY = JudgeSettings(new_tokens=0, text_tokens=0, written_tokens=0, choose=False)
 
 
 def judge_case(
@@ -68,9 +74,10 @@ def judge_all(
     Args: sheets: cases, changes and settings; these may differ in the known facts and in nothing else.
 
     Returns: a dictionary for each: the metrics of `METRICS` that the case's form has ("counterfact": ES, EM, PS, PM, NS,
-        NM, GE, RS; "zsre": efficacy, paraphrase, specificity), nll and known, as numbers in the units given there, and
-        "generations", the list of generated texts, prompts included. A metric that the case gives no prompts for is left
-        out.
+        NM, GE, RS; "zsre": efficacy, paraphrase, specificity), those of the other scorings, nll and known, as numbers in
+        the units given there; "generations", the list of generated texts, prompts included; "written", by part of the case
+        the greedy texts after its prompts; and "verdicts", see `case_verdicts`. A metric that the case gives no prompts for
+        is left out.
 
     Raises: ValueError: a text is too long for the model, a delta does not fit, or the model gives what is not a number.
     """
@@ -81,11 +88,28 @@ def judge_all(
     if any(replace(settings, known=()) != replace(common, known=()) for settings in several):
         raise ValueError("judge_all: the settings differ in more than the known facts; judge those apart.")
     questions = [questions_of(lm, case, i, change.preamble, own) for i, (case, change, own) in enumerate(sheets)]
-    marks = [marks_of(case.form, x) for case, x in zip(cases, scores_of_each(lm, changes, questions), strict=True)]
+    scores = scores_of_each(lm, changes, questions)
+    texts = write_greedily(lm, changes, cases, common.written_tokens)
+    marks = [marks_of(*parts) for parts in zip(cases, scores, texts, strict=True)]
     writes = [case.form == "counterfact" and common.new_tokens > 0 for case in cases]
     prompts = [case.generation_prompts if writing else () for case, writing in zip(cases, writes, strict=True)]
     written = generate(lm, changes, prompts, common.new_tokens, common.top_k, common.seed)
     return [x | generation_marks(texts, case, common) for case, x, texts in zip(cases, marks, written, strict=True)]
+
+
+def write_greedily(
+    lm: LanguageModel, changes: Sequence[Change], cases: Sequence[Case], new_tokens: int
+) -> list[dict[str, list[str]]]:
+    """By part of each case, what the model writes after each of its prompts; nothing for no tokens."""
+    if not new_tokens:
+        return [{} for _ in cases]
+    prompts = [{part: [prompt for prompt, _ in case.pairs[part]] for part in CASE_PARTS.values()} for case in cases]
+    written = generate(lm, changes, [sum(parts.values(), []) for parts in prompts], new_tokens, top_k=1)
+    several = [iter(texts) for texts in written]
+    return [
+        {part: [next(texts)[len(prompt) :] for prompt in own] for part, own in parts.items()}
+        for parts, texts in zip(prompts, several, strict=True)
+    ]
 
 
 def scores_of_each(
@@ -113,8 +137,9 @@ def questions_of(
     def ask(prompt: str, continuation: str) -> Question:
         return question(lm, owner, preamble + prompt, continuation)
 
+    choices = case.choice_pairs if settings.choose else {}
     return {
-        **{name: [ask(*pair) for pair in pairs] for name, pairs in case.pairs.items()},
+        **{name: [ask(*pair) for pair in pairs] for name, pairs in (case.pairs | choices).items()},
         **questions_of_damage(lm, owner, preamble, settings),
     }
 
@@ -133,23 +158,16 @@ def questions_of_damage(
     }
 
 
-def marks_of(form: str, marks: dict[str, list[Score]]) -> dict[str, float]:
-    """The metrics of one change that need no generated text."""
-    metrics: dict[str, float] = {}
-    if form == "zsre":
-        for metric, part in (("efficacy", "rewrite"), ("paraphrase", "paraphrases"), ("specificity", "neighbours")):
-            if marks[part]:
-                metrics[metric] = token_accuracy([x.greedy for x in marks[part]])
-    else:
-        for letter, own, other in (
-            ("E", "rewrite", "rewrite_true"),
-            ("P", "paraphrases", "paraphrases_true"),
-            ("N", "neighbours", "neighbours_target"),
-        ):
-            if marks[own]:
-                pair = [x.total for x in marks[own]], [x.total for x in marks[other]]
-                metrics |= {f"{letter}S": success(*pair), f"{letter}M": magnitude(*pair)}
-    return metrics | marks_of_damage(marks)
+def marks_of(case: Case, marks: dict[str, list[Score]], written: dict[str, list[str]]) -> dict[str, float | dict]:
+    """The metrics of one change that need no text drawn at random, what was written, and the verdicts at each prompt."""
+    verdicts = case_verdicts(case, marks, written)
+    metrics: dict[str, float | dict] = shares_of(verdicts)
+    for letter, part in CASE_PARTS.items():
+        if case.form == "zsre" and marks[part]:
+            metrics[ZSRE_NAMES[part]] = token_accuracy([x.greedy for x in marks[part]])
+        elif marks[part]:
+            metrics[f"{letter}M"] = magnitude(*([x.total for x in marks[name]] for name in (part, OTHERS_OF[part])))
+    return metrics | marks_of_damage(marks) | {"written": written, "verdicts": verdicts}
 
 
 def marks_of_damage(marks: dict[str, list[Score]]) -> dict[str, float]:

@@ -21,6 +21,7 @@ import pandas as pd
 from scipy import stats
 
 from rome_lab.base import MeanCI, harmonic_mean_ci, mean_ci, share_ci
+from rome_lab.evaluation.scorings import SCORINGS
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,15 @@ METRICS: dict[str, Metric] = {
         least=None,
     ),
     "known": Metric("share of unrelated known facts all of whose object's tokens are still the most probable ones"),
+}
+METRICS |= {
+    f"{letter}_{scoring}": Metric(f"share of the {prompts} at which {text}", "%", *read)
+    for letter, prompts in (("E", "rewrite prompt, 0 or 100"), ("P", "paraphrases"), ("N", "neighbours"))
+    for scoring, text, read in (
+        ("argmax", SCORINGS["argmax"], ("whole target", True)),
+        ("choice", SCORINGS["choice"], ("whole target", True)),
+        ("written", SCORINGS["written"], ("text", False)),
+    )
 }
 """Metric -> what it is, for one case. Summaries add S and perplexity."""
 S_OF = ("ES", "PS", "NS")

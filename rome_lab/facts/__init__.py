@@ -6,8 +6,9 @@ known_facts                     a random sample of the facts that a model comple
 read_prompt, Prompt             a prompt as tokens, and which of them are the subject's
 continuation_ids, question      with which tokens a text goes on
 completions, answers_to         how probable a model finds texts behind prompts, and whether it would say them
+names_first                     where a text names an answer, as a model has to that knows a fact
 known_among, object_token       which facts it would begin to complete, and by which token
-build_cases                     what a model is asked of a fact that it is made to change: target, paraphrases, neighbours
+build_cases, CHOICES            what a model is asked of a fact that it is made to change: target, paraphrases, neighbours
 Case, Cases                     that as things; Unusable says why a fact gives none
 success, shares_first_token     the share of a case's prompts that follow; whether its target and object begin alike
 template_of                     a prompt with "{}" for its subject
@@ -16,9 +17,9 @@ read_counterfact, read_zsre     the fact that a record of these sets states
 embedded_records, text_at       rows of the project's own files; the text at a place in a record, which is Parsed JSON
 """
 
-from rome_lab.facts.built_cases import build_cases
+from rome_lab.facts.built_cases import CHOICES, build_cases
 from rome_lab.facts.case import Case, Cases, Unusable, shares_first_token, success
-from rome_lab.facts.completion import answers_to, completions, known_among, object_token
+from rome_lab.facts.completion import answers_to, completions, known_among, names_first, object_token
 from rome_lab.facts.fact import Fact
 from rome_lab.facts.known import known_facts
 from rome_lab.facts.prompts import Prompt, continuation_ids, question, read_prompt

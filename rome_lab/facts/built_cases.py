@@ -24,6 +24,7 @@ NEIGHBOURS = 6  # at most, each about another subject
 LEAST_NEIGHBOURS = 5  # with fewer subjects, some are asked about by more than one template
 LEAST_SUBJECTS = 2
 REFERENCES = 8  # at most
+CHOICES = 6  # at most
 LEAST_REFERENCES = 3
 Shuffled = TypeVar("T", str, Fact)
 
@@ -69,7 +70,8 @@ def build_cases(facts: Iterable[Fact], pool: Iterable[Fact] | None = None, seed:
     Returns: Cases in the order of the facts. Each has a target of the same relation that is not true of the subject, begins
         with other letters than the object and is about as frequent an object as it; three paraphrases, one of them after
         an unrelated sentence; five or six neighbours about at least two other subjects with the same object; prompts for
-        generation; and at least three sentences about other subjects of which the target is true.
+        generation; at least three sentences about other subjects of which the target is true; and up to six further objects
+        to choose among.
     """
     facts = tuple(facts)
     background = read_background(facts, pool)
@@ -134,6 +136,7 @@ def build_case(fact: Fact, background: Background, seed: int) -> Case:
         generation_prompts=tuple(fill(template, fact) for template in group.generations),
         references=choose_references(fact, target, group, seed),
         neighbour_subjects=tuple(neighbour.subject for neighbour in neighbours),
+        choices=choose_choices(fact, target, [x.subject for x in neighbours], group, also_true, seed),
     )
 
 
@@ -202,6 +205,22 @@ def choose_references(fact: Fact, target: str, group: Group, seed: int) -> tuple
     if len(sentences) < LEAST_REFERENCES:
         raise Unusable(f"fewer than {LEAST_REFERENCES} other subjects have the target as their object")
     return tuple(sentences[:REFERENCES])
+
+
+def choose_choices(
+    fact: Fact,
+    target: str,
+    neighbours: Sequence[str],
+    group: Group,
+    also_true: frozenset[tuple[str, str, str]],
+    seed: int,
+) -> tuple[str, ...]:
+    """Further objects of the relation, which are true of none whom the case is about."""
+    about = {fact.subject, *neighbours}
+    true = {x.object for x in group.facts if x.subject in about}
+    true |= {answer for relation, subject, answer in also_true if relation == fact.relation and subject in about}
+    others = sorted({x.object for x in group.facts} - true - {fact.object, target})
+    return tuple(in_random_order(others, seed, "choice", fact)[:CHOICES])
 
 
 def in_random_order(items: Iterable[Shuffled], seed: int, purpose: str, fact: Fact) -> list[Shuffled]:

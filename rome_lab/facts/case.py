@@ -34,6 +34,7 @@ class Case:
         references: sentences about other subjects, of which the target is true.
         form: "counterfact" or "zsre"; says which metrics apply.
         neighbour_subjects: whom each neighbour is about, where that is known.
+        choices: further objects of the relation, true neither of the subject nor of a neighbour's, among which to choose.
     """
 
     id: str
@@ -46,6 +47,7 @@ class Case:
     references: tuple[str, ...] = ()
     form: str = "counterfact"
     neighbour_subjects: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.form not in CASE_KINDS:
@@ -65,6 +67,15 @@ class Case:
         return {name: [(prompt, text) for prompt in prompts] for name, prompts, text in own} | {
             "neighbours": list(zip(self.neighbours, self.neighbour_answers, strict=True)),
             "neighbours_target": [(prompt, self.target) for prompt in self.neighbours],
+        }
+
+    @property
+    def choice_pairs(self) -> dict[str, list[tuple[str, str]]]:
+        """At each prompt, in turn, with each of the choices."""
+        asking = {"rewrite": (self.fact.prompt,), "paraphrases": self.paraphrases, "neighbours": self.neighbours}
+        return {
+            f"{name}_choices": [(prompt, choice) for prompt in prompts for choice in self.choices]
+            for name, prompts in asking.items()
         }
 
 

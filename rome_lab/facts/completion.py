@@ -4,6 +4,7 @@ completions(lm, pairs, doing)     how probable it finds texts after prompts, and
 answers_to(lm, change, sheets)    the same of several sheets of texts, such as cases have, under a change
 object_token(lm, fact)            the token that it has to find most probable after the fact's prompt
 known_among(lm, facts, doing)     the facts whose object it would begin to say
+names_first(text, begin, answer)  where a text names an answer before anything else
 Text, go_on(lm, texts)            greedy texts, judged as they grow until they name the object (B.1)
 """
 
@@ -157,6 +158,15 @@ def outcome_of_text(text: str, begin: int, answer: str, complete: bool) -> tuple
         if text[i].isupper():
             return Outcome.OTHER_WORD, i
     return (Outcome.NOT_NAMED if complete else None), len(text)
+
+
+def names_first(text: str, begin: int, answer: str) -> int | None:
+    """Where a whole `text` names `answer` as the model has to that knows a fact; None where it does not.
+
+    That is: from `begin` on, before any other capitalised word, and not denied.
+    """
+    outcome, place = outcome_of_text(text, begin, answer, complete=True)
+    return place if outcome is Outcome.KNOWN else None
 
 
 def in_word(character: str) -> bool:

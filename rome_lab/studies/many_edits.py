@@ -160,7 +160,8 @@ def judge_chains(
         chains: chains, at least, of each number of edits.
         store: folder of results, written whenever a number of edits has been judged; v* is kept in it too, so that a chain
             that was interrupted comes quickly to where it was.
-        settings: of the judging; its seed is that of the order of the cases in each chain, and no texts are written.
+        settings: of the judging; its seed is that of the order of the cases in each chain, and no texts are drawn. By
+            default the model neither writes nor chooses.
         unrelated: known facts, of which `ASKED_AFTER_EDITS` are asked about: those that the chain touches least, see
             `untouched`; by default `known_pool(lm)`. Where there are fewer, it is said in a warning.
 
@@ -171,7 +172,7 @@ def judge_chains(
         ValueError: no cases, fewer than the least of `sizes`, an unknown method, or one that does not fit the model.
         OSError: the store cannot be written; found before any work is done.
     """
-    settings = replace(settings or JudgeSettings(), new_tokens=0)
+    settings = replace(settings or JudgeSettings(written_tokens=0, choose=False), new_tokens=0)
     plan = chains_of(cases, sizes, least, chains, settings.seed)
     store = opened(store)
     if store:

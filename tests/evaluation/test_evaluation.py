@@ -85,9 +85,10 @@ def test_a_row_holds_what_judge_says_of_the_change(tiny):
         settings = replace(JUDGING, known=unrelated_to(one, [], UNRELATED, 0))
         for change, (_, row) in zip((Change(), Change(1, delta)), rows.iterrows(), strict=True):
             (expected,) = judge_case(tiny, one, [change], settings)
-            for name in expected.keys() - {"generations"}:
+            texts = {"generations", "written", "verdicts"}
+            for name in expected.keys() - texts:
                 assert row[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
-            assert row["generations"] == expected["generations"]
+            assert all(row[name] == expected[name] for name in texts)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
@@ -344,6 +345,9 @@ def counterfact(number: int, subject: str) -> dict:
     return {"case_id": number, "requested_rewrite": rewrite, **texts, **more}
 
 
+OTHER_SCORINGS = {f"{part}_{scoring}" for part in "EPN" for scoring in ("argmax", "written")}
+
+
 def zsre(number: int, subject: str) -> dict:
     asked = {"src": f"Where is {subject}?", "rephrase": f"{subject} is where?", "loc": "nq question: who is it"}
     return {"subject": subject, **asked, "alt": "Tokyo", "answers": ["Rome"], "loc_ans": "Marie"}
@@ -352,8 +356,8 @@ def zsre(number: int, subject: str) -> dict:
 @pytest.mark.parametrize(
     ("record", "metrics"),
     [
-        (counterfact, {"ES", "EM", "PS", "PM", "NS", "NM", "GE", "RS", "nll", "known"}),
-        (zsre, {"efficacy", "paraphrase", "specificity", "nll", "known"}),
+        (counterfact, {"ES", "EM", "PS", "PM", "NS", "NM", "GE", "RS", "nll", "known"} | OTHER_SCORINGS),
+        (zsre, {"efficacy", "paraphrase", "specificity", "nll", "known"} | OTHER_SCORINGS),
     ],
 )
 def test_files_of_the_published_forms_give_their_papers_metrics(tiny, tmp_path, record, metrics):

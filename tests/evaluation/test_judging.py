@@ -32,9 +32,10 @@ TINY = Case(
     neighbour_answers=("Paris", "Rome", "Japan"),
     generation_prompts=("Marie is", "In the city of"),
     references=("The city of Paris is the city.", "She worked in the city."),
+    choices=("Rome", "the city of Rome"),
 )
 KNOWN = (Fact("Japan", "{} is in", "Tokyo"), Fact("France", "The capital of {} is", "Paris"))
-SETTINGS = JudgeSettings(new_tokens=8, text_tokens=20, known=KNOWN, corpus=TINY.references)
+SETTINGS = JudgeSettings(new_tokens=8, text_tokens=20, written_tokens=6, known=KNOWN, corpus=TINY.references)
 TOLERANCE = {"rel": 1e-3, "abs": 1e-3}
 
 
@@ -53,7 +54,7 @@ def generate(lm, changes, prompts, *options, **others):
 
 
 def numbers(marks):
-    return {name: value for name, value in marks.items() if name != "generations"}
+    return {name: value for name, value in marks.items() if name not in ("generations", "written", "verdicts")}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,6 +110,13 @@ def test_the_batch_is_split_where_memory_is_short_and_the_scores_stay(monkeypatc
     assert len(calls) > 5 and max(calls) == 3
 
 
+def greedy_text(lm, prompt, n):
+    """What transformers writes after a prompt."""
+    ids = lm.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    text = lm.model.generate(ids, do_sample=False, max_new_tokens=n, pad_token_id=1)[0]
+    return lm.tokenizer.decode(text, skip_special_tokens=True)[len(prompt) :]
+
+
 def by_hand(lm, case):
     """The metrics of the model as it is, from one forward a question."""
     p = {said: math.exp(log_p(lm, case.fact.prompt, said)[0].sum()) for said in (case.target, case.fact.object)}
@@ -123,6 +131,12 @@ def by_hand(lm, case):
             f"{letter}S": 100 * sum(gap > 0 for gap in gaps) / len(gaps),
             f"{letter}M": 100 * sum(gaps) / len(gaps),
         }
+    wanted = {"E": [(case.fact.prompt, case.target, case.fact.object)], **pairs}
+    for letter, asked in wanted.items():
+        found[f"{letter}_argmax"] = 100 * np.mean([log_p(lm, x, a)[1].all() for x, a, _ in asked])
+        best = [max((a, b, *case.choices), key=lambda text, x=x: log_p(lm, x, text)[0].sum()) for x, a, b in asked]
+        found[f"{letter}_choice"] = 100 * np.mean([text == a for text, (_, a, _) in zip(best, asked, strict=True)])
+        found[f"{letter}_written"] = 100 * np.mean([a in greedy_text(lm, x, 6)[: len(a) + 1] for x, a, _ in asked])
     first, rest = TEXT.split(" ", 1)
     found["nll"] = -log_p_head(lm, first, rest, SETTINGS.text_tokens)
     found["known"] = 50.0 * sum(log_p(lm, fact.prompt, fact.object)[1].all() for fact in KNOWN)
@@ -147,7 +161,9 @@ def test_each_change_gets_the_metrics_of_the_changed_model_computed_one_forward_
         assert {name: marks[name] for name in wanted} == pytest.approx(wanted, **TOLERANCE)
         assert marks["GE"] == metrics.generation_entropy(marks["generations"])
         assert marks["RS"] == metrics.reference_score(marks["generations"], TINY.references, SETTINGS.corpus)
-        assert set(marks) == {*wanted, "GE", "RS", "generations"}
+        assert set(marks) == {*wanted, "GE", "RS", "generations", "written", "verdicts"}
+        with change.applied(lm):
+            assert marks["written"]["neighbours"] == [greedy_text(lm, x, 6) for x in TINY.neighbours]
 
 
 def test_the_company_and_the_order_of_the_changes_do_not_matter():
@@ -156,7 +172,7 @@ def test_the_company_and_the_order_of_the_changes_do_not_matter():
     together = judge_case(lm, TINY, changes, SETTINGS)
     for change, marks in zip(changes, together, strict=True):
         (alone,) = judge_case(lm, TINY, [change], SETTINGS)
-        assert alone["generations"] == marks["generations"]
+        assert all(alone[name] == marks[name] for name in ("generations", "written", "verdicts"))
         assert numbers(alone) == pytest.approx(numbers(marks), **TOLERANCE)
     turned = judge_case(lm, TINY, changes[::-1], SETTINGS)[::-1]
     assert [x["generations"] for x in turned] == [x["generations"] for x in together]
@@ -191,8 +207,16 @@ def test_zsre_gives_the_share_of_the_tokens_that_are_the_most_probable_ones(lm):
     here, there = (log_p(lm, x, target)[1].mean() for x in (prompt, elsewhere))
     assert 0 < here < 1 and here != there
     assert log_p(lm, elsewhere, neighbour)[1].all() and not log_p(lm, prompt, neighbour)[1].any()
-    assert marks.pop("generations") == []
-    assert marks == pytest.approx({"efficacy": 100 * here, "paraphrase": 50 * (here + there), "specificity": 50.0})
+    assert marks["generations"] == [] and set(marks["verdicts"]["rewrite"]) == {"argmax", "written"}
+    assert {name: marks[name] for name in ("E_argmax", "N_argmax", "N_written")} == {
+        "E_argmax": 0.0,
+        "N_argmax": 50.0,
+        "N_written": 50.0,
+    }
+    assert not {"ES", "EM", "E_choice"} & set(marks)
+    assert {name: marks[name] for name in ("efficacy", "paraphrase", "specificity")} == pytest.approx(
+        {"efficacy": 100 * here, "paraphrase": 50 * (here + there), "specificity": 50.0}
+    )
 
 
 # Editors whose values are known. OPT's keys are never negative (ReLU), so delta = size d 1T adds much of d everywhere.
@@ -231,6 +255,8 @@ def test_an_editor_that_always_says_the_target_has_full_efficacy_and_no_neighbou
     assert marks["EM"] > 99 and marks["PM"] > 99 and marks["NM"] < -99
     assert marks["known"] == 0.0 and marks["nll"] > before["nll"]
     assert marks["generations"] == [prompt + f" {word}" * 8 for prompt in case.generation_prompts]
+    said = [marks[f"{letter}_{scoring}"] for letter in "EPN" for scoring in ("argmax", "choice", "written")]
+    assert said == [100.0] * 6 + [0.0] * 3
     assert marks["GE"] < before["GE"]
     row = metrics.summarise(pd.DataFrame([marks | {"method": "always"}])).set_index("metric")["mean"]
     assert row["S"] == 0.0 and row["perplexity"] == pytest.approx(math.exp(marks["nll"]))
@@ -313,7 +339,9 @@ def test_texts_too_long_for_the_model_are_refused():
         judge_case(lm, TINY, [Change()], replace(SETTINGS, text_tokens=128))
 
 
-@pytest.mark.parametrize("setting", [{"new_tokens": -1}, {"top_k": 0}, {"seed": 0.5}, {"text_tokens": -3}])
+@pytest.mark.parametrize(
+    "setting", [{"new_tokens": -1}, {"top_k": 0}, {"seed": 0.5}, {"text_tokens": -3}, {"written_tokens": -1}]
+)
 def test_settings_that_cannot_be_are_refused(setting):
     with pytest.raises(ValueError, match="JudgeSettings"):
         JudgeSettings(**setting)
@@ -336,10 +364,8 @@ def test_several_cases_judged_at_once_are_judged_as_each_alone() -> None:
     asked = [(TINY, change, SETTINGS) for change in changes_of(lm)] + [(other, changes_of(lm)[0], known)]
     for one, found in zip(asked, judge_all(lm, asked), strict=True):
         (alone,) = judge_case(lm, one[0], [one[1]], one[2])
-        assert found["generations"] == alone["generations"] and found.keys() == alone.keys()
-        assert {name: found[name] for name in alone if name != "generations"} == pytest.approx(
-            {name: alone[name] for name in alone if name != "generations"}, rel=1e-4, abs=1e-4
-        )
+        assert all(found[name] == alone[name] for name in ("generations", "written", "verdicts"))
+        assert numbers(found) == pytest.approx(numbers(alone), rel=1e-4, abs=1e-4)
     assert judge_all(lm, []) == []
     with pytest.raises(ValueError, match="judge those apart"):
         judge_all(lm, [(TINY, Change(), SETTINGS), (TINY, Change(), replace(SETTINGS, seed=1))])

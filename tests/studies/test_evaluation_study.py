@@ -76,14 +76,28 @@ def test_the_figure_has_the_papers_diamonds_where_the_metrics_are_its_own() -> N
 def test_numbers_say_over_what_their_interval_is() -> None:
     summary = pd.DataFrame({"metric": ["ES", "nll", "nll"], "edits": [3, 3, 0], "mean": np.ones(3)})
     numbers = study.plotted_numbers(summary, "a model", "folder/cases.json")
-    assert list(numbers["interval"]) == ["95% t over cases", "95% t over models", "95% t over cases"]
+    assert list(numbers["interval"]) == ["95% over cases", "95% over models", "95% over cases"]
     assert list(numbers["unit"]) == ["%", "nats", "nats"]
     assert set(numbers["dataset"]) == {"cases.json"}
     single = study.plotted_numbers(summary.drop(columns="edits"), "a model", "embedded")
-    assert set(single["interval"]) == {"95% t over cases"}
+    assert set(single["interval"]) == {"95% over cases"}
 
 
 def test_failing_paraphrases_are_counted_with_those_that_the_subject_opens() -> None:
     scores = pd.DataFrame({"case": ["a", "a", "b"], "opens": [True, False, True], "won": [0.0, 100.0, 0.0]})
     assert study.failures_in_words(scores) == "2 of 3 paraphrases fail, 2 of them with the subject in front"
     assert list(study.by_opening(scores)["mean"]) == pytest.approx([100.0, 0.0])
+
+
+def test_scorings_stand_side_by_side_in_a_table_and_a_figure() -> None:
+    table = GOOD.assign(E_written=[100.0, 0.0, 0.0, 0.0], N_written=50.0, P_choice=75.0)
+    summary = summarise(table)
+    wide = study.table_of_scorings(summary)
+    assert list(wide.columns) == [
+        ("E", "score"), ("E", "written"), ("P", "score"), ("P", "choice"), ("N", "score"), ("N", "written"),
+    ]  # fmt: skip
+    assert wide.loc["rome", ("E", "written")].startswith("50 (") and wide.loc["ft", ("E", "written")].startswith("0 (")
+    assert "E_written" not in study.table_of_means(summary)
+    figure = study.scorings_figure(summary, "a model")
+    assert [ax.get_title() for ax in figure.axes] == ["rewrite prompt", "paraphrases", "neighbours"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["score", "argmax", "choice", "written"]

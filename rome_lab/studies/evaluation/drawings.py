@@ -5,6 +5,7 @@
     curves(summary, metric, along)   one metric along a number, such as that of edits, a line for each method
     curve_panels(summary, metrics, along)
     methods_figure(summary, about)   the figure of evaluation.ipynb
+    scorings_figure(summary, about)  four ways to say whether an edit holds, side by side
     plotted_numbers(summary, ...)    a summary with its units, as it is written beside a figure
 
 `summary` is what `rome_lab.evaluation.metrics.summarise` returns. Metrics of one unit share their scale.
@@ -22,9 +23,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocator
 
-from rome_lab.evaluation import METRICS
+from rome_lab.evaluation import CASE_PARTS, METRICS, SCORINGS
 from rome_lab.lab import COLOURS, FONT_SIZE, finish, layer_ticks, new_axes
 from rome_lab.studies.evaluation.paper import paper_numbers
+from rome_lab.studies.evaluation.tables import scoring_of
 
 PAGE_WIDTH = 7.0  # inches, both columns of a page
 SCORES = ("S", "ES", "PS", "NS", "known", "efficacy", "paraphrase", "specificity")  # shares, from 0 to 100
@@ -37,6 +39,10 @@ STYLES = {
     "ft-linf": {"color": COLOURS["pink"], "marker": "D", "linestyle": (0, (4, 1.5, 1, 1.5))},
     "in-context": {"color": COLOURS["orange"], "marker": "P", "linestyle": (0, (2, 2))},
 }
+SCORED_PARTS = {"E": "rewrite prompt", "P": "paraphrases", "N": "neighbours"}
+SCORING_STYLES = dict(
+    zip(SCORINGS, zip((COLOURS[x] for x in ("black", "blue", "orange", "red")), "sovD", strict=True), strict=True)
+)
 OTHERS = tuple(COLOURS[name] for name in ("red", "blue", "green", "black"))
 
 
@@ -112,6 +118,32 @@ def methods_figure(summary: pd.DataFrame, about: str) -> Figure:
     return figure
 
 
+def scorings_figure(summary: pd.DataFrame, about: str) -> Figure:
+    """Each part of the case in a panel, methods as rows, with a mark and an interval for each scoring.
+
+    Args: about: the model and the cases, for the title.
+    """
+    metrics = {scoring_of(metric): metric for metric in summary["metric"].unique() if scoring_of(metric)}
+    names = list(dict.fromkeys(summary["method"]))
+    parts = [part for part in CASE_PARTS if any(part == place[0] for place in metrics)]
+    size = (PAGE_WIDTH, 1.0 + 0.24 * len(names))
+    figure, axes = plt.subplots(1, len(parts), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    for part, ax in zip(parts, axes[0], strict=True):
+        for place, (scoring, (color, marker)) in enumerate(SCORING_STYLES.items()):
+            rows = of_metric(summary, metrics[part, scoring]) if (part, scoring) in metrics else summary.iloc[:0]
+            y = [names.index(name) + 0.18 * (place - 1.5) for name in rows["method"]]
+            ax.hlines(y, rows["ci_low"], rows["ci_high"], color=color, linewidth=1.0)
+            ax.plot(rows["mean"], y, marker, color=color, markersize=3.0, label=scoring)
+        ax.set(title=SCORED_PARTS[part], xlabel="% of prompts", xlim=(-4, 104), ylim=(len(names) - 0.5, -0.5))
+        ax.set_yticks(range(len(names)), names)
+        ax.grid(axis="y", color="0.92", linewidth=0.5)
+        finish(ax, FixedLocator([0, 50, 100]), frame=False)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=FONT_SIZE)
+    figure.suptitle(f"{about}; means with 95% intervals over cases", fontsize=FONT_SIZE)
+    return figure
+
+
 def plotted_numbers(summary: pd.DataFrame, model: str, dataset: str | Path) -> pd.DataFrame:
     """A summary with the columns unit, interval, model and dataset, as it is written beside its figure.
 
@@ -119,7 +151,7 @@ def plotted_numbers(summary: pd.DataFrame, model: str, dataset: str | Path) -> p
     """
     damage = summary["metric"].isin(["nll", "perplexity", "known"])
     over_models = damage & (summary["edits"] > 0) if "edits" in summary else damage & False
-    interval = over_models.map({True: "95% t over models", False: "95% t over cases"})
+    interval = over_models.map({True: "95% over models", False: "95% over cases"})
     units = summary["metric"].map(UNITS)
     return summary.assign(unit=units, interval=interval, model=model, dataset=Path(dataset).name)
 

@@ -1,21 +1,50 @@
-"""Tables to read: `definitions` of the metrics, and `table_of_means`, a row a method and a column a metric."""
+"""Tables to read, a row a method.
+
+definitions()                  of the metrics
+table_of_means(summary)        a column a metric
+table_of_scorings(summary)     a column a part of the case and a scoring; scoring_of a metric
+"""
 
 from __future__ import annotations
 
 import pandas as pd
 
-from rome_lab.evaluation import METRICS
+from rome_lab.evaluation import CASE_PARTS, METRICS, SCORINGS
 
 
 def definitions() -> pd.DataFrame:
     """What each metric is: definition, unit, of (whole target or per token), teacher forcing, better."""
     table = pd.DataFrame.from_dict({name: vars(metric) for name, metric in METRICS.items()}, orient="index")
-    return table.rename(columns={"whole": "of", "forced": "teacher forcing"}).rename_axis("metric")
+    return (
+        table.drop(columns="least").rename(columns={"whole": "of", "forced": "teacher forcing"}).rename_axis("metric")
+    )
 
 
 def table_of_means(summary: pd.DataFrame) -> pd.DataFrame:
-    """A row a method, a column a metric, "mean (low, high)" in the cells, and n, the cases; in the order of the summary."""
+    """A row a method, a column a metric, "mean (low, high)" in the cells, and n, the cases; in the order of the summary.
+
+    The scorings beside the paper's have a table of their own, `table_of_scorings`.
+    """
+    summary = summary[~summary["metric"].str.contains("_")]
     text = [f"{row.mean:.1f} ({row.ci_low:.1f}, {row.ci_high:.1f})" for row in summary.itertuples()]
     wide = summary.assign(text=text).pivot(index="method", columns="metric", values="text")
     wide = wide.assign(n=summary.groupby("method")["n"].max())
     return wide.loc[summary["method"].unique(), [*summary["metric"].unique(), "n"]]
+
+
+def table_of_scorings(summary: pd.DataFrame) -> pd.DataFrame:
+    """A row a method, a column a part of the case and a scoring, "mean (low, high)" in the cells."""
+    rows = [row for row in summary.itertuples() if scoring_of(row.metric)]
+    text = pd.Series(
+        {(row.method, *scoring_of(row.metric)): f"{row.mean:.0f} ({row.ci_low:.0f}, {row.ci_high:.0f})" for row in rows}
+    )
+    order = [(part, scoring) for part in CASE_PARTS for scoring in SCORINGS]
+    wide = text.unstack([1, 2])
+    return wide.loc[summary["method"].unique(), [x for x in order if x in wide]].fillna("")
+
+
+def scoring_of(metric: str) -> tuple[str, str] | None:
+    """The part of the case and the scoring of a metric, such as ("E", "score") of ES; None where it is of none."""
+    part, rest = metric[0], metric[1:]
+    name = "score" if rest == "S" else rest.removeprefix("_")
+    return (part, name) if part in CASE_PARTS and name in SCORINGS and rest in ("S", f"_{name}") else None

@@ -1,0 +1,121 @@
+"""Four ways to say whether an edit holds at a prompt, from teacher forcing to what the model writes; how far they agree.
+
+SCORINGS, CASE_PARTS                       what counts as said, and where it is asked
+case_verdicts(case, scores, written)    at every prompt of a case, by each scoring
+shares_of(verdicts)                   the metrics that they come to
+agreement_of_scorings(table)          how often two scorings say the same of a prompt
+marked(before, after)                 a text with what differs from another
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import TypeAlias
+
+import numpy as np
+import pandas as pd
+
+from rome_lab.base import share_ci
+from rome_lab.facts import Case, names_first
+from rome_lab.models import Score
+
+SCORINGS = {
+    "score": "the wanted object is more probable than the one other object, as in the paper",
+    "argmax": "each of its tokens is the most probable one, after the right ones before it",
+    "choice": "it is more probable than every one of several objects of the relation",
+    "written": "the model names it in its first sentence, before anything else with a capital letter, and does not deny it",
+}
+CASE_PARTS = {"E": "rewrite", "P": "paraphrases", "N": "neighbours"}
+OTHERS_OF = {"rewrite": "rewrite_true", "paraphrases": "paraphrases_true", "neighbours": "neighbours_target"}
+SENTENCE_END = re.compile(r"[.!?][\"'”’)]*\s|\n")
+
+Verdicts: TypeAlias = dict[str, dict[str, list[bool]]]
+
+
+def case_verdicts(case: Case, scores: Mapping[str, Sequence[Score]], written: Mapping[str, Sequence[str]]) -> Verdicts:
+    """Part of the case -> scoring -> whether the wanted object is said at each of its prompts.
+
+    At neighbours it is their own answer that is wanted, elsewhere the target. A scoring is left out where nothing was asked:
+    "score" and "choice" in zsRE, "choice" of a case without `Case.choices`, "written" where nothing was written.
+
+    Args:
+        scores: of `Case.pairs` and `Case.choice_pairs`.
+        written: by part, greedy texts without their prompts.
+    """
+    verdicts: Verdicts = {}
+    for part in CASE_PARTS.values():
+        pairs = case.pairs[part]
+        if not pairs:
+            continue
+        own = [answer.total for answer in scores[part]]
+        others = [[answer.total] for answer in scores[OTHERS_OF[part]]]
+        verdicts[part] = {"argmax": [bool(answer.greedy.all()) for answer in scores[part]]}
+        if case.form != "zsre":
+            verdicts[part]["score"] = [total > max(rest) for total, rest in zip(own, others, strict=True)]
+        if choices := scores.get(f"{part}_choices"):
+            several = np.reshape([answer.total for answer in choices], (len(own), -1))
+            best = np.maximum(several.max(axis=1), np.max(others, axis=1))
+            verdicts[part]["choice"] = [bool(x) for x in np.asarray(own) > best]
+        if texts := written.get(part):
+            verdicts[part]["written"] = [
+                is_written(prompt, text, name) for (prompt, name), text in zip(pairs, texts, strict=True)
+            ]
+    return verdicts
+
+
+def is_written(prompt: str, text: str, name: str) -> bool:
+    """Whether `text`, after the prompt, names `name` as `SCORINGS` says."""
+    place = names_first(prompt + text, len(prompt), name)
+    return place is not None and not SENTENCE_END.search((prompt + text)[len(prompt) : place])
+
+
+def shares_of(verdicts: Verdicts) -> dict[str, float]:
+    """The share of prompts, in %, by part and scoring: "E_written", ...; those of "score" are ES, PS and NS."""
+    return {
+        f"{letter}S" if scoring == "score" else f"{letter}_{scoring}": 100.0 * float(np.mean(successes))
+        for letter, part in CASE_PARTS.items()
+        for scoring, successes in verdicts.get(part, {}).items()
+    }
+
+
+def agreement_of_scorings(table: pd.DataFrame) -> pd.DataFrame:
+    """How often two scorings say the same of a prompt, by method and part.
+
+    Args:    table: what `evaluate` returns.
+    Returns: DataFrame: method, part (E, P, N), scoring, other, mean (% of prompts), ci_low, ci_high (95%, cases drawn
+             whole), n (cases), prompts.
+    """
+    rows = []
+    for method, judged in table[table["judged"]].groupby("method", sort=False):
+        for letter, part in CASE_PARTS.items():
+            for first, second in combinations(SCORINGS, 2):
+                alike, cases = [], []
+                for case, verdicts in zip(judged["case"], judged["verdicts"], strict=True):
+                    there = verdicts.get(part, {})
+                    if {first, second} <= set(there):
+                        alike += [100.0 * (a == b) for a, b in zip(there[first], there[second], strict=True)]
+                        cases += [case] * len(there[first])
+                if alike:
+                    mean, low, high, _ = share_ci(np.array(alike), cases)
+                    n = len(set(cases))
+                    rows.append((method, letter, first, second, float(mean), float(low), float(high), n, len(alike)))
+    columns = ["method", "part", "scoring", "other", "mean", "ci_low", "ci_high", "n", "prompts"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def marked(before: str, after: str, begin: str = "*", end: str = "*") -> str:
+    """`after` with the words between marks that do not stand in `before`.
+
+    >>> marked("it is in Paris, France", "it is in Rome, France")
+    'it is in *Rome,* France'
+    """
+    old, new = before.split(), after.split()
+    parts = []
+    for tag, _, _, i, j in difflib.SequenceMatcher(a=old, b=new, autojunk=False).get_opcodes():
+        if i < j:
+            words = " ".join(new[i:j])
+            parts.append(words if tag == "equal" else f"{begin}{words}{end}")
+    return " ".join(parts)
