@@ -5,7 +5,8 @@ remarks, story, reference_corpus          what was remarked on, one case in word
 Case, Cases                               one request with the prompts that judge it, and a sequence of them
 load_cases, known_cases, set_apart        cases of a source, those a model knows, those to search on and to report
 METRICS, S_OF, summarise                  what each metric is, and means over cases with intervals
-SCORINGS, CASE_PARTS, agreement_of_scorings    four ways to say whether an edit holds at a prompt, and how far they agree
+SCORINGS, CASE_PARTS, metric_of           four ways to say whether an edit holds at a prompt, where they are asked
+agreement_of_scorings                     how far they agree
 JudgeSettings, SCORES_ONLY, damage        how cases are judged; what a change does elsewhere
 Bench, judged_or_why, questions_of        where rows are made, for studies that make their own
 names_touched, spared                     what requests touch, and a case without neighbours that are edited
@@ -17,5 +18,5 @@ from rome_lab.evaluation.cases import known_cases, load_cases, set_apart
 from rome_lab.evaluation.evaluating import evaluate, methods_of, reference_corpus, remarks, story
 from rome_lab.evaluation.judging import SCORES_ONLY, JudgeSettings, damage, questions_of
 from rome_lab.evaluation.metrics import METRICS, S_OF, summarise
-from rome_lab.evaluation.scorings import CASE_PARTS, SCORINGS, agreement_of_scorings
+from rome_lab.evaluation.scorings import CASE_PARTS, SCORINGS, agreement_of_scorings, metric_of
 from rome_lab.facts import Case, Cases

@@ -38,6 +38,7 @@ from rome_lab.facts import (
     read_zsre,
     shares_first_token,
     text_at,
+    with_dependents,
 )
 from rome_lab.models import LanguageModel
 
@@ -87,7 +88,8 @@ def known_cases(
     model completes (see `rewrite_prompts`), and neighbours that it knows are preferred. Where a source holds whole cases,
     as CounterFact, the model knows those at whose rewrite prompt the true object is more probable than the target (log P
     of the whole text).
-    zsRE's facts are to be taught, not changed; none of them need be known.
+    zsRE's facts are to be taught, not changed; none of them need be known. Cases of embedded relations get the prompts whose
+    answers follow from their edit, or stay, of those that the model answers right (`rome_lab.facts.with_dependents`).
 
     Args:
         source: as in `load_cases`, or cases.
@@ -102,6 +104,19 @@ def known_cases(
     Raises:
         ValueError: n is below 1, the model knows none of the facts, or as in `load_cases`.
     """
+    return with_dependents(lm, sampled_cases(lm, source, n, seed, store, progress, known_only))
+
+
+def sampled_cases(
+    lm: LanguageModel,
+    source: str | Path | Cases,
+    n: int | None,
+    seed: int,
+    store: Store | str | Path | None,
+    progress: bool,
+    known_only: bool,
+) -> Cases:
+    """The cases of `known_cases`, without what follows from their edits."""
     if not (n is None or (isinstance(n, int) and n >= 1)):
         raise ValueError(f"known_cases: n is {n!r}; expected a whole number of at least 1, or None for all.")
     cases = source if isinstance(source, Cases) else read_cases(source)
@@ -307,7 +322,7 @@ def set_apart(
 
     def known(n: int, seed: int) -> Cases:
         # The known facts of the embedded set are looked for all at once in any case; elsewhere each case costs its own.
-        return known_cases(lm, source, None if source == "embedded" else n, seed, store, known_only=known_only)
+        return sampled_cases(lm, source, None if source == "embedded" else n, seed, store, True, known_only)
 
     cases = known(2 * n_search + n_cases, seed)
     apart = (cases if seed == APART else known(n_search, APART))[:n_search]
@@ -319,4 +334,4 @@ def set_apart(
         )
     if len(left) < n_cases:
         logger.warning("set_apart: %d cases were to be reported, but there are only %d", n_cases, len(left))
-    return Cases(apart), Cases(left[:n_cases], cases.dropped)
+    return with_dependents(lm, Cases(apart)), with_dependents(lm, Cases(left[:n_cases], cases.dropped))

@@ -17,7 +17,7 @@ import numpy as np
 from rome_lab.base import check_whole
 from rome_lab.editing import TEXT
 from rome_lab.evaluation.metrics import generation_entropy, magnitude, reference_score, token_accuracy
-from rome_lab.evaluation.scorings import CASE_PARTS, OTHERS_OF, case_verdicts, shares_of
+from rome_lab.evaluation.scorings import CASE_PARTS, OTHERS_OF, case_verdicts, prompts_of, shares_of
 from rome_lab.facts import Case, Fact, question
 from rome_lab.models import Change, LanguageModel, Question, Score, generate, score
 
@@ -103,7 +103,7 @@ def write_greedily(
     """By part of each case, what the model writes after each of its prompts; nothing for no tokens."""
     if not new_tokens:
         return [{} for _ in cases]
-    prompts = [{part: [prompt for prompt, _ in case.pairs[part]] for part in CASE_PARTS.values()} for case in cases]
+    prompts = [{part: [x for x, _ in pairs] for part, pairs in prompts_of(case).items()} for case in cases]
     written = generate(lm, changes, [sum(parts.values(), []) for parts in prompts], new_tokens, top_k=1)
     several = [iter(texts) for texts in written]
     return [
@@ -139,7 +139,10 @@ def questions_of(
 
     choices = case.choice_pairs if settings.choose else {}
     return {
-        **{name: [ask(*pair) for pair in pairs] for name, pairs in (case.pairs | choices).items()},
+        **{
+            name: [ask(*pair) for pair in pairs]
+            for name, pairs in (case.pairs | case.dependent_pairs | choices).items()
+        },
         **questions_of_damage(lm, owner, preamble, settings),
     }
 
@@ -163,9 +166,11 @@ def marks_of(case: Case, marks: dict[str, list[Score]], written: dict[str, list[
     verdicts = case_verdicts(case, marks, written)
     metrics: dict[str, float | dict] = shares_of(verdicts)
     for letter, part in CASE_PARTS.items():
-        if case.form == "zsre" and marks[part]:
+        if part not in ZSRE_NAMES or not marks[part]:
+            continue
+        if case.form == "zsre":
             metrics[ZSRE_NAMES[part]] = token_accuracy([x.greedy for x in marks[part]])
-        elif marks[part]:
+        else:
             metrics[f"{letter}M"] = magnitude(*([x.total for x in marks[name]] for name in (part, OTHERS_OF[part])))
     return metrics | marks_of_damage(marks) | {"written": written, "verdicts": verdicts}
 

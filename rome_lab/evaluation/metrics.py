@@ -21,7 +21,7 @@ import pandas as pd
 from scipy import stats
 
 from rome_lab.base import MeanCI, harmonic_mean_ci, mean_ci, share_ci
-from rome_lab.evaluation.scorings import SCORINGS
+from rome_lab.evaluation.scorings import SCORINGS, metric_of
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,22 @@ METRICS: dict[str, Metric] = {
     "known": Metric("share of unrelated known facts all of whose object's tokens are still the most probable ones"),
 }
 METRICS |= {
-    f"{letter}_{scoring}": Metric(f"share of the {prompts} at which {text}", "%", *read)
-    for letter, prompts in (("E", "rewrite prompt, 0 or 100"), ("P", "paraphrases"), ("N", "neighbours"))
-    for scoring, text, read in (
-        ("argmax", SCORINGS["argmax"], ("whole target", True)),
-        ("choice", SCORINGS["choice"], ("whole target", True)),
-        ("written", SCORINGS["written"], ("text", False)),
+    metric_of(letter, scoring): Metric(f"share of the {prompts} at which {SCORINGS[scoring]}", "%", *read)
+    for letter, prompts in (
+        ("F", "prompts whose answer follows from the target"),
+        ("K", "prompts about the subject whose answer stays"),
+        ("E", "rewrite prompt, 0 or 100,"),
+        ("P", "paraphrases"),
+        ("N", "neighbours"),
     )
+    for scoring, read in (
+        ("score", ("whole target", True)),
+        ("argmax", ("whole target", True)),
+        ("choice", ("whole target", True)),
+        ("written", ("text", False)),
+    )
+    if (letter, scoring) not in {("K", "score"), ("K", "choice"), ("F", "choice")}
+    and metric_of(letter, scoring) not in METRICS
 }
 """Metric -> what it is, for one case. Summaries add S and perplexity."""
 S_OF = ("ES", "PS", "NS")

@@ -1,8 +1,8 @@
 """Four ways to say whether an edit holds at a prompt, from teacher forcing to what the model writes; how far they agree.
 
-SCORINGS, CASE_PARTS                       what counts as said, and where it is asked
+SCORINGS, CASE_PARTS                  what counts as said, and where it is asked
 case_verdicts(case, scores, written)    at every prompt of a case, by each scoring
-shares_of(verdicts)                   the metrics that they come to
+shares_of(verdicts)                   the metrics that they come to; metric_of names one
 agreement_of_scorings(table)          how often two scorings say the same of a prompt
 marked(before, after)                 a text with what differs from another
 """
@@ -28,8 +28,12 @@ SCORINGS = {
     "choice": "it is more probable than every one of several objects of the relation",
     "written": "the model names it in its first sentence, before anything else with a capital letter, and does not deny it",
 }
-CASE_PARTS = {"E": "rewrite", "P": "paraphrases", "N": "neighbours"}
-OTHERS_OF = {"rewrite": "rewrite_true", "paraphrases": "paraphrases_true", "neighbours": "neighbours_target"}
+CASE_PARTS = {"E": "rewrite", "P": "paraphrases", "N": "neighbours", "F": "entailed", "K": "kept"}
+OTHERS_OF = {
+    **{"rewrite": "rewrite_true", "paraphrases": "paraphrases_true", "neighbours": "neighbours_target"},
+    "entailed": "entailed_old",
+}
+NAMES = {"F_score": "follows", "K_argmax": "keeps"} | {f"{part}_score": f"{part}S" for part in "EPN"}
 SENTENCE_END = re.compile(r"[.!?][\"'”’)]*\s|\n")
 
 Verdicts: TypeAlias = dict[str, dict[str, list[bool]]]
@@ -38,22 +42,23 @@ Verdicts: TypeAlias = dict[str, dict[str, list[bool]]]
 def case_verdicts(case: Case, scores: Mapping[str, Sequence[Score]], written: Mapping[str, Sequence[str]]) -> Verdicts:
     """Part of the case -> scoring -> whether the wanted object is said at each of its prompts.
 
-    At neighbours it is their own answer that is wanted, elsewhere the target. A scoring is left out where nothing was asked:
-    "score" and "choice" in zsRE, "choice" of a case without `Case.choices`, "written" where nothing was written.
+    At neighbours it is their own answer that is wanted, at what follows the new answer, at what stays the old one, elsewhere
+    the target. A scoring is left out where nothing was asked: "score" and "choice" in zsRE and of what stays, "choice" of
+    what follows and of a case without `Case.choices`, "written" where nothing was written.
 
     Args:
-        scores: of `Case.pairs` and `Case.choice_pairs`.
+        scores: of `Case.pairs`, `Case.dependent_pairs` and `Case.choice_pairs`.
         written: by part, greedy texts without their prompts.
     """
     verdicts: Verdicts = {}
     for part in CASE_PARTS.values():
-        pairs = case.pairs[part]
+        pairs = prompts_of(case)[part]
         if not pairs:
             continue
         own = [answer.total for answer in scores[part]]
-        others = [[answer.total] for answer in scores[OTHERS_OF[part]]]
+        others = [[answer.total] for answer in scores.get(OTHERS_OF.get(part), ())]
         verdicts[part] = {"argmax": [bool(answer.greedy.all()) for answer in scores[part]]}
-        if case.form != "zsre":
+        if case.form != "zsre" and others:
             verdicts[part]["score"] = [total > max(rest) for total, rest in zip(own, others, strict=True)]
         if choices := scores.get(f"{part}_choices"):
             several = np.reshape([answer.total for answer in choices], (len(own), -1))
@@ -66,6 +71,12 @@ def case_verdicts(case: Case, scores: Mapping[str, Sequence[Score]], written: Ma
     return verdicts
 
 
+def prompts_of(case: Case) -> dict[str, list[tuple[str, str]]]:
+    """By part of the case, each prompt with what is wanted there."""
+    pairs = case.pairs | case.dependent_pairs
+    return {part: pairs[part] for part in CASE_PARTS.values()}
+
+
 def is_written(prompt: str, text: str, name: str) -> bool:
     """Whether `text`, after the prompt, names `name` as `SCORINGS` says."""
     place = names_first(prompt + text, len(prompt), name)
@@ -73,20 +84,29 @@ def is_written(prompt: str, text: str, name: str) -> bool:
 
 
 def shares_of(verdicts: Verdicts) -> dict[str, float]:
-    """The share of prompts, in %, by part and scoring: "E_written", ...; those of "score" are ES, PS and NS."""
+    """The share of prompts, in %, by part and scoring: "E_written", ..., some under `NAMES` of their own."""
     return {
-        f"{letter}S" if scoring == "score" else f"{letter}_{scoring}": 100.0 * float(np.mean(successes))
+        metric_of(letter, scoring): 100.0 * float(np.mean(successes))
         for letter, part in CASE_PARTS.items()
         for scoring, successes in verdicts.get(part, {}).items()
     }
+
+
+def metric_of(letter: str, scoring: str) -> str:
+    """The name of the metric: ("E", "score") is ES, ("E", "written") is E_written.
+
+    >>> metric_of("P", "score"), metric_of("F", "score"), metric_of("N", "choice")
+    ('PS', 'follows', 'N_choice')
+    """
+    return NAMES.get(f"{letter}_{scoring}", f"{letter}_{scoring}")
 
 
 def agreement_of_scorings(table: pd.DataFrame) -> pd.DataFrame:
     """How often two scorings say the same of a prompt, by method and part.
 
     Args:    table: what `evaluate` returns.
-    Returns: DataFrame: method, part (E, P, N), scoring, other, mean (% of prompts), ci_low, ci_high (95%, cases drawn
-             whole), n (cases), prompts.
+    Returns: DataFrame: method, part (of `CASE_PARTS`), scoring, other, mean (% of prompts), ci_low, ci_high (95%, cases
+             drawn whole), n (cases), prompts.
     """
     rows = []
     for method, judged in table[table["judged"]].groupby("method", sort=False):

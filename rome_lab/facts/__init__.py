@@ -11,6 +11,7 @@ known_among, object_token       which facts it would begin to complete, and by w
 build_cases, CHOICES            what a model is asked of a fact that it is made to change: target, paraphrases, neighbours
 Case, Cases                     that as things; Unusable says why a fact gives none
 success, shares_first_token     the share of a case's prompts that follow; whether its target and object begin alike
+with_dependents                 cases with prompts whose answers follow from their edit, and others that stay
 template_of                     a prompt with "{}" for its subject
 open_set, read_each             records of a set or file, as RecordForm says what they state; identity_by tells them apart
 read_counterfact, read_zsre     the fact that a record of these sets states
@@ -20,6 +21,7 @@ embedded_records, text_at       rows of the project's own files; the text at a p
 from rome_lab.facts.built_cases import CHOICES, build_cases
 from rome_lab.facts.case import Case, Cases, Unusable, shares_first_token, success
 from rome_lab.facts.completion import answers_to, completions, known_among, names_first, object_token
+from rome_lab.facts.dependents import with_dependents
 from rome_lab.facts.fact import Fact
 from rome_lab.facts.known import known_facts
 from rome_lab.facts.prompts import Prompt, continuation_ids, question, read_prompt

@@ -34,6 +34,9 @@ class Case:
         references: sentences about other subjects, of which the target is true.
         form: "counterfact" or "zsre"; says which metrics apply.
         neighbour_subjects: whom each neighbour is about, where that is known.
+        entailed: prompts about the subject whose answer follows from the fact, each with the answer once the target is true
+            and the one until then.
+        kept: prompts about the subject whose answer does not depend on the fact, each with it.
         choices: further objects of the relation, true neither of the subject nor of a neighbour's, among which to choose.
     """
 
@@ -48,6 +51,8 @@ class Case:
     form: str = "counterfact"
     neighbour_subjects: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    entailed: tuple[tuple[str, str, str], ...] = ()
+    kept: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if self.form not in CASE_KINDS:
@@ -67,6 +72,15 @@ class Case:
         return {name: [(prompt, text) for prompt in prompts] for name, prompts, text in own} | {
             "neighbours": list(zip(self.neighbours, self.neighbour_answers, strict=True)),
             "neighbours_target": [(prompt, self.target) for prompt in self.neighbours],
+        }
+
+    @property
+    def dependent_pairs(self) -> dict[str, list[tuple[str, str]]]:
+        """Prompts with what follows from the target, with what followed from the object, and with what stays."""
+        return {
+            "entailed": [(prompt, new) for prompt, new, _ in self.entailed],
+            "entailed_old": [(prompt, old) for prompt, _, old in self.entailed],
+            "kept": list(self.kept),
         }
 
     @property
@@ -121,6 +135,12 @@ class Cases(Sequence[Case]):
             for case in self.cases
         ]
         return pd.DataFrame(rows)
+
+    def dependents(self) -> pd.DataFrame:
+        """A row a prompt whose answer follows from a case's edit, or stays: case, prompt, before, after."""
+        rows = [(case.id, prompt, old, new) for case in self.cases for prompt, new, old in case.entailed]
+        rows += [(case.id, prompt, answer, answer) for case in self.cases for prompt, answer in case.kept]
+        return pd.DataFrame(rows, columns=["case", "prompt", "before", "after"])
 
 
 class Unusable(ValueError):

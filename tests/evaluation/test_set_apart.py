@@ -56,7 +56,7 @@ def test_a_search_on_fewer_cases_than_the_defaults_were_found_on_is_warned_of(
     tiny, monkeypatch, caplog, source, n_search, warned
 ):
     monkeypatch.setattr(
-        sources, "known_cases", lambda *args, **options: Cases(tuple(case(i, f"Town {i}") for i in range(30)))
+        sources, "sampled_cases", lambda *args, **options: Cases(tuple(case(i, f"Town {i}") for i in range(30)))
     )
     set_apart(tiny, source, n_search, 1)
     assert ("defaults were searched on the first 20" in caplog.text) == warned

@@ -99,5 +99,5 @@ def test_scorings_stand_side_by_side_in_a_table_and_a_figure() -> None:
     assert wide.loc["rome", ("E", "written")].startswith("50 (") and wide.loc["ft", ("E", "written")].startswith("0 (")
     assert "E_written" not in study.table_of_means(summary)
     figure = study.scorings_figure(summary, "a model")
-    assert [ax.get_title() for ax in figure.axes] == ["rewrite prompt", "paraphrases", "neighbours"]
+    assert [ax.get_title() for ax in figure.axes] == ["rewrite", "paraphrases", "neighbours"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["score", "argmax", "choice", "written"]

@@ -39,7 +39,7 @@ STYLES = {
     "ft-linf": {"color": COLOURS["pink"], "marker": "D", "linestyle": (0, (4, 1.5, 1, 1.5))},
     "in-context": {"color": COLOURS["orange"], "marker": "P", "linestyle": (0, (2, 2))},
 }
-SCORED_PARTS = {"E": "rewrite prompt", "P": "paraphrases", "N": "neighbours"}
+SCORED_PARTS = {"E": "rewrite", "P": "paraphrases", "N": "neighbours", "F": "follows", "K": "stays"}
 SCORING_STYLES = dict(
     zip(SCORINGS, zip((COLOURS[x] for x in ("black", "blue", "orange", "red")), "sovD", strict=True), strict=True)
 )

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import pandas as pd
 
-from rome_lab.evaluation import CASE_PARTS, METRICS, SCORINGS
+from rome_lab.evaluation import CASE_PARTS, METRICS, SCORINGS, metric_of
+
+SCORED = {metric_of(part, scoring): (part, scoring) for part in CASE_PARTS for scoring in SCORINGS}
 
 
 def definitions() -> pd.DataFrame:
@@ -20,12 +22,12 @@ def definitions() -> pd.DataFrame:
     )
 
 
-def table_of_means(summary: pd.DataFrame) -> pd.DataFrame:
+def table_of_means(summary: pd.DataFrame, every: bool = False) -> pd.DataFrame:
     """A row a method, a column a metric, "mean (low, high)" in the cells, and n, the cases; in the order of the summary.
 
-    The scorings beside the paper's have a table of their own, `table_of_scorings`.
+    The scorings beside the paper's have a table of their own, `table_of_scorings`, and are left out but for `every`.
     """
-    summary = summary[~summary["metric"].str.contains("_")]
+    summary = summary if every else summary[~summary["metric"].str.contains("_")]
     text = [f"{row.mean:.1f} ({row.ci_low:.1f}, {row.ci_high:.1f})" for row in summary.itertuples()]
     wide = summary.assign(text=text).pivot(index="method", columns="metric", values="text")
     wide = wide.assign(n=summary.groupby("method")["n"].max())
@@ -45,6 +47,4 @@ def table_of_scorings(summary: pd.DataFrame) -> pd.DataFrame:
 
 def scoring_of(metric: str) -> tuple[str, str] | None:
     """The part of the case and the scoring of a metric, such as ("E", "score") of ES; None where it is of none."""
-    part, rest = metric[0], metric[1:]
-    name = "score" if rest == "S" else rest.removeprefix("_")
-    return (part, name) if part in CASE_PARTS and name in SCORINGS and rest in ("S", f"_{name}") else None
+    return SCORED.get(metric)
