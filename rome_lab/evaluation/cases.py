@@ -28,6 +28,7 @@ from rome_lab.facts import (
     RecordForm,
     Unusable,
     build_cases,
+    build_questions,
     completions,
     identity_by,
     known_facts,
@@ -55,8 +56,8 @@ def load_cases(source: str | Path = "embedded", seed: int = 0) -> Cases:
     """All cases of a source, whatever a model knows.
 
     Args:
-        source: as in `load_facts`. CounterFact and zsRE, by name or as a file of their form, hold whole cases; of other
-            facts cases are built by `build_cases`.
+        source: as in `load_facts`, or "questions", the embedded facts as questions in the form of zsRE. CounterFact and
+            zsRE, by name or as a file of their form, hold whole cases; of other facts cases are built by `build_cases`.
         seed: of the cases that are built.
 
     Returns: Cases; what gives none is counted by reason.
@@ -199,6 +200,8 @@ def read_cases(source: str | Path) -> Cases | None:
     """The cases that a source holds; None where it holds facts only."""
     if str(source) == "embedded":
         return None
+    if str(source) == "questions":
+        return build_questions(load_facts("embedded"))
     records, form, _ = open_set(str(source))
     if form not in CASE_FORMS:
         return None

@@ -9,6 +9,7 @@ completions, answers_to         how probable a model finds texts behind prompts,
 names_first                     where a text names an answer, as a model has to that knows a fact
 known_among, object_token       which facts it would begin to complete, and by which token
 build_cases, CHOICES            what a model is asked of a fact that it is made to change: target, paraphrases, neighbours
+build_questions                 questions and answers in the form of zsRE
 Case, Cases                     that as things; Unusable says why a fact gives none
 success, shares_first_token     the share of a case's prompts that follow; whether its target and object begin alike
 with_dependents                 cases with prompts whose answers follow from their edit, and others that stay
@@ -19,6 +20,7 @@ embedded_records, text_at       rows of the project's own files; the text at a p
 """
 
 from rome_lab.facts.built_cases import CHOICES, build_cases
+from rome_lab.facts.built_questions import build_questions
 from rome_lab.facts.case import Case, Cases, Unusable, shares_first_token, success
 from rome_lab.facts.completion import answers_to, completions, known_among, names_first, object_token
 from rome_lab.facts.dependents import with_dependents
