@@ -1,6 +1,6 @@
 """Questions and answers made of the embedded facts, in the form of zsRE: `build_questions`.
 
-An edit teaches the answer to a question about a fact, known or not; at_question in other words it has to be the answer, too, and
+An edit teaches the answer to a question about a fact, known or not; asked in other words it has to be the answer, too, and
 questions about other facts keep theirs (Mitchell et al. 2022, Meng et al. 2022, table 1).
 """
 
