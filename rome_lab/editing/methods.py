@@ -21,11 +21,12 @@ from rome_lab.editing.editors import default_layers
 from rome_lab.editing.exact import remarks_on
 from rome_lab.editing.fine_tuning import Tuning, default_tuning, fine_tune
 from rome_lab.editing.keys import key_size
+from rome_lab.editing.knowledge_neurons import DEFAULT_NEURONS, Neurons, rewrite_neurons
 from rome_lab.editing.many_layers import check_layers, kept_at, write_values
 from rome_lab.editing.optima import Optima, Optimum
 from rome_lab.editing.remedies import prune, rect
 from rome_lab.editing.requests import NothingToEdit, Request, check_agreement
-from rome_lab.editing.settings import EditSettings, LeastSquares, default_settings, solution_of
+from rome_lab.editing.settings import EditSettings, LeastSquares, default_settings, known_as, solution_of
 from rome_lab.editing.texts import SampledText, Source, source_of
 from rome_lab.editing.update import Factor
 from rome_lab.models import Change, LanguageModel
@@ -340,6 +341,31 @@ class FineTuning:
 
 
 @dataclass(frozen=True)
+class KnowledgeNeurons:
+    """Knowledge neurons: value vectors of single neurons, in any layer, rewritten; see `rewrite_neurons`.
+
+    Attributes:
+        settings: of finding and rewriting them; by default `DEFAULT_NEURONS` for the model.
+    """
+
+    together: ClassVar[int] = 1
+    name: str = "kn"
+    settings: Neurons | None = None
+
+    def settled(self, lm: LanguageModel) -> KnowledgeNeurons:
+        return replace(self, settings=self.settings or DEFAULT_NEURONS.get(known_as(lm), Neurons()))
+
+    def describe(self) -> dict[str, Json]:
+        check_settled(self.name, self.settings)
+        return {"method": "kn", "code": code_version(__name__), **asdict(self.settings)}
+
+    def change(self, lm: LanguageModel, requests: Sequence[Request], optima: Optima) -> Proposal:
+        settings = self.settled(lm).settings
+        prefixes = optima.with_prefixes(EditSettings()).prefixes
+        return Proposal(*layers_and_deltas(rewrite_neurons(lm, requests, prefixes, settings)))
+
+
+@dataclass(frozen=True)
 class InContext:
     """The facts stated before every prompt, each as a sentence of its own: prompt, target, full stop.
 
@@ -404,6 +430,7 @@ METHODS: Mapping[str, Method] = {
         LayeredRome("memit"),
         LayeredRome("emmet"),
         LayeredRome("alphaedit"),
+        KnowledgeNeurons(),
         FineTuning("ft"),
         FineTuning("ft-linf"),
         InContext(introduction="Breaking news: "),
@@ -416,6 +443,26 @@ SEARCH: Mapping[str, tuple[Method, ...]] = {
         Rome(layer=layer, settings=EditSettings(key="all", weight_decay=decay))
         for layer in (2, 3, 4, 6)
         for decay in (0.5, 0.1)
+    ),
+    "memit": tuple(
+        LayeredRome("memit", layers=layers, squares=LeastSquares("soft", weight))
+        for layers in ((1, 2, 3), (2, 3, 4, 5, 6))
+        for weight in (10.0, 30.0, 100.0, 300.0)
+    ),
+    "emmet": tuple(
+        LayeredRome("emmet", layers=layers, settings=EditSettings(key="all", weight_decay=decay))
+        for layers in ((2, 3), (1, 2, 3), (2, 3, 4), (2, 3, 4, 5, 6))
+        for decay in (0.5, 0.1)
+    ),
+    "alphaedit": tuple(
+        LayeredRome("alphaedit", layers=(1, 2, 3), squares=LeastSquares("soft", threshold=threshold, ridge=ridge))
+        for threshold in (2e-3, 2e-2)
+        for ridge in (0.1, 1.0, 10.0, 100.0)
+    ),
+    "kn": tuple(
+        KnowledgeNeurons(settings=Neurons(threshold, write=write))
+        for threshold in (0.2, 0.4)
+        for write in (0.5, 1.0, 2.0, 8.0)
     ),
     "ft": tuple(
         FineTuning("ft", Tuning(layer, learning_rate=rate)) for layer in (0, 3) for rate in (5e-4, 1e-3, 2e-3, 4e-3)

@@ -1,0 +1,148 @@
+"""Knowledge neurons (KN, Dai et al. 2022, arXiv 2104.08696): inner activations of MLPs that make an answer likely.
+
+knowledge_attributions(lm, ids, token)  how much each adds to the answer's probability, by integrated gradients
+knowledge_neurons(lm, fact, prefixes)   those that matter at enough of the prompts
+rewrite_neurons(lm, requests, ...)      the changes of all layers that make them say the targets
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rome_lab.base import check_whole
+from rome_lab.editing.requests import Request
+from rome_lab.facts import Fact, continuation_ids, object_token, read_prompt
+from rome_lab.models import LanguageModel, at_least_float32, input_changed, record_run, run_block, run_blocks
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """How knowledge neurons are found and rewritten; but for `prompts` and `steps` the published numbers by default.
+
+    Attributes:
+        threshold: share of the greatest attribution above which a neuron counts.
+        share: of the prompts at which it has to count.
+        prompts: how many there are: the fact's own, and the same behind sampled prefixes. The authors have several wordings.
+        steps: m, of the integral; 20 in the paper, whose steps come less near to it.
+        erase, write: multiples of the old and of the new answer's embedding taken from and added to a neuron's value vector.
+
+    Raises:
+        ValueError: one of them is out of its range.
+    """
+
+    threshold: float = 0.2
+    share: float = 0.5
+    prompts: int = 4
+    steps: int = 10
+    erase: float = 1.0
+    write: float = 8.0
+
+    def __post_init__(self) -> None:
+        check_whole("Neurons", prompts=(self.prompts, 1), steps=(self.steps, 1))
+        for name in ("threshold", "share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"Neurons: {name} is {getattr(self, name)!r}; expected a share above 0, up to 1.")
+        for name in ("erase", "write"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"Neurons: {name} is {getattr(self, name)!r}; expected a finite number of at least 0.")
+
+
+DEFAULT_NEURONS: dict[str, Neurons] = {}  # by model; others take the published numbers
+
+
+def knowledge_attributions(
+    lm: LanguageModel, prompt_ids: Sequence[int], token: int, steps: int = 10
+) -> tuple[Float[Tensor, "L H"], Float[Tensor, "L H"]]:
+    """What each inner activation at the prompt's last token adds to P[token], one layer's at a time (Eqn 4 of the paper).
+
+        k_h (1/m) sum_j dP(a_j k)/dk_h,   a_j = (j + 1/2) / m, j = 0 .. m - 1
+
+    k are the layer's activations, what its W is given; later layers follow. Over a layer it adds up to P(k) - P(0) as m
+    grows.
+    Differs: the authors' a_j are j / m; midpoints come nearer to the integral with as many.
+
+    Args: steps: m.
+
+    Returns: these, and the activations themselves, (L, H) float32 at least, on the CPU.
+    """
+    ids = torch.tensor([list(prompt_ids)] * steps, device=lm.device)
+    lm.check_length(ids.shape[1], "kn")
+    recording = record_run(lm, ids, lambda embedded: None)
+    lm.check_finite(recording.logits, "kn")
+    along = ((torch.arange(steps, device=lm.device) + 0.5) / steps)[:, None, None]
+    activations, rows = [], []
+    for layer in range(lm.n_layers):
+        given: list[Tensor] = []
+
+        def move(k: Tensor, given: list[Tensor] = given) -> Tensor:
+            given.append(k.detach())
+            given.append((along.to(k.dtype) * k.detach().view(steps, 1, -1)).requires_grad_())
+            return given[-1].view(k.shape)
+
+        with torch.enable_grad():
+            with input_changed(lm.memory(layer), move):
+                hidden = run_block(lm, layer, recording.states[layer][:, -1:], recording)
+            hidden = run_blocks(lm, range(layer + 1, lm.n_layers), hidden, recording)
+            p = at_least_float32(lm.logits(hidden[:, -1].to(lm.device))).softmax(-1)[:, token]
+            (gradient,) = torch.autograd.grad(p.sum(), [given[1]])
+        activations.append(at_least_float32(given[0].view(steps, -1)[0]).cpu())
+        rows.append(activations[-1] * at_least_float32(gradient.view(steps, -1)).mean(0).cpu())
+    return torch.stack(rows), torch.stack(activations)
+
+
+def knowledge_neurons(
+    lm: LanguageModel, fact: Fact, prefixes: Sequence[str], settings: Neurons = Neurons()
+) -> list[tuple[int, int, int]]:
+    """Layer, neuron and sign (of its mean activation) of those that matter at enough of the prompts, the greatest first.
+
+    At each prompt those matter that add more than `threshold` of what the greatest adds to the probability of the object's
+    first token.
+
+    Args: prefixes: texts to put before the prompt, besides none; as many are taken as `Neurons.prompts` has room for.
+
+    Raises: ValueError: none does.
+    """
+    token = object_token(lm, fact)
+    texts = [read_prompt(lm, fact, prefix=prefix).ids.tolist() for prefix in ("", *prefixes[: settings.prompts - 1])]
+    pairs = [knowledge_attributions(lm, ids, token, settings.steps) for ids in texts]
+    several, activations = (torch.stack(x) for x in zip(*pairs, strict=True))  # (prompts, L, H)
+    greatest = several.amax((1, 2), keepdim=True)
+    counts = ((several > settings.threshold * greatest) & (greatest > 0)).double().mean(0)
+    places = (counts >= settings.share).nonzero().tolist()
+    if not places:
+        raise ValueError(
+            f"kn: no neuron matters to {fact.object!r} at {settings.share:.0%} of {len(texts)} prompts about "
+            f"{fact.subject!r}; lower threshold, {settings.threshold}, or share."
+        )
+    mean, signs = several.mean(0), activations.mean(0).sign()
+    places.sort(key=lambda place: -float(mean[*place]))
+    return [(layer, neuron, int(signs[layer, neuron])) for layer, neuron in places]
+
+
+def rewrite_neurons(
+    lm: LanguageModel, requests: Sequence[Request], prefixes: Sequence[str], settings: Neurons = Neurons()
+) -> dict[int, Float[Tensor, "D H"]]:
+    """W_hat - W by layer, float32: the value vectors of each request's neurons say the target instead of the object.
+
+        W_hat[:, h] = W[:, h] + sign(k_h) (write e(target) - erase e(object))
+
+    e is the input embedding of the first token. Neurons of several requests add up. Differs: the authors' activations, of a
+    GELU, are hardly ever below 0; those of gated MLPs are half the time, and would write the opposite.
+
+    Args: prefixes: see `knowledge_neurons`, which raises a ValueError where a request has no neurons.
+    """
+    deltas: dict[int, Tensor] = {}
+    for fact, target in requests:
+        old, new = (continuation_ids(lm, fact.prompt, text)[0] for text in (fact.object, target))
+        e = lm.embedding.weight.detach().float().cpu()
+        step = settings.write * e[new] - settings.erase * e[old]
+        for layer, neuron, sign in knowledge_neurons(lm, fact, prefixes, settings):
+            if layer not in deltas:
+                deltas[layer] = torch.zeros(lm.weight(layer).shape)
+            deltas[layer][:, neuron] += sign * step
+    return dict(sorted(deltas.items()))
