@@ -63,7 +63,7 @@ def mean_ci(values: np.ndarray, clusters: Sequence[Hashable] | None = None) -> M
 
 
 def share_ci(values: np.ndarray, clusters: Sequence[Hashable] | None = None) -> MeanCI:
-    """Mean of shares in percent, and a 95% interval that stays within 0 to 100.
+    """Mean of shares in percent, and a 95% interval that stays within 0 to 100; of differences of them, within their range.
 
     Where each fact is a success or none, 100 or 0, the exact interval of a share (Clopper and Pearson 1934); else the one of
     `harmonic_mean_ci`, for one column.

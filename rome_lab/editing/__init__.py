@@ -13,7 +13,7 @@ sample_prefixes, subject_keys           prefixes of a prompt, and keys at its su
 run_to_keys, key_size                   all keys of texts at some layers; H
 solve_update, factorise, Factor         the least squares behind an edit, on matrices; ENOUGH tokens for C
 Method, METHODS, SEARCH, measured_on    ways to edit, behind one interface: a Proposal of each for the same requests
-Rome                                    the ROME family among them
+KnowledgeNeurons, Neurons               knowledge neurons among them, and how they are found
 suggest_layer, LayerSuggestion          which layer to edit in a model that nobody has edited; settle takes it for methods
 Rome, LayeredRome                       the ROME family among them, at one layer and at several
 verify                                  whether a model is traced and edited exactly, beside plain runs of it
@@ -25,9 +25,10 @@ from rome_lab.editing.edit import Edit, describe_edit, load_edit
 from rome_lab.editing.editors import alphaedit, emmet, memit
 from rome_lab.editing.exact import rome, rome_many
 from rome_lab.editing.keys import key_size, run_to_keys, sample_prefixes, subject_keys
+from rome_lab.editing.knowledge_neurons import Neurons
 from rome_lab.editing.layer_search import settle, suggest_layer
 from rome_lab.editing.layer_suggestion import LayerSuggestion
-from rome_lab.editing.methods import METHODS, SEARCH, LayeredRome, Method, Proposal, Rome, measured_on
+from rome_lab.editing.methods import METHODS, SEARCH, KnowledgeNeurons, LayeredRome, Method, Proposal, Rome, measured_on
 from rome_lab.editing.optima import Optima, mean_length
 from rome_lab.editing.requests import Request, check_requests, layer_to_edit
 from rome_lab.editing.second_moment import covariance, covariances

@@ -1,7 +1,7 @@
 """Knowledge neurons (KN, Dai et al. 2022, arXiv 2104.08696): inner activations of MLPs that make an answer likely.
 
 knowledge_attributions(lm, ids, token)  how much each adds to the answer's probability, by integrated gradients
-knowledge_neurons(lm, fact, prefixes)   those that matter at enough of the prompts
+neurons_that_matter(lm, fact, prefixes)  those that matter at enough of the prompts
 rewrite_neurons(lm, requests, ...)      the changes of all layers that make them say the targets
 """
 
@@ -95,7 +95,7 @@ def knowledge_attributions(
     return torch.stack(rows), torch.stack(activations)
 
 
-def knowledge_neurons(
+def neurons_that_matter(
     lm: LanguageModel, fact: Fact, prefixes: Sequence[str], settings: Neurons = Neurons()
 ) -> list[tuple[int, int, int]]:
     """Layer, neuron and sign (of its mean activation) of those that matter at enough of the prompts, the greatest first.
@@ -134,14 +134,14 @@ def rewrite_neurons(
     e is the input embedding of the first token. Neurons of several requests add up. Differs: the authors' activations, of a
     GELU, are hardly ever below 0; those of gated MLPs are half the time, and would write the opposite.
 
-    Args: prefixes: see `knowledge_neurons`, which raises a ValueError where a request has no neurons.
+    Args: prefixes: see `neurons_that_matter`, which raises a ValueError where a request has no neurons.
     """
     deltas: dict[int, Tensor] = {}
     for fact, target in requests:
         old, new = (continuation_ids(lm, fact.prompt, text)[0] for text in (fact.object, target))
         e = lm.embedding.weight.detach().float().cpu()
         step = settings.write * e[new] - settings.erase * e[old]
-        for layer, neuron, sign in knowledge_neurons(lm, fact, prefixes, settings):
+        for layer, neuron, sign in neurons_that_matter(lm, fact, prefixes, settings):
             if layer not in deltas:
                 deltas[layer] = torch.zeros(lm.weight(layer).shape)
             deltas[layer][:, neuron] += sign * step

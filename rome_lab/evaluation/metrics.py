@@ -35,7 +35,6 @@ class Metric:
         forced: whether the model reads the target itself (teacher forcing) instead of what it would have said;
             False exactly where `whole` is "text".
         better: which values are the better ones.
-        least: the least that it can be where 100 is the most; None where it has no such range.
     """
 
     definition: str
@@ -43,22 +42,20 @@ class Metric:
     whole: str = "whole target"
     forced: bool = True
     better: str = "higher"
-    least: float | None = 0.0
 
 
 METRICS: dict[str, Metric] = {
     "ES": Metric("efficacy score: 100 [P(target) > P(true object)] at the rewrite prompt"),
-    "EM": Metric("efficacy magnitude: P(target) - P(true object) at the rewrite prompt", least=-100.0),
+    "EM": Metric("efficacy magnitude: P(target) - P(true object) at the rewrite prompt"),
     "PS": Metric("paraphrase score: share of the paraphrases with P(target) > P(true object)"),
-    "PM": Metric("paraphrase magnitude: mean over the paraphrases of P(target) - P(true object)", least=-100.0),
+    "PM": Metric("paraphrase magnitude: mean over the paraphrases of P(target) - P(true object)"),
     "NS": Metric("neighbourhood score: share of the neighbours with P(own object) > P(target)"),
-    "NM": Metric("neighbourhood magnitude: mean over the neighbours of P(own object) - P(target)", least=-100.0),
+    "NM": Metric("neighbourhood magnitude: mean over the neighbours of P(own object) - P(target)"),
     "GE": Metric(
         "generation entropy: (H_2 + 2 H_3) / 3, the entropies of a generated text's bigrams and trigrams, mean over texts",
         unit="bits",
         whole="text",
         forced=False,
-        least=None,
     ),
     "RS": Metric(
         "reference score: cosine of the TF-IDF vectors of the generated and of the reference texts",
@@ -75,7 +72,6 @@ METRICS: dict[str, Metric] = {
         "nats",
         "per token",
         better="lower",
-        least=None,
     ),
     "known": Metric("share of unrelated known facts all of whose object's tokens are still the most probable ones"),
 }
@@ -220,9 +216,5 @@ def summaries(
 
 
 def ci_of(metric: Metric, values: np.ndarray, labels: Sequence[Hashable] | None) -> MeanCI:
-    """The mean of a metric over cases (F,), with the interval that suits its range."""
-    if metric.least is None:
-        return mean_ci(values, labels)
-    width = 100.0 - metric.least
-    mean, low, high, n = share_ci(100.0 * (values - metric.least) / width, labels)
-    return MeanCI(*(metric.least + width * x / 100.0 for x in (mean, low, high)), n)
+    """The mean of a metric over cases (F,), with an interval that stays in its range where it is in percent."""
+    return share_ci(values, labels) if metric.unit == "%" else mean_ci(values, labels)

@@ -17,7 +17,16 @@ import rome_lab.editing.optima as optima_module
 from rome_lab.editing.exact import rome, rome_many
 from rome_lab.editing.fine_tuning import Tuning, fine_tune
 from rome_lab.editing.keys import k_star
-from rome_lab.editing.methods import METHODS, SEARCH, FineTuning, InContext, LayeredRome, NoEdit, Rome, measured_on
+from rome_lab.editing.methods import (
+    METHODS,
+    SEARCH,
+    FineTuning,
+    InContext,
+    KnowledgeNeurons,
+    NoEdit,
+    Rome,
+    measured_on,
+)
 from rome_lab.editing.optima import Optima
 from rome_lab.editing.requests import NothingToEdit
 from rome_lab.editing.second_moment import covariance
@@ -232,7 +241,7 @@ def test_a_method_leaves_the_model_as_it_was(name, monkeypatch) -> None:
     before = lm.fingerprint()
     propose(lm, name)
     assert lm.fingerprint() == before
-    if isinstance(METHODS[name], Rome | FineTuning):
+    if isinstance(METHODS[name], Rome | FineTuning | KnowledgeNeurons):
         monkeypatch.setattr(lm, "logits", interrupt)
         with pytest.raises(KeyboardInterrupt):
             propose(lm, name)
@@ -372,7 +381,7 @@ def test_a_description_says_all_that_was_chosen_and_is_json() -> None:
     assert len(set(texts.values())) == len(METHODS) - 1
     assert described["rome"]["layer"] == 3 and described["rome-bare"]["key"] == "bare"
     for name, text in texts.items():
-        if isinstance(METHODS[name], Rome | FineTuning):
+        if isinstance(METHODS[name], Rome | FineTuning | KnowledgeNeurons):
             assert asdict(METHODS[name].settled(lm)) != asdict(METHODS[name])
             with pytest.raises(ValueError, match=f"{name}: a choice is left to the model's defaults"):
                 METHODS[name].describe()
@@ -406,8 +415,7 @@ def test_the_search_takes_equal_effort_for_every_method() -> None:
     chosen = [
         name for name, method in METHODS.items() if not isinstance(method, NoEdit) and not name.startswith("rome-")
     ]
-    layered = {name for name, method in METHODS.items() if isinstance(method, LayeredRome)}
-    assert set(SEARCH) == set(chosen) - {"joint"} - layered, "whose defaults are searched by hand, see DEFAULTS"
+    assert set(SEARCH) == set(chosen) - {"joint"}
 
 
 # One after the other

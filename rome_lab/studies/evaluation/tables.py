@@ -17,9 +17,7 @@ SCORED = {metric_of(part, scoring): (part, scoring) for part in CASE_PARTS for s
 def definitions() -> pd.DataFrame:
     """What each metric is: definition, unit, of (whole target or per token), teacher forcing, better."""
     table = pd.DataFrame.from_dict({name: vars(metric) for name, metric in METRICS.items()}, orient="index")
-    return (
-        table.drop(columns="least").rename(columns={"whole": "of", "forced": "teacher forcing"}).rename_axis("metric")
-    )
+    return table.rename(columns={"whole": "of", "forced": "teacher forcing"}).rename_axis("metric")
 
 
 def table_of_means(summary: pd.DataFrame, every: bool = False) -> pd.DataFrame:
