@@ -9,7 +9,7 @@ write_atomically            a file, whole or not at all; explained, check_writab
 seed_from, uniform          random numbers that depend on what they are for, and on nothing else
 check_text, check_whole     arguments refused in a sentence
 mean_ci, MeanCI             a mean over facts, or cases, with its 95% interval; share_ci, harmonic_mean_ci of shares
-mentions, holds, place_of   names in texts, and visible, texts made safe to draw
+mentions, holds, place_of   names in texts, and visible, texts made safe to draw; differing, where two texts differ
 blank_behind, without_end  blanks where a text goes on; is_unspaced tells scripts that have none;
                             other_spelling says how names that look alike differ
 OneLine                     results that show themselves in one line; Tell, how long work says how far it has come
@@ -24,6 +24,7 @@ from rome_lab.base.store import USER_CACHE, Basket, Json, Record, Store, canonic
 from rome_lab.base.versions import code_version, package_versions
 from rome_lab.base.words import (
     blank_behind,
+    differing,
     holds,
     is_unspaced,
     mentions,

@@ -12,6 +12,7 @@ visible(text)           with blanks and unprintable characters shown
 
 from __future__ import annotations
 
+import difflib
 import re
 from unicodedata import normalize
 
@@ -95,3 +96,14 @@ def visible(text: str) -> str:
     '␣New↵'
     """
     return "".join(_GLYPHS.get(c) or (c if c.isprintable() else repr(c)[1:-1]) for c in text)
+
+
+def differing(before: str, after: str) -> list[tuple[str, bool]]:
+    """`after` in runs of words, each with whether it differs from `before`; blanks between words count for nothing.
+
+    >>> differing("it is in Paris, France", "it is in Rome, France")
+    [('it is in', False), ('Rome,', True), ('France', False)]
+    """
+    old, new = before.split(), after.split()
+    runs = difflib.SequenceMatcher(a=old, b=new, autojunk=False).get_opcodes()
+    return [(" ".join(new[i:j]), tag != "equal") for tag, _, _, i, j in runs if i < j]

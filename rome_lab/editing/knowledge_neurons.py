@@ -134,8 +134,16 @@ def rewrite_neurons(
     e is the input embedding of the first token. Neurons of several requests add up. Differs: the authors' activations, of a
     GELU, are hardly ever below 0; those of gated MLPs are half the time, and would write the opposite.
 
-    Args: prefixes: see `neurons_that_matter`, which raises a ValueError where a request has no neurons.
+    Args: prefixes: see `neurons_that_matter`.
+
+    Raises: ValueError: a request has no neurons, or embeddings have another size than value vectors.
     """
+    size, width = lm.embedding.weight.shape[1], lm.weight(0).shape[0]
+    if size != width:
+        raise ValueError(
+            f"kn: word embeddings of {lm.name} have {size} components and its value vectors {width}, so that the ones cannot "
+            "be added to the others; choose another method."
+        )
     deltas: dict[int, Tensor] = {}
     for fact, target in requests:
         old, new = (continuation_ids(lm, fact.prompt, text)[0] for text in (fact.object, target))

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING
 import pandas as pd
 from tqdm.auto import tqdm
 
-from rome_lab.base import Store, opened, seed_from
+from rome_lab.base import Store, differing, opened, seed_from
 from rome_lab.editing import METHODS, Method, settle
 from rome_lab.evaluation.bench import Bench
 from rome_lab.evaluation.bystanders import requests_by_case
 from rome_lab.evaluation.judging import JudgeSettings
 from rome_lab.evaluation.metrics import METRICS
-from rome_lab.evaluation.scorings import marked
 from rome_lab.facts import Case, Fact
 from rome_lab.models import LanguageModel
 
@@ -184,6 +183,8 @@ def story(table: pd.DataFrame, case: str, methods: Sequence[str] = ("none", "rom
         numbers = [f"{name} {row[name]:.4g}" for name in METRICS if name in row and not pd.isna(row[name])]
         lines += [f"\n{row['method']}: {', '.join(numbers)}{'; ' * bool(row['remark'])}{row['remark']}"]
         for text in row["written"].get("rewrite", []):
-            lines.append(f"    writes: {row['prompt']} {marked(before, text) if before else ' '.join(text.split())}")
+            parts = differing(before, text) if before else [(" ".join(text.split()), False)]
+            words = " ".join(f"*{part}*" if is_new else part for part, is_new in parts)
+            lines.append(f"    writes: {row['prompt']} {words}")
         lines += [f"    {' '.join(text.split())}" for text in row["generations"]]
     return "\n".join(lines)

@@ -4,12 +4,10 @@ SCORINGS, CASE_PARTS                  what counts as said, and where it is asked
 case_verdicts(case, scores, written)    at every prompt of a case, by each scoring
 shares_of(verdicts)                   the metrics that they come to; metric_of names one
 agreement_of_scorings(table)          how often two scorings say the same of a prompt
-marked(before, after)                 a text with what differs from another
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -124,18 +122,3 @@ def agreement_of_scorings(table: pd.DataFrame) -> pd.DataFrame:
                     rows.append((method, letter, first, second, float(mean), float(low), float(high), n, len(alike)))
     columns = ["method", "part", "scoring", "other", "mean", "ci_low", "ci_high", "n", "prompts"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def marked(before: str, after: str, begin: str = "*", end: str = "*") -> str:
-    """`after` with the words between marks that do not stand in `before`.
-
-    >>> marked("it is in Paris, France", "it is in Rome, France")
-    'it is in *Rome,* France'
-    """
-    old, new = before.split(), after.split()
-    parts = []
-    for tag, _, _, i, j in difflib.SequenceMatcher(a=old, b=new, autojunk=False).get_opcodes():
-        if i < j:
-            words = " ".join(new[i:j])
-            parts.append(words if tag == "equal" else f"{begin}{words}{end}")
-    return " ".join(parts)

@@ -59,7 +59,7 @@ class Look:
 
     Attributes:
         next_tokens: the most probable next tokens of the prompt, with their probabilities.
-        continuations: texts that follow the prompt; the same seeds for every look.
+        continuations: texts that follow the prompt, first the greedy one; the same seeds for every look.
         table: a row a question; kind (prompt, paraphrase or neighbour), text, object, p_object and p_target, the
             probabilities of all tokens of its own object and of the target.
         log_p: (questions, V), the next-token log probabilities of each.
@@ -110,7 +110,8 @@ def look_at(lm: LanguageModel, probe: Probe) -> Look:
     log_p = torch.stack([answer.following for answer in own])  # (Q, V)
     p, ids = log_p[0].exp().topk(BARS)
     next_tokens = tuple(zip((lm.tokenizer.decode([i]) for i in ids.tolist()), p.tolist(), strict=True))
-    texts = continued(lm, probe.fact.prompt, CONTINUATIONS, CONTINUATION_LENGTH, CONTINUATION_CHOICES)
+    greedy = continued(lm, probe.fact.prompt, 1, CONTINUATION_LENGTH, 1)
+    texts = (*greedy, *continued(lm, probe.fact.prompt, CONTINUATIONS, CONTINUATION_LENGTH, CONTINUATION_CHOICES))
     whole = tuple(text.rstrip("\ufffd") for text in texts)  # the last character may lack bytes
     return Look(next_tokens, whole, table, log_p)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
-from rome_lab.base import visible
+from rome_lab.base import differing, visible
 from rome_lab.lab.looks import Look, Probe
 
 STYLE = """<style>
@@ -32,6 +32,7 @@ STYLE = """<style>
   align-items: center}
 .rl-look .token code {text-align: right; overflow: hidden; white-space: nowrap; text-overflow: ellipsis; background: none;
   color: inherit}
+.rl-look mark {background: color-mix(in srgb, var(--rl-target) 18%, transparent); color: inherit}
 .rl-look .p {text-align: right; font-variant-numeric: tabular-nums}
 .rl-look .object, .rl-look .token code.object {color: var(--rl-object)}
 .rl-look .target, .rl-look .token code.target {color: var(--rl-target)}
@@ -57,12 +58,12 @@ def compared_page(probe: Probe, looks: Mapping[str, Look], ask: str = "") -> str
     tokens = ("".join(token_bar(probe, *x) for x in look.next_tokens) for look in columns)
     bars = "".join(f'<div class="tokens">{x}</div>' for x in tokens)
     rows = zip(*(look.continuations for look in columns), strict=True)
-    texts = "".join(f'<div><span class="dim">…</span>{one_line(text)}</div>' for row in rows for text in row)
+    texts = "".join(f'<div><span class="dim">…</span>{one_line(text, row[0])}</div>' for row in rows for text in row)
     split = f"grid-template-columns: repeat({len(columns)}, minmax(0, 1fr))"
     return f"""{STYLE}<div class="rl-look">
 <h4>{heading}</h4>
 <div class="grid" style="{split}">{names}{bars}</div>
-<h4>Continuations <span class="dim">(the same random numbers each time)</span></h4>
+<h4>Continuations <span class="dim">(first the most probable words, then the same random numbers each time)</span></h4>
 <div class="grid text" style="{split}">{texts}</div>
 {question_rows("paraphrase", probe, columns, ask)}{question_rows("neighbour", probe, columns, ask)}
 </div>"""
@@ -114,5 +115,11 @@ def divided_bar(row: pd.Series, words: Iterable[str]) -> str:
     return f'<div class="bar" title="{title}">{bars}</div>'
 
 
-def one_line(text: str) -> str:
-    return html.escape(" ↵ ".join(part for part in (x.strip() for x in text.split("\n")) if part))
+def one_line(text: str, other: str) -> str:
+    """A text in one line, with marks where it differs from another."""
+
+    def flat(text: str) -> str:
+        return " ↵ ".join(part for part in (x.strip() for x in text.split("\n")) if part)
+
+    parts = ((html.escape(part), is_new) for part, is_new in differing(flat(other), flat(text)))
+    return " ".join(f"<mark>{part}</mark>" if is_new else part for part, is_new in parts)

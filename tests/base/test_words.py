@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rome_lab.base.words import blank_behind, holds, mentions, other_spelling, place_of, without_end
+from rome_lab.base.words import blank_behind, differing, holds, mentions, other_spelling, place_of, without_end
 
 
 @pytest.mark.parametrize(
@@ -81,3 +81,10 @@ def test_blanks_at_the_end_of_a_prompt_go_and_what_is_meant_stays(end: str) -> N
 )
 def test_why_a_name_that_looks_alike_is_not_in_a_text_is_said(text: str, name: str, why: str) -> None:
     assert why in other_spelling(text, name) and bool(why) == bool(other_spelling(text, name))
+
+
+def test_texts_are_parted_where_they_differ() -> None:
+    assert differing("one two three", "one three four") == [("one", False), ("three", False), ("four", True)]
+    assert differing("same here", "same  here") == [("same here", False)]
+    assert differing("", "all new") == [("all new", True)]
+    assert differing("all gone", "") == []

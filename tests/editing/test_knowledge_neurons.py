@@ -111,3 +111,8 @@ def test_nothing_that_matters_is_an_error_that_says_what_to_lower(monkeypatch):
 def test_settings_of_neurons_that_cannot_be_are_refused(setting):
     with pytest.raises(ValueError, match="Neurons"):
         Neurons(**setting)
+
+
+def test_embeddings_of_another_size_are_refused():
+    with pytest.raises(ValueError, match="kn: word embeddings of tiny-opt have 16 components"):
+        rewrite_neurons(tiny_model("opt"), [(FACT, "Rome")], ())

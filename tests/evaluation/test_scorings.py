@@ -8,7 +8,7 @@ import pytest
 from test_judging import TINY
 
 from rome_lab.base import share_ci
-from rome_lab.evaluation.scorings import agreement_of_scorings, case_verdicts, is_written, marked, shares_of
+from rome_lab.evaluation.scorings import agreement_of_scorings, case_verdicts, is_written, shares_of
 from rome_lab.facts import build_cases, load_facts
 from rome_lab.models import Score
 
@@ -68,12 +68,6 @@ def test_agreement_counts_prompts_and_draws_cases():
     assert row["mean"] == pytest.approx(100 * 8 / 12)
     expected = share_ci(np.array([100.0, 100, 100, 100] + [100.0, 0] * 4), np.repeat(range(6), 2))
     assert (row["ci_low"], row["ci_high"]) == pytest.approx((expected.ci_low, expected.ci_high))
-
-
-def test_texts_are_marked_where_they_differ():
-    assert marked("one two three", "one three four") == "one three *four*"
-    assert marked("same here", "same here") == "same here"
-    assert marked("", "all new", "<mark>", "</mark>") == "<mark>all new</mark>"
 
 
 def test_choices_are_true_of_nobody_whom_the_case_is_about():

@@ -69,7 +69,7 @@ SMALL = {
         **{"n_facts": 10},
     },
     "search": {"n_search": 2, "layers": [6], "tokens": [5000], "changes": 1, "configurations": 1, "c_text": TEXT},
-    "corruptions": {"n_facts": 3, "n_random": 3, "sigmas": [3.0], "windows": [10, 1], "samples": 2},
+    "corruptions": {"n_facts": 2, "n_random": 2, "sigmas": [3.0], "windows": [10, 1], "samples": 2},
     "heads": {"n_facts": 4},
     "where_to_edit": {"n_facts": 3, "layers": [0, 3, 12], "steps": 3, "samples": 2, "c_text": TEXT},
     "compare_models": DEFAULT | {"models": ["smollm2-135m"]},

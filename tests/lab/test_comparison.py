@@ -233,7 +233,7 @@ def test_near_the_end_of_the_context_a_look_says_what_still_fits_and_beyond_it_s
     fact = Fact("Paris", f"The{words} {{}} is", "x")
     ids = lm.tokenizer(fact.prompt)["input_ids"]
     assert 0 < lm.context_length - len(ids) < CONTINUATION_LENGTH, "whole continuations would not fit"
-    assert len(look_at(lm, Probe(fact, "y", (), ())).continuations) == CONTINUATIONS
+    assert len(look_at(lm, Probe(fact, "y", (), ())).continuations) == 1 + CONTINUATIONS
     with pytest.raises(ValueError, match=r"comparison: \d+ tokens are more than the 64 of tiny-gpt2; shorten it\."):
         look_at(lm, Probe(fact, "a target of more words than there is room for", (), ()))
     with pytest.raises(ValueError, match="are more than the 64 of tiny-gpt2"):
