@@ -141,8 +141,8 @@ def rewrite_neurons(
     size, width = lm.embedding.weight.shape[1], lm.weight(0).shape[0]
     if size != width:
         raise ValueError(
-            f"kn: word embeddings of {lm.name} have {size} components and its value vectors {width}, so that the ones cannot "
-            "be added to the others; choose another method."
+            f"kn: word embeddings of {lm.name} have {size} components and its value vectors {width}, so that one cannot "
+            "be added to the other; choose another method."
         )
     deltas: dict[int, Tensor] = {}
     for fact, target in requests:
