@@ -2,7 +2,8 @@
 
 rome, rome_many                         the smallest change of one matrix that maps keys to their values, as an Edit
 memit, emmet, alphaedit                 its successors, at several layers, by one solver
-Edit, load_edit, describe_edit          edits as things: applied, undone, saved, loaded
+EDITORS, edit_by, layers_that_end_at    any of these by name, and the layers that one of several changes
+Edit, load_edit, describe_edit          edits as things: applied, undone, saved, loaded; layers_in_words
 EditSettings, KEYS, default_settings    how to edit, and where, by default; LeastSquares for how a change is solved for
 Request, check_requests, layer_to_edit  what is asked of an edit, checked without running the model; the layer that is meant
 audit, TEXT                             what an edit does where it should and where it should not; the text it reads
@@ -21,8 +22,8 @@ Optima, mean_length                     v*, keys, prefixes and C, each found onc
 """
 
 from rome_lab.editing.auditing import TEXT, audit, nearest_facts, neighbours_of
-from rome_lab.editing.edit import Edit, describe_edit, load_edit
-from rome_lab.editing.editors import alphaedit, emmet, memit
+from rome_lab.editing.edit import Edit, describe_edit, layers_in_words, load_edit
+from rome_lab.editing.editors import EDITORS, alphaedit, edit_by, emmet, layers_that_end_at, memit
 from rome_lab.editing.exact import rome, rome_many
 from rome_lab.editing.keys import key_size, run_to_keys, sample_prefixes, subject_keys
 from rome_lab.editing.knowledge_neurons import Neurons

@@ -1,4 +1,8 @@
-"""Successors of ROME, which change several layers for many facts: MEMIT, EMMET and AlphaEdit, by one solver."""
+"""Successors of ROME, which change several layers for many facts, by one solver.
+
+memit, emmet, alphaedit          each as an Edit
+edit_by(method, lm, requests)    the Edit of one of `EDITORS`, ROME among them
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rome_lab.editing.edit import Edit
-from rome_lab.editing.exact import news, solved_edit
+from rome_lab.editing.exact import news, rome_many, solved_edit
 from rome_lab.editing.keys import key_size
 from rome_lab.editing.many_layers import check_layers
 from rome_lab.editing.requests import Request, check_requests, layer_to_edit
@@ -125,6 +129,31 @@ def edited(
     layers = layers or default_layers(lm) or layers_up_to(layer_to_edit(lm, [fact for fact, _ in requests], None))
     solution = solution or solution_of(name, lm, key_size(lm, layers[-1]))
     return solved_edit(lm, requests, layers, solution, **options, doing=name)
+
+
+EDITORS = ("rome", "memit", "emmet", "alphaedit")
+"""Ways to make an Edit, by name."""
+
+
+def edit_by(
+    method: str, lm: LanguageModel, requests: Sequence[Request], layer: int | None, **options: Unpack[EditOptions]
+) -> Edit:
+    """The Edit of one of `EDITORS`; those that change several layers change the ones that end at `layer`.
+
+    Raises: ValueError: there is no such method; else as for `memit`.
+    """
+    if method not in EDITORS:
+        raise ValueError(f"edit: there is no method {method!r}; choose one of {', '.join(EDITORS)}.")
+    if method == "rome":
+        return rome_many(lm, requests, layer, **options)
+    layers = None if layer is None else layers_that_end_at(lm, layer)
+    return {"memit": memit, "emmet": emmet, "alphaedit": alphaedit}[method](lm, requests, layers, **options)
+
+
+def layers_that_end_at(lm: LanguageModel, layer: int) -> tuple[int, ...]:
+    """The model's default layers where they end there, else as many up to it as `layers_up_to` gives."""
+    default = default_layers(lm)
+    return default if default and default[-1] == layer else layers_up_to(layer)
 
 
 def default_layers(lm: LanguageModel) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import ipywidgets as w
 
-from rome_lab.editing import ENOUGH, KEYS, default_settings, key_size
+from rome_lab.editing import EDITORS, ENOUGH, KEYS, default_settings, key_size
 from rome_lab.facts import Fact, load_relations
 from rome_lab.lab.trace_form import TRACE_TIPS, TraceForm
 from rome_lab.lab.trials import EditRequest, ten_facts
@@ -20,6 +20,7 @@ TIPS = {
     "subject": "What the fact is about, as it stands in the prompt. Enter traces.",
     "prompt": "Ends right before the word that the model is to say. Enter traces.",
     "target": "What the model is to say instead. Enter edits.",
+    "method": "rome changes one matrix; the others, made for many facts, several layers that end at the one below.",
     "layer": "Whose MLP to change; a click on a column of the trace chooses it, too.",
     "follow": "Whose probability is traced: of the word that the model says, or of the target.",
     "relation_of_fact": "Brings paraphrases and neighbours to a fact in words of your own.",
@@ -57,6 +58,7 @@ class EditForm(TraceForm):
         self.prompt = w.Textarea(request.fact.prompt, description="Prompt", rows=2)
         self.target = w.Combobox(value=request.target, description="Target", placeholder="what the model is to say")
         self.layer = w.BoundedIntText(layer, min=0, max=lm.n_layers - 1, description="Layer")
+        self.method = w.Dropdown(options=EDITORS, value=request.method, description="Method")
         self.follow = w.Dropdown(options=["what the model says", "the target"], description="Followed")
         self.relation_of_fact = w.Dropdown(options=[BY_WORDING, *self.relations], description="As relation")
         self.paraphrases = w.Textarea(description="Paraphrases", placeholder="one a line", rows=2)
@@ -80,7 +82,7 @@ class EditForm(TraceForm):
         }
         folded = w.Accordion([w.VBox(fields) for fields in groups.values()], titles=tuple(groups), selected_index=None)
         folded.add_class("rl-more")
-        basics = [self.relation, self.chosen, self.subject, self.prompt, self.target, self.layer]
+        basics = [self.relation, self.chosen, self.subject, self.prompt, self.target, self.method, self.layer]
         for field in (*basics, *(field for fields in groups.values() for field in fields)):
             field.style.description_width, field.layout.width = "90px", "auto"
         self.target.add_class("rl-target")
@@ -121,7 +123,9 @@ class EditForm(TraceForm):
         settings = replace(self.settings, steps=self.steps.value, key=self.key.value)
         relation = None if self.relation_of_fact.value == BY_WORDING else self.relation_of_fact.value
         fact = fact_of(self.lm, self.subject.value.strip(), " ".join(self.prompt.value.split()), relation)
-        return EditRequest(fact, self.target.value.strip(), self.layer.value, settings, self.tokens.value)
+        return EditRequest(
+            fact, self.target.value.strip(), self.layer.value, settings, self.tokens.value, self.method.value
+        )
 
     def questions(self, fact: Fact) -> dict[str, tuple[Fact, ...]]:
         """The questions of one's own, by the attribute of a Probe that they replace.

@@ -164,13 +164,12 @@ def settings_code(settings: EditSettings) -> str:
     return f"rl.editing.EditSettings({', '.join(f'{name}={getattr(settings, name)!r}' for name in names)})"
 
 
-def edit_code(request: EditRequest, layer: int) -> str:
-    """The code that makes an edit anew."""
-    lines = [
-        f"    {fact_code(request.fact)},",
-        f"    {request.target!r},",
-        f"    {layer},",
-        f"    hparams={settings_code(request.settings or EditSettings())},",
-        f"    tokens={request.tokens},",
-    ]
-    return "\n".join(["rl.rome(", "    lm,", *lines, ")"])
+def edit_code(request: EditRequest, layers: Sequence[int]) -> str:
+    """The code that makes an edit of these layers anew."""
+    settings = [f"    hparams={settings_code(request.settings or EditSettings())},", f"    tokens={request.tokens},"]
+    fact, target = fact_code(request.fact), repr(request.target)
+    if request.method == "rome":
+        lines = [f"    {fact},", f"    {target},", f"    {layers[-1]},"]
+    else:
+        lines = [f"    [({fact}, {target})],", f"    {tuple(layers)},"]
+    return "\n".join([f"rl.{request.method}(", "    lm,", *lines, *settings, ")"])

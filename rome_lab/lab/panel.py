@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary, ref
 
 import ipywidgets as w
 
-from rome_lab.editing import Edit, check_requests
+from rome_lab.editing import Edit, check_requests, layers_in_words
 from rome_lab.facts import Fact
 from rome_lab.lab.explorer import Explorer, sentence
 from rome_lab.lab.first_steps import FirstSteps
@@ -143,14 +143,16 @@ class Panel(Explorer):
         edit.apply(self.lm)
         self.list_edits()
         after = self.compare()
-        code = edit_code(request, edit.layer)
+        code = edit_code(request, edit.layers)
         self.history.know(edit, code, others)
         title = f"edit: {request.fact.prompt} … {edit.target}"
         self.record(title, probe=self.probe, look=after, before=others, action=f"edit = {code}")
         p = [look.table["p_target"][0] for look in (before, after)]
         started = f" (before it, with {counted(others)} in force)" if others else ""
         met = f"W_hat k* = v* holds to {edit.constraint_error:.0e}"
-        return f"Edited layer {edit.layer}: P[{edit.target}] {p[0]:.3f}{started} → {p[1]:.3f}; {met}."
+        if not edit.solution.is_exact:  # what is written is weighed against what is kept
+            met = f"W_hat k* is within {edit.constraint_error:.0%} of v*"
+        return f"Edited {layers_in_words(edit.layers)}: P[{edit.target}] {p[0]:.3f}{started} → {p[1]:.3f}; {met}."
 
     def undo(self, edit: Edit) -> str:
         edit.undo(self.lm)
@@ -171,7 +173,12 @@ class Panel(Explorer):
         request = self.typed()
         name = "-".join(re.findall(r"\w+", f"{request.fact.prompt} {request.target}".lower()))[-60:].strip("-")
         with self.lm.overlay.only([]):
-            given = {"layer": request.layer, "hparams": request.settings, "tokens": request.tokens}
+            given = {
+                "layer": request.layer,
+                "hparams": request.settings,
+                "tokens": request.tokens,
+                "method": request.method,
+            }
             path = Path(self.folder).expanduser() / f"report-{name}.html"
             report(self.lm, request.fact, request.target or None, path, samples=self.samples, tell=self.tell, **given)
         self.status.send_file(path.name, "text/html", path.read_bytes())
@@ -229,7 +236,7 @@ class Panel(Explorer):
     def list_edits(self) -> None:
         rows = [w.HTML(f"<b>{counted(self.lm.edits).capitalize()} in force</b>")]
         for edit in self.lm.edits:
-            label = w.HTML(html.escape(f"{edit.fact.prompt} … {edit.target} (layer {edit.layer})"))
+            label = w.HTML(html.escape(f"{edit.fact.prompt} … {edit.target} ({layers_in_words(edit.layers)})"))
             label.add_class("rl-text")
             undo = w.Button(description="Undo")
             undo.on_click(lambda _, edit=edit: self.start(partial(self.undo, edit), self.edits_line))

@@ -18,7 +18,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from rome_lab.base import package_versions, visible
-from rome_lab.editing import Edit
+from rome_lab.editing import Edit, layers_in_words
 from rome_lab.lab.history import fact_code, settings_code
 from rome_lab.lab.interactive import TracePicture
 from rome_lab.lab.looks import Look, Probe
@@ -38,6 +38,7 @@ class Edited:
 
     Attributes:
         is_given: whether it was there already; otherwise it was made, with C measured on so many `tokens`.
+        method: one of `EDITORS`, by which it was made; "given" where it was there.
     """
 
     edit: Edit
@@ -45,6 +46,7 @@ class Edited:
     audited: pd.DataFrame
     is_given: bool
     tokens: int | None
+    method: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +162,8 @@ def changed(findings: Findings) -> dict[str, object] | None:
         "p": [float(look.table["p_target"][0]) for look in (findings.before, after)],
         "follow": after.more_probable("paraphrase", "p_target"),
         "stay": after.more_probable("neighbour", "p_object"),
+        "where": layers_in_words(findings.edited.edit.layers),
+        "several": len(findings.edited.edit.layers) > 1,
         "size": float(audited["after"]["|dW| / |W|"]),
         "error": float(audited["after"]["constraint error"]),
         "audit": audited.reset_index().to_dict("records"),
@@ -187,7 +191,8 @@ def basis(lm: LanguageModel, findings: Findings) -> dict[str, str]:
         edit = findings.edited.edit
         settings = edit.settings
         rows["edit"] = (
-            f"layer {edit.layer} ({edit.module}), key {settings.key!r}, {settings.steps} steps of Adam at "
+            f"{findings.edited.method}, {layers_in_words(edit.layers)} ({edit.module}), key {settings.key!r}, "
+            f"{settings.steps} steps of Adam at "
             f"{settings.learning_rate}, weight decay {settings.weight_decay}; edit {edit.digest[:12]}"
         )
     return rows | {
@@ -208,5 +213,6 @@ def code_of(lm: LanguageModel, findings: Findings) -> str:
     elif edited:
         lines.append(f"settings = {settings_code(edited.edit.settings)}")
         how = f"layer={edited.edit.layer}, hparams=settings, tokens={edited.tokens}"
+        how += "" if edited.method == "rome" else f", method={edited.method!r}"
         options = f"{findings.probe.target!r}, {how}, {options}"
     return "\n".join([*lines, f"rl.report(lm, fact, {options})"])

@@ -38,6 +38,7 @@ def report(
     layer: int | None = None,
     hparams: EditSettings | None = None,
     tokens: int | None = None,
+    method: str = "rome",
     samples: int = 10,
     seed: int = 0,
     progress: bool = True,
@@ -52,6 +53,7 @@ def report(
     Args:
         target: what the model is to say instead of the fact's object; or an Edit of this fact, in force or not.
         layer, hparams, tokens: of the edit, as in `rome`.
+        method: one of `EDITORS`; those that change several layers change the ones that end at `layer`.
         samples, seed: of the trace's noise, as in `causal_trace`.
         tell: called with what is being done, in words, and how far it has come, from 0 to 1, in place of the bar.
 
@@ -80,7 +82,7 @@ def report(
             probe = probe_of(lm, fact, text or fact.object)
             before = look_at(lm, probe)
             # The edit first: what it refuses is to be known before the traces, which take longest.
-            request = EditRequest(fact, text or "", layer, hparams, tokens)
+            request = EditRequest(fact, text or "", layer, hparams, tokens, method)
             edited = None if text is None else try_on(lm, probe, request, given, stages)
             known = bool(known_among(lm, [fact], "report"))
             seen = traced(lm, fact, known, {"samples": samples, "seed": seed}, stages)
@@ -173,4 +175,4 @@ def try_on(lm: LanguageModel, probe: Probe, request: EditRequest, given: Edit | 
         after = look_at(lm, probe)
     stages.begin("Auditing the edit")
     audited = audit(lm, edit)
-    return Edited(edit, after, audited, given is not None, request.tokens)
+    return Edited(edit, after, audited, given is not None, request.tokens, "given" if given else request.method)

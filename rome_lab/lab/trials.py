@@ -20,8 +20,10 @@ from rome_lab.editing import (
     EditSettings,
     check_requests,
     default_settings,
+    edit_by,
     layer_to_edit,
-    rome,
+    layers_in_words,
+    layers_that_end_at,
 )
 from rome_lab.facts import Fact, load_facts
 from rome_lab.lab.looks import Look, Probe, look_at, probe_of
@@ -53,6 +55,7 @@ class EditRequest:
         layer: by default the model's own, or, where none is known, that of a causal trace of the fact.
         settings: by default the model's own.
         tokens: to measure C on; by default as many as `covariance` takes.
+        method: one of `EDITORS`; those that change several layers change the ones that end at `layer`.
     """
 
     fact: Fact
@@ -60,6 +63,7 @@ class EditRequest:
     layer: int | None = None
     settings: EditSettings | None = None
     tokens: int | None = None
+    method: str = "rome"
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,8 +126,10 @@ def make_edit(lm: LanguageModel, request: EditRequest, tell: Tell = lambda doing
     layer = layer_to_edit(lm, [fact], request.layer)
     settings = request.settings or default_settings(lm).settings
 
+    where = layers_in_words((layer,) if request.method == "rome" else layers_that_end_at(lm, layer))
+
     def seen(count: int, of: int) -> None:
-        measuring = f"Measuring how keys of layer {layer} vary (C), once for each layer"
+        measuring = f"Measuring how keys of {where} vary (C), once for each layer"
         tell(f"{measuring}: {min(count, of):,} of {of:,} tokens", min(1.0, count / of))
         if count >= of:
             tell("Sampling the prefixes", 0.0)
@@ -132,9 +138,9 @@ def make_edit(lm: LanguageModel, request: EditRequest, tell: Tell = lambda doing
         number = int(row["step"])
         tell(f"v*: step {number} of {settings.steps}, P[target] {row['p_target']:.2f}", number / settings.steps)
 
-    tell(f"Preparing the edit of layer {layer}", 0.0)
+    tell(f"Preparing the edit of {where}", 0.0)
     given = {"tokens": request.tokens, "hparams": settings, "callback": step, "C_callback": seen}
-    return rome(lm, fact, target, layer, progress=False, **given)
+    return edit_by(request.method, lm, [(fact, target)], layer, progress=False, **given)
 
 
 def try_edit(lm: LanguageModel, request: EditRequest, tell: Tell = lambda doing, done: None) -> Tried:

@@ -139,6 +139,19 @@ def test_the_code_on_the_page_makes_the_same_edit_again(tiny, edit, pages, tmp_p
     assert f"the file of edit {edit.digest[:12]}" in read(pages["edited"]).text  # which is not made anew
 
 
+def test_an_edit_of_several_layers_is_reported_and_made_again_by_its_code(tiny, tmp_path, monkeypatch) -> None:
+    page = report(tiny, FACT, "Rome", tmp_path / "a.html", method="emmet", **HOW, **QUICK)
+    assert "emmet, layers 0 and 1" in read(page).text and "a matrix in each of layers 0 and 1" in read(page).text
+    code = unescape(re.search(r"<pre>(import rome_lab.*?)</pre>", page.read_text("utf-8"), re.DOTALL)[1])
+    monkeypatch.setattr("rome_lab.load_model", lambda name: tiny)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    (digest,) = {re.search(r"; edit ([0-9a-f]{12})", read(x).text)[1] for x in (page, tmp_path / "report.html")}
+    with pytest.raises(ValueError, match="there is no method 'mend'; choose one of rome, memit, emmet, alphaedit"):
+        report(tiny, FACT, "Rome", tmp_path / "b.html", method="mend", **HOW, **QUICK)
+    assert not (tmp_path / "b.html").exists()
+
+
 def test_nothing_is_fetched(pages) -> None:
     for path in pages.values():
         links = read(path).links

@@ -224,6 +224,23 @@ def test_each_step_is_code_that_gives_the_same(tiny) -> None:
     assert tiny.fingerprint() == undone.fingerprint
 
 
+@pytest.mark.parametrize("method", ["memit", "emmet", "alphaedit"])
+def test_another_method_edits_several_layers_as_code_that_gives_the_same(tiny, method) -> None:
+    panel = Panel(tiny, REQUEST, samples=2)
+    panel.form.method.value, before = method, tiny.fingerprint()
+    text = press(panel, panel.edit_button)
+    (edit,) = tiny.edits
+    assert edit.layers == tuple(range(panel.form.layer.value + 1)) and "Edited layers 0" in text
+    assert ("holds to" in text) == edit.solution.is_exact == (method == "emmet")
+    code = panel.history.code(panel.history.steps[-1])
+    assert f"rl.{method}(" in code
+    names = {"lm": tiny}
+    exec(code, names)
+    assert names["edit"].digest == edit.digest
+    press(panel, undo_button(panel, 0))
+    assert tiny.fingerprint() == before
+
+
 def test_any_two_steps_stand_side_by_side(tiny) -> None:
     panel = Panel(tiny, REQUEST, samples=2)
     press(panel, panel.trace_button)
