@@ -26,6 +26,7 @@ def plain_loop(
     It also makes the gradients of the weights, which nobody needs, unless these are frozen.
     """
     fact, target = request
+    published = settings.objective == "published"
     target_ids = continuation_ids(lm, fact.prompt, target)
     v_length = original.norm().to(lm.dtype)
     batches: dict[tuple[int, int], list[list[int]]] = {}
@@ -41,11 +42,13 @@ def plain_loop(
         for (length, place), rows in batches.items():
             for row in full_log_p(lm, layer, torch.tensor(rows), place, delta):
                 log_targets.append(sum(row[length - 1 + i, token] for i, token in enumerate(target_ids)))
-        now = full_log_p(lm, layer, essence.ids[None], essence.subject_range[1] - 1, delta)[0, -1]
+        last = essence.subject_range[1] - 1
+        now = full_log_p(lm, layer, essence.ids[None], last, delta)[0, last if published else -1]
         before = now.detach() if before is None else before
-        nll = -torch.stack(log_targets).mean()
+        nll = -torch.stack(log_targets).mean() / (len(target_ids) if published else 1)
         kl = settings.kl * torch.nn.functional.kl_div(before, now, log_target=True, reduction="sum")
-        decay = settings.weight_decay * (delta.norm() / v_length) ** 2 if step else torch.zeros(())
+        size = delta.norm() / v_length**2 if published else (delta.norm() / v_length) ** 2
+        decay = settings.weight_decay * size if step else torch.zeros(())
         loss = nll + kl + decay
         losses.append(float(loss.detach()))
         found.append(delta.detach().clone())

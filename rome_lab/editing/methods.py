@@ -278,12 +278,12 @@ class IdentityRome(Rome):
 class MismatchedRome(Rome):
     """The update of the authors' published code, in which k* is averaged in one place and bare in two others.
 
-        dW = Lambda uT,  u = C^-1 k_averaged / |C^-1 k_averaged|,  Lambda = (v* - W k_bare) / (uT k_bare)
+        dW = Lambda uT,  u = C^-1 k_averaged / |C^-1 k_averaged|,  Lambda = delta / (uT k_bare)
 
-    W_hat maps k_bare to v*, but in a direction that is not that of k_bare: the change is larger than it need be, and
-    k_averaged, which the direction belongs to, misses v*. What it loses is what exactness buys.
+    W_hat maps k_bare to W k_bare + delta, but in a direction that is not that of k_bare: the change is larger than it need
+    be, and k_averaged, which the direction belongs to, misses its value. What it loses is what exactness buys.
 
-    Differs: v* is that of the other methods, W k_averaged + delta; the authors' code starts from W k_bare.
+    Differs: delta is that of the other methods, whose search starts from W k_averaged; the authors' starts from W k_bare.
     """
 
     solution: ClassVar[str] = "mismatched"
@@ -311,7 +311,8 @@ class MismatchedRome(Rome):
         bare, averaged = keys[0].double().cpu().T
         u = factor.solve(averaged[:, None].to(factor.lower.device))[:, 0].cpu()
         u = u / u.norm()
-        Lambda = (reached[0].v_star - lm.weight(self.layer).cpu().double() @ bare) / (u @ bare)
+        delta = reached[0].v_star - lm.weight(self.layer).cpu().double() @ averaged
+        Lambda = delta / (u @ bare)
         return torch.outer(Lambda, u)
 
 

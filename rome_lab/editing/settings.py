@@ -9,7 +9,7 @@ known_as(lm)            the name by which tables of defaults list it
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rome_lab.base import check_whole
 from rome_lab.models import LanguageModel
@@ -21,11 +21,12 @@ PARTS = {  # what each choice of the key is made of, the averaged key last
     "bare": ("bare",),
 }
 KEYS = tuple(PARTS)
+OBJECTIVES = ("scale-free", "published")
 
 
 @dataclass(frozen=True)
 class EditSettings:
-    """How to edit; the published values by default, but for the key.
+    """How to edit; the published values by default, but for the key, the objective and its steps.
 
     Attributes:
         key: which keys are mapped to v*: "all", "both", "averaged" (the paper's) or "bare"; see
@@ -37,6 +38,7 @@ class EditSettings:
         learning_rate: of Adam.
         kl: factor of the divergence on "{subject} is a".
         weight_decay: factor of the squared length of the change, in lengths of the original value.
+        objective: "scale-free" or "published", see `rome_lab.editing.values.Objective`.
         clamp: greatest length of the change, in lengths of the original value.
         enough: mean probability of the target from which on v* counts as converged.
         early_stop: end the search as soon as every text's most probable continuation is the target (Gupta et al. 2025,
@@ -56,6 +58,7 @@ class EditSettings:
     learning_rate: float = 0.5
     kl: float = 0.0625
     weight_decay: float = 0.5
+    objective: str = "scale-free"
     clamp: float = 4.0
     enough: float = 0.5
     early_stop: bool = False
@@ -64,6 +67,10 @@ class EditSettings:
     def __post_init__(self) -> None:
         if self.key not in KEYS:
             raise ValueError(f"EditSettings: key is {self.key!r}; expected one of {', '.join(map(repr, KEYS))}.")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"EditSettings: objective is {self.objective!r}; expected one of {', '.join(map(repr, OBJECTIVES))}."
+            )
         check_whole("EditSettings", seed=(self.seed, 0), steps=(self.steps, 1))
         check_whole("EditSettings", **{f"prefix_lengths[{i}]": (x, 1) for i, x in enumerate(self.prefix_lengths)})
         if isinstance(self.prefixes, str) or not all(isinstance(prefix, str) for prefix in self.prefixes or ()):
@@ -145,13 +152,14 @@ class Default:
     weight: float | None = None
 
 
+PAPERS_OWN = EditSettings(key="averaged", prefix_lengths=TWENTY, steps=20, objective="published")
 # Layers and numbers of the papers' authors; the layer of smollm2-135m is the best of notebooks/search.ipynb, at which its
 # layers end; those and its weight were not searched.
 DEFAULTS = {
-    "gpt2-medium": Default(8, EditSettings(prefix_lengths=TWENTY, clamp=3.0)),
-    "gpt2-large": Default(12, EditSettings(prefix_lengths=TWENTY)),
-    "gpt2-xl": Default(17, EditSettings(prefix_lengths=TWENTY), (13, 14, 15, 16, 17), 20_000.0),
-    "gpt-j-6b": Default(5, EditSettings(prefix_lengths=TWENTY), (3, 4, 5, 6, 7, 8), 15_000.0),
+    "gpt2-medium": Default(8, replace(PAPERS_OWN, clamp=3.0)),
+    "gpt2-large": Default(12, PAPERS_OWN),
+    "gpt2-xl": Default(17, PAPERS_OWN, (13, 14, 15, 16, 17), 20_000.0),
+    "gpt-j-6b": Default(5, PAPERS_OWN, (3, 4, 5, 6, 7, 8), 15_000.0),
     "smollm2-135m": Default(3, EditSettings(key="all", weight_decay=0.1), (1, 2, 3), 100.0),
 }
 MOST_LAYERS = 5  # that an edit of several changes where none are known, as in GPT-2 XL

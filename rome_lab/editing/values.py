@@ -134,9 +134,9 @@ class Objective:
     All tokens of the target count. P' and P are the next-token distributions after "{subject} is a" with and without
     delta; v is the original value, W k*. The bare prompt is one of the N texts.
 
-    Differs: the authors' code divides log P by the number of the target's tokens, reads the KL at the subject's last
-    token, and decays by |delta| / |v|^2, which depends on the scale of v and is next to nothing where v is long. Here
-    the decay has no unit, so that 0.5 means the same in every model.
+    That is the objective "scale-free": its decay has no unit, so that 0.5 means the same in every model. "published" is that
+    of the authors' code, which divides log P by the number of the target's tokens, reads the KL at the subject's last token,
+    and decays by |delta| / |v|^2, which depends on the scale of v and is next to nothing where v is long.
 
     Args:
         original: (D,) v.
@@ -159,6 +159,8 @@ class Objective:
         texts = [[*prompt.ids.tolist(), *more] for prompt, more in zip(prompts, continuations, strict=True)]
         # The row of the batch and the place in the suffix of every token whose next one is asked for.
         first = [len(prompt.ids) - 1 for prompt in prompts]
+        if settings.objective == "published":
+            first[-1], texts[-1] = begins[-1], texts[-1][: begins[-1] + 1]
         self.rows = [row for row, text in enumerate(texts) for _ in range(first[row], len(text))]
         self.places = [place - begins[row] for row, text in enumerate(texts) for place in range(first[row], len(text))]
         self.texts = record_suffixes(lm, texts, begins)
@@ -175,10 +177,13 @@ class Objective:
         """The loss, its terms, and what the history says of each step."""
         hidden = self.texts.run(self.lm, self.layer, delta)
         log_target, essence = self.read_log_p(hidden)
+        published = self.settings.objective == "published"
         terms = {
-            "nll": -log_target.mean(),
+            "nll": -log_target.mean() / (len(self.target_ids) if published else 1),
             "kl": self.settings.kl * (essence.exp() * (essence - self.before)).sum(),
-            "weight_decay": self.settings.weight_decay * delta.square().sum() / self.length**2,
+            "weight_decay": self.settings.weight_decay
+            * (delta.norm() if published else delta.square().sum())
+            / self.length**2,
         }
         measured = {"p_target": log_target.exp().mean(), "norm": delta.norm() / self.length}
         if self.settings.early_stop:

@@ -54,6 +54,22 @@ def test_the_loop_over_suffixes_finds_what_the_plain_loop_finds(family, case) ->
     assert float((value.delta - delta).norm()) <= 1e-4 * float(delta.norm())
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gptj"])
+def test_the_published_objective_is_that_of_the_plain_loop_and_another_one(family) -> None:
+    lm = tiny_model(family)
+    lm.model.double()
+    fact, target, layer = CASES["subject first, target of many tokens"]
+    settings = replace(FEW, learning_rate=0.1, weight_decay=0.5, kl=0.5, objective="published")
+    value = optimise_value(objective(lm, layer, fact, target, settings), progress=False)
+    delta, history = plain_loop(lm, layer, (fact, target), original_value(lm, layer, fact), settings)
+    assert history == pytest.approx(value.history["loss"].tolist(), rel=1e-5)
+    assert float((value.delta - delta).norm()) <= 1e-4 * float(delta.norm())
+    ours = optimise_value(objective(lm, layer, fact, target, replace(settings, objective="scale-free")), progress=False)
+    assert float((value.delta - ours.delta).norm()) > 1e-2 * float(delta.norm())
+    with pytest.raises(ValueError, match="objective is 'mine'; expected one of 'scale-free', 'published'"):
+        replace(settings, objective="mine")
+
+
 def test_the_embedded_model_gives_the_plain_loops_value(lm) -> None:
     fact = Fact("Eiffel Tower", "The {} is located in the city of", "Paris")
     settings = EditSettings(prefixes=sample_prefixes(lm, EditSettings().prefix_lengths), steps=3)
