@@ -16,7 +16,8 @@ EDITS ?= 1,3,10
 MODELS ?= smollm2-135m gemma3-270m
 N_CASES_EACH ?= 10
 CHAINS ?= 1
-C_TEXT ?= sampled
+# Left empty: each notebook's own.
+C_TEXT ?=
 # The paper judges all cases of its two data sets, known or not.
 KNOWN_ONLY ?= $(if $(filter counterfact zsre,$(DATASET)),false,true)
 SEED ?= 0

@@ -407,9 +407,10 @@ class NoEdit:
         return Proposal()
 
 
-def measured_on(method: Method, text: str | Path) -> Method:
-    """The same method with C, where it has one, measured on what `rome_lab.editing.texts.source_of` makes of `text`."""
-    return replace(method, source=source_of(text)) if isinstance(method, Rome) else method
+def measured_on(method: Method, text: str | Path | Source) -> Method:
+    """The same method with C, where it has one, measured on a Source, or what `source_of` makes of a name."""
+    source = source_of(text) if isinstance(text, str | Path) else text
+    return replace(method, source=source) if isinstance(method, Rome) else method
 
 
 def check_settled(name: str, *choices: object) -> None:

@@ -53,20 +53,30 @@ class SampledText:
         length: most tokens in a text, those of its prompt included.
         top_k: draw only from this many of the most probable tokens; from all by default.
         batch_size: most texts sampled at once; fewer where memory is short.
+        without: subjects that no text begins with, such as those that edits are judged by.
     """
 
     seed: int = 0
     length: int = 64
     top_k: int | None = None
     batch_size: int = TEXTS_A_FILE
+    without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_whole("SampledText", seed=(self.seed, 0), length=(self.length, 2), batch_size=(self.batch_size, 1))
         if self.top_k is not None:
             check_whole("SampledText", top_k=(self.top_k, 1))
+        object.__setattr__(self, "without", tuple(sorted(set(self.without))))
+        if not self.subjects():
+            raise ValueError("SampledText: no subject is left to write about; leave out fewer.")
+
+    def subjects(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Every subject that texts begin with, with the templates that invite free text about it."""
+        left_out = set(self.without)
+        return [pair for pair in subjects_with_templates() if pair[0] not in left_out]
 
     def describe(self) -> dict[str, Json]:
-        prompts = hashlib.sha256(json.dumps(subjects_with_templates()).encode()).hexdigest()
+        prompts = hashlib.sha256(json.dumps(self.subjects()).encode()).hexdigest()
         options = {"seed": self.seed, "length": self.length, "top_k": self.top_k}
         return {"kind": "sampled", "prompts": prompts, **options}
 
@@ -106,7 +116,7 @@ class SampledText:
 
     def beginnings(self, lm: LanguageModel, numbers: Sequence[int]) -> tuple[list[list[int]], Tensor]:
         """Token ids that the texts with these numbers begin with, and their uniform numbers (B, length)."""
-        subjects = subjects_with_templates()
+        subjects = self.subjects()
         order = torch.randperm(len(subjects), generator=torch.Generator().manual_seed(self.seed)).tolist()
         prompts, draws = [], []
         for number in numbers:

@@ -10,10 +10,11 @@ agreement_of_scorings                     how far they agree
 JudgeSettings, SCORES_ONLY, damage        how cases are judged; what a change does elsewhere
 Bench, judged_or_why, questions_of        where rows are made, for studies that make their own
 names_touched, spared                     what requests touch, and a case without neighbours that are edited
+text_about_others                         text to measure C on that is about nobody whom cases are judged by
 """
 
 from rome_lab.evaluation.bench import Bench, judged_or_why
-from rome_lab.evaluation.bystanders import known_pool, names_touched, spared
+from rome_lab.evaluation.bystanders import known_pool, names_touched, spared, text_about_others
 from rome_lab.evaluation.cases import known_cases, load_cases, set_apart
 from rome_lab.evaluation.evaluating import evaluate, methods_of, reference_corpus, remarks, story
 from rome_lab.evaluation.judging import SCORES_ONLY, JudgeSettings, damage, questions_of

@@ -4,6 +4,7 @@ requests_by_case(cases, size)       the requests that are met together with each
 names_touched(requests)             the names and relations in them
 known_pool(lm)                      known facts, from which those are drawn that a case does not touch
 unrelated_to(case, requests, ...)   known facts that none of them touches
+text_about_others(lm, cases)        text for C that is about none of whom they are judged by
 spared(case, requests)              the case without neighbours that are edited themselves
 """
 
@@ -15,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from rome_lab.base import Store, mentions, seed_from
-from rome_lab.editing import Request
+from rome_lab.editing import Request, SampledText
 from rome_lab.facts import Case, Fact, known_facts, load_facts
 from rome_lab.models import LanguageModel
 
@@ -53,6 +54,16 @@ def known_pool(
 ) -> tuple[Fact, ...]:
     """Embedded facts that the model knows: the same ones whatever it is evaluated on."""
     return known_facts(lm, load_facts("embedded"), n=n, seed=POOL_SEED, progress=progress, store=store).facts
+
+
+def text_about_others(lm: LanguageModel, cases: Iterable[Case], store: Store | str | Path | None = None) -> SampledText:
+    """Text to measure C on that begins with no subject by which these cases are judged.
+
+    Left out are the subjects of the cases, of their neighbours and of `known_pool(lm)`. Where C is measured on text about
+    them, it spares them in particular: of what C gains in NS about half was that.
+    """
+    judged = {name for case in cases for name in (case.fact.subject, *case.neighbour_subjects)}
+    return SampledText(without=(*judged, *(fact.subject for fact in known_pool(lm, store))))
 
 
 def unrelated_to(case: Case, requests: Sequence[Request], pool: Iterable[Fact], seed: int) -> tuple[Fact, ...]:

@@ -394,6 +394,18 @@ def test_sampled_texts_begin_with_the_subjects_in_turn() -> None:
     assert len(set(subjects)) > 0.9 * len(subjects)
 
 
+def test_sampled_texts_leave_subjects_out_and_are_another_source() -> None:
+    lm, known = tiny_model("gpt2"), [subject for subject, _ in subjects_with_templates()]
+    source = SampledText(without=known[10:])
+    assert {subject for subject, _ in source.subjects()} == set(known[:10])
+    texts = [lm.tokenizer.decode(ids) for ids in source.texts(lm, range(20))]
+    assert all(any(subject in text for subject in known[:10]) for text in texts)
+    assert source.describe() != SampledText().describe()
+    assert SampledText(without=["nobody at all"]).describe() == SampledText().describe()
+    with pytest.raises(ValueError, match="SampledText: no subject is left to write about"):
+        SampledText(without=known)
+
+
 def test_sampled_texts_are_kept_and_read_from_any_number_on(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     lm, source = tiny_model("gpt2"), SampledText(length=8)
     count = TEXTS_A_FILE + 30

@@ -7,9 +7,12 @@ import json
 import pytest
 from bench import case
 
+from rome_lab.evaluation import bystanders, text_about_others
 from rome_lab.evaluation import cases as sources
 from rome_lab.evaluation.cases import set_apart
+from rome_lab.facts import build_cases, load_facts
 from rome_lab.facts.case import Cases
+from rome_lab.facts.known import KnownFacts
 
 
 def counterfact(number: int) -> dict:
@@ -67,3 +70,14 @@ def test_too_few_cases_are_told_or_refused(tiny, file, caplog):
     assert f"40 cases were to be reported, but there are only {len(reported)}" in caplog.text
     with pytest.raises(ValueError, match="all 24 cases would go to the search"):
         set_apart(tiny, file, 24, 1, known_only=False)
+
+
+def test_text_for_C_is_about_nobody_whom_the_cases_are_judged_by(tiny, monkeypatch):
+    facts = load_facts("embedded")
+    cases = build_cases(facts[:40], pool=facts)
+    pool = KnownFacts(facts[900:910], None)
+    monkeypatch.setattr(bystanders, "known_facts", lambda *args, **options: pool)
+    subjects = {subject for subject, _ in text_about_others(tiny, cases).subjects()}
+    judged = {name for one in cases for name in (one.fact.subject, *one.neighbour_subjects)}
+    assert judged and not subjects & (judged | {fact.subject for fact in pool})
+    assert len(subjects) == len({fact.subject for fact in facts} - judged - {fact.subject for fact in pool})
