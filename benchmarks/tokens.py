@@ -25,7 +25,7 @@ from rome_lab.base import mean_ci
 from rome_lab.base.files import write_atomically
 from rome_lab.editing import Method, Rome
 from rome_lab.editing.methods import IdentityRome
-from rome_lab.evaluation import Cases, JudgeSettings, evaluate, summarise
+from rome_lab.evaluation import SCORES_ONLY, Cases, evaluate, summarise
 from rome_lab.evaluation.cases import check
 from rome_lab.evaluation.rewriting import rewrite_prompts
 from rome_lab.facts.built_cases import build_cases
@@ -37,7 +37,6 @@ USED_SHARE = 0.55  # of all facts, in the order of that seed, behind which none 
 SPARE = 1.6  # known facts for each case that is wanted: not each of them gives one
 AT_ONCE = 4  # cases judged between two looks at the clock
 METRICS = ("S", "ES", "PS", "NS", "EM", "PM", "NM", "known")
-SETTINGS = JudgeSettings(new_tokens=0, text_tokens=0)
 
 
 def fresh_facts(facts: Sequence[Fact]) -> list[Fact]:
@@ -82,7 +81,7 @@ def judged(
         part = cases.cases[begin : begin + AT_ONCE]
         parts.append(
             evaluate(
-                lm, part, methods_by_tokens(tokens), store=store, settings=SETTINGS, unrelated=known, progress=False
+                lm, part, methods_by_tokens(tokens), store=store, settings=SCORES_ONLY, unrelated=known, progress=False
             )
         )
         print(f"{begin + len(part)} of {len(cases)} cases", file=sys.stderr, flush=True)
