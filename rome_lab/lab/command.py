@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from rome_lab.base import package_versions
-from rome_lab.editing import suggest_layer, verify
+from rome_lab.editing import EDITORS, suggest_layer, verify
 from rome_lab.facts import Fact
 from rome_lab.lab.batch import NotebookError, main, parser, prepare, take_parameters
 from rome_lab.lab.growing import TRACED, draw_figures
@@ -143,6 +143,8 @@ def add_notebook_options(branch: argparse.ArgumentParser, number: str, default: 
 def add_edit_options(branch: argparse.ArgumentParser) -> None:
     """What the commands that edit share."""
     branch.add_argument("--layer", type=int, help="whose MLP to change; by default the model's own")
+    about = "how to edit (%(default)s); all but rome change several layers, which end at that one"
+    branch.add_argument("--method", default="rome", choices=EDITORS, help=about)
     branch.add_argument("--tokens", type=int, help="how many to measure C on; fewer are quicker")
 
 
@@ -210,13 +212,14 @@ def trace_prompt(options: argparse.Namespace) -> None:
 
 def edit_prompt(options: argparse.Namespace) -> None:
     lm, fact = model_and_fact(options)
-    tried = try_edit(lm, EditRequest(fact, options.target, options.layer, tokens=options.tokens))
+    tried = try_edit(lm, EditRequest(fact, options.target, options.layer, tokens=options.tokens, method=options.method))
     print(tried, tried.edit.save(options.out), sep="\n")
 
 
 def write_report(options: argparse.Namespace) -> None:
     lm, fact = model_and_fact(options)
-    print(report(lm, fact, options.target, options.out, layer=options.layer, tokens=options.tokens))
+    how = {"layer": options.layer, "tokens": options.tokens, "method": options.method}
+    print(report(lm, fact, options.target, options.out, **how))
 
 
 def suggest(options: argparse.Namespace) -> None:

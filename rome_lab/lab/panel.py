@@ -30,7 +30,7 @@ from rome_lab.lab.page import compared_page
 from rome_lab.lab.pictured import TraceView
 from rome_lab.lab.reporting import report
 from rome_lab.lab.saved import SavedEdits
-from rome_lab.lab.trials import EditRequest, make_edit
+from rome_lab.lab.trials import EditRequest, make_edit, met_in_words
 from rome_lab.models import LanguageModel
 from rome_lab.tracing import Trace
 
@@ -149,10 +149,8 @@ class Panel(Explorer):
         self.record(title, probe=self.probe, look=after, before=others, action=f"edit = {code}")
         p = [look.table["p_target"][0] for look in (before, after)]
         started = f" (before it, with {counted(others)} in force)" if others else ""
-        met = f"W_hat k* = v* holds to {edit.constraint_error:.0e}"
-        if not edit.solution.is_exact:  # what is written is weighed against what is kept
-            met = f"W_hat k* is within {edit.constraint_error:.0%} of v*"
-        return f"Edited {layers_in_words(edit.layers)}: P[{edit.target}] {p[0]:.3f}{started} → {p[1]:.3f}; {met}."
+        change = f"P[{edit.target}] {p[0]:.3f}{started} → {p[1]:.3f}"
+        return f"Edited {layers_in_words(edit.layers)}: {change}; {met_in_words(edit)}."
 
     def undo(self, edit: Edit) -> str:
         edit.undo(self.lm)

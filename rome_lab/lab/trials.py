@@ -2,6 +2,7 @@
 
 make_edit(lm, request)      the edit, with C measured on as many tokens as the request says
 try_edit(lm, request)       make it, look, undo it
+met_in_words(edit)          how near it comes to v*
 try_facts(lm, requests)     a table of several; `for_people` makes it short
 ten_facts()                 requests that are worth trying on the embedded model
 """
@@ -99,12 +100,18 @@ class Tried:
             f"P[{row['target']}] went from {row['target_before']:.3f} to {row['target_after']:.3f}; "
             f"{row['paraphrases_follow']} of {row['paraphrases']} paraphrases follow, "
             f"{row['neighbours_stay']} of {row['neighbours']} neighbours stay. "
-            f"The constraint is met to {self.edit.constraint_error:.0e}, "
-            f"and once undone, all weights are bit for bit the same: {self.restored}."
+            f"{met_in_words(self.edit)}; once undone, all weights are bit for bit the same: {self.restored}."
         )
 
     def _repr_html_(self) -> str:
         return compared_page(self.probe, {"Before the edit": self.before, "After the edit": self.after})
+
+
+def met_in_words(edit: Edit) -> str:
+    """How near an edit comes to v*: to rounding where that is its constraint, else as it is weighed against what is kept."""
+    if edit.solution.is_exact:
+        return f"W_hat k* = v* holds to {edit.constraint_error:.0e}"
+    return f"W_hat k* is within {edit.constraint_error:.0%} of v*"
 
 
 def ten_facts() -> tuple[EditRequest, ...]:
