@@ -526,7 +526,9 @@ def test_models_are_known_by_the_last_part_of_their_name() -> None:
     for name, layer in {"openai-community/gpt2-xl": 17, "EleutherAI/gpt-j-6B": 5, "smollm2-135m": 3}.items():
         assert default_settings(LanguageModel(lm.model, lm.tokenizer, name)).layer == layer
     assert default_settings(lm).layer is None
-    assert DEFAULTS["smollm2-135m"].settings.key == "all" and DEFAULTS["gpt2-xl"].settings.key == "both"
+    assert DEFAULTS["smollm2-135m"].settings.key == "all" and default_settings(lm).settings.key == "both"
+    papers = DEFAULTS["gpt2-xl"].settings
+    assert (papers.key, papers.objective, papers.steps) == ("averaged", "published", 20)
 
 
 def test_the_layer_of_an_unknown_model_is_traced_and_said_aloud(caplog) -> None:

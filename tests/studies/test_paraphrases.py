@@ -26,4 +26,9 @@ def test_the_split_is_by_the_first_words_and_counts_cases():
     rows = [("a", True, 100.0), ("a", True, 0.0), ("a", False, 100.0), ("b", True, 0.0), ("b", False, 100.0)]
     split = by_opening(pd.DataFrame(rows, columns=["case", "opens", "won"])).set_index("opens")
     assert split.loc[True, ["mean", "n", "paraphrases"]].tolist() == [25.0, 2, 3]
-    assert split.loc[False, ["mean", "ci_low", "n"]].tolist() == [100.0, 100.0, 2]
+    assert split.loc[False, ["mean", "ci_low", "ci_high", "n"]].tolist() == [
+        100.0,
+        pytest.approx(15.8, abs=0.1),
+        100.0,
+        2,
+    ]
