@@ -67,7 +67,7 @@ class SampledText:
         if self.top_k is not None:
             check_whole("SampledText", top_k=(self.top_k, 1))
         object.__setattr__(self, "without", tuple(sorted(set(self.without))))
-        if not self.subjects():
+        if self.without and not self.subjects():
             raise ValueError("SampledText: no subject is left to write about; leave out fewer.")
 
     def subjects(self) -> list[tuple[str, tuple[str, ...]]]:

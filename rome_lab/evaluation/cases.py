@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -221,9 +222,12 @@ def with_choices(cases: Sequence[Case]) -> tuple[Case, ...]:
         if case.fact.relation and case.form != "zsre":
             objects.setdefault(case.fact.relation, set()).update((case.fact.object, case.target))
 
+    several = {relation: sorted(own) for relation, own in objects.items()}
+
     def drawn(case: Case) -> tuple[str, ...]:
-        others = objects.get(case.fact.relation, set()) - {case.fact.object, case.target, *case.neighbour_answers}
-        return tuple(sorted(others, key=lambda text: seed_from(json.dumps([case.id, text])))[:CHOICES])
+        own = {case.fact.object, case.target, *case.neighbour_answers}
+        others = [text for text in several.get(case.fact.relation, ()) if text not in own]
+        return tuple(random.Random(seed_from(case.id)).sample(others, min(CHOICES, len(others))))
 
     return tuple(replace(case, choices=drawn(case)) for case in cases)
 

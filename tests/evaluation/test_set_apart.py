@@ -7,7 +7,7 @@ import json
 import pytest
 from bench import case
 
-from rome_lab.evaluation import bystanders, text_about_others
+from rome_lab.evaluation import bystanders, load_cases, text_about_others
 from rome_lab.evaluation import cases as sources
 from rome_lab.evaluation.cases import set_apart
 from rome_lab.facts import build_cases, load_facts
@@ -81,3 +81,17 @@ def test_text_for_C_is_about_nobody_whom_the_cases_are_judged_by(tiny, monkeypat
     judged = {name for one in cases for name in (one.fact.subject, *one.neighbour_subjects)}
     assert judged and not subjects & (judged | {fact.subject for fact in pool})
     assert len(subjects) == len({fact.subject for fact in facts} - judged - {fact.subject for fact in pool})
+
+
+def test_cases_of_a_file_choose_among_objects_of_their_relation(tmp_path):
+    records = [counterfact(number) for number in range(20)]
+    for number, record in enumerate(records):
+        record["requested_rewrite"]["target_new"]["str"] = f"City {number}"
+    path = tmp_path / "set.json"
+    path.write_text(json.dumps(records))
+    cases = load_cases(path)
+    objects = {"Rome", *(f"City {number}" for number in range(20))}
+    for one in cases:
+        assert len(set(one.choices)) == 6 and set(one.choices) <= objects - {one.target, "Rome"}
+    assert len({one.choices for one in cases}) > 10
+    assert load_cases(path).cases == cases.cases
