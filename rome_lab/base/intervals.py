@@ -49,10 +49,8 @@ def mean_ci(values: np.ndarray, clusters: Sequence[Hashable] | None = None) -> M
         mean = np.where(present, values, 0.0).sum(axis=0) / n
         sums = np.where(present, values - mean, 0.0)
         if clusters is not None:
-            labels = [i if x is None else (x,) for i, x in enumerate(clusters)]
-            places = {label: place for place, label in enumerate(dict.fromkeys(labels))}
-            of_fact = [places[label] for label in labels]
-            sums, there = np.zeros((2, len(places), *values.shape[1:]))
+            of_fact = cluster_places(clusters)
+            sums, there = np.zeros((2, max(of_fact, default=-1) + 1, *values.shape[1:]))
             np.add.at(sums, of_fact, np.where(present, values - mean, 0.0))
             np.add.at(there, of_fact, present)
             present = there > 0
@@ -60,6 +58,13 @@ def mean_ci(values: np.ndarray, clusters: Sequence[Hashable] | None = None) -> M
         error = np.sqrt(g / (g - 1) * (sums**2).sum(axis=0)) / n
         half_width = stats.t.ppf(0.975, g - 1) * error
     return MeanCI(mean, mean - half_width, mean + half_width, n)
+
+
+def cluster_places(clusters: Sequence[Hashable]) -> list[int]:
+    """The number of each fact's cluster, in the order of their first facts; None is a cluster of its own."""
+    labels = [i if x is None else (x,) for i, x in enumerate(clusters)]
+    places = {label: place for place, label in enumerate(dict.fromkeys(labels))}
+    return [places[label] for label in labels]
 
 
 def share_ci(values: np.ndarray, clusters: Sequence[Hashable] | None = None) -> MeanCI:
@@ -94,31 +99,26 @@ def harmonic_mean_ci(values: np.ndarray, clusters: Sequence[Hashable] | None = N
     Facts, with the values of all columns, are drawn anew `RESAMPLES` times from those there are, as many as there are, and
     the interval is that of the middle 95% of what S is then (Efron 1979); of clusters, whole clusters are drawn. So it is
     nowhere below 0 or above 100, and takes account of how the columns vary together. The bounds are NaN where there is one
-    fact or cluster. A column that is the same in all facts
-    adds nothing to the spread; where all columns are 100, or 0, in all facts, drawing tells nothing, and the bounds are the
-    exact ones of as many successes, or failures.
+    fact or cluster. A column that is the same in all facts adds nothing to the spread; where all columns are 100, or 0, in
+    all facts, drawing tells nothing, and the bounds are the exact ones of as many successes, or failures.
 
     Args:    values: (F, k), within [0, 100]. clusters: see `mean_ci`.
     Returns: MeanCI of scalars. S is 0 where a mean is 0.
     """
-    complete = ~np.isnan(values).any(axis=1)
-    labels = [
-        ("own", i) if clusters is None or clusters[i] is None else ("of", clusters[i]) for i in complete.nonzero()[0]
-    ]
+    complete = (~np.isnan(values).any(axis=1)).nonzero()[0]
     values = values[complete]
     if not len(values):
         return mean_ci(values[:, 0])
-    places = {label: place for place, label in enumerate(dict.fromkeys(labels))}
-    of_fact = [places[label] for label in labels]
-    sums, sizes = np.zeros((len(places), values.shape[1])), np.zeros(len(places))
+    of_fact = cluster_places([None if clusters is None else clusters[i] for i in complete])
+    sizes = np.bincount(of_fact).astype(float)
+    sums = np.zeros((len(sizes), values.shape[1]))
     np.add.at(sums, of_fact, values)
-    np.add.at(sizes, of_fact, 1.0)
     score = harmonic_means(values.mean(axis=0))
-    if len(places) == 1:
+    if len(sizes) == 1:
         return MeanCI(score, np.nan, np.nan, len(values))
     if np.isin(values, (0.0, 100.0)).all() and (values == values[0]).all():
-        return MeanCI(score, *exact_share(np.full(len(places), score))[1:3], len(values))
-    counts = drawn_counts(len(places))
+        return MeanCI(score, *exact_share(np.full(len(sizes), score))[1:3], len(values))
+    counts = drawn_counts(len(sizes))
     low, high = np.percentile(harmonic_means(counts @ sums / (counts @ sizes)[:, None]), [2.5, 97.5])
     return MeanCI(score, low, high, len(values))
 

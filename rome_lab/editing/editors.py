@@ -131,7 +131,8 @@ def edited(
     return solved_edit(lm, requests, layers, solution, **options, doing=name)
 
 
-EDITORS = ("rome", "memit", "emmet", "alphaedit")
+LAYERED_EDITORS = {editor.__name__: editor for editor in (memit, emmet, alphaedit)}
+EDITORS = ("rome", *LAYERED_EDITORS)
 """Ways to make an Edit, by name."""
 
 
@@ -147,7 +148,7 @@ def edit_by(
     if method == "rome":
         return rome_many(lm, requests, layer, **options)
     layers = None if layer is None else layers_that_end_at(lm, layer)
-    return {"memit": memit, "emmet": emmet, "alphaedit": alphaedit}[method](lm, requests, layers, **options)
+    return LAYERED_EDITORS[method](lm, requests, layers, **options)
 
 
 def layers_that_end_at(lm: LanguageModel, layer: int) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """Knowledge neurons (KN, Dai et al. 2022, arXiv 2104.08696): inner activations of MLPs that make an answer likely.
 
-knowledge_attributions(lm, ids, token)  how much each adds to the answer's probability, by integrated gradients
-neurons_that_matter(lm, fact, prefixes)  those that matter at enough of the prompts
-rewrite_neurons(lm, requests, ...)      the changes of all layers that make them say the targets
+knowledge_attributions(lm, ids, token)     how much each adds to the answer's probability, by integrated gradients
+neurons_that_matter(lm, fact, prefixes)    those that matter at enough of the prompts
+rewrite_neurons(lm, requests, ...)         the changes of all layers that make them say the targets
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rome_lab.base import check_whole
+from rome_lab.editing.keys import run_to_keys
 from rome_lab.editing.requests import Request
 from rome_lab.facts import Fact, continuation_ids, object_token, read_prompt
 from rome_lab.models import LanguageModel, at_least_float32, input_changed, record_run, run_block, run_blocks
@@ -72,27 +73,25 @@ def knowledge_attributions(
     """
     ids = torch.tensor([list(prompt_ids)] * steps, device=lm.device)
     lm.check_length(ids.shape[1], "kn")
+    keys: dict[int, Tensor] = {}
+    with torch.no_grad():
+        run_to_keys(
+            lm, ids[:1], range(lm.n_layers), lambda layer, k: keys.update({layer: k.view(ids.shape[1], -1)[-1]})
+        )
     recording = record_run(lm, ids, lambda embedded: None)
     lm.check_finite(recording.logits, "kn")
-    along = ((torch.arange(steps, device=lm.device) + 0.5) / steps)[:, None, None]
-    activations, rows = [], []
-    for layer in range(lm.n_layers):
-        given: list[Tensor] = []
-
-        def move(k: Tensor, given: list[Tensor] = given) -> Tensor:
-            given.append(k.detach())
-            given.append((along.to(k.dtype) * k.detach().view(steps, 1, -1)).requires_grad_())
-            return given[-1].view(k.shape)
-
+    along = (torch.arange(steps) + 0.5)[:, None] / steps
+    rows = []
+    for layer, k in keys.items():
         with torch.enable_grad():
-            with input_changed(lm.memory(layer), move):
+            path = (along.to(k) * k).requires_grad_()  # (m, H)
+            with input_changed(lm.memory(layer), lambda given, path=path: path.view(given.shape)):
                 hidden = run_block(lm, layer, recording.states[layer][:, -1:], recording)
             hidden = run_blocks(lm, range(layer + 1, lm.n_layers), hidden, recording)
             p = at_least_float32(lm.logits(hidden[:, -1].to(lm.device))).softmax(-1)[:, token]
-            (gradient,) = torch.autograd.grad(p.sum(), [given[1]])
-        activations.append(at_least_float32(given[0].view(steps, -1)[0]).cpu())
-        rows.append(activations[-1] * at_least_float32(gradient.view(steps, -1)).mean(0).cpu())
-    return torch.stack(rows), torch.stack(activations)
+            (gradient,) = torch.autograd.grad(p.sum(), [path])
+        rows.append((at_least_float32(k) * at_least_float32(gradient).mean(0)).cpu())
+    return torch.stack(rows), torch.stack([at_least_float32(k).cpu() for k in keys.values()])
 
 
 def neurons_that_matter(
@@ -146,9 +145,9 @@ def rewrite_neurons(
         )
     deltas: dict[int, Tensor] = {}
     for fact, target in requests:
-        old, new = (continuation_ids(lm, fact.prompt, text)[0] for text in (fact.object, target))
-        e = lm.embedding.weight.detach().float().cpu()
-        step = settings.write * e[new] - settings.erase * e[old]
+        tokens = [continuation_ids(lm, fact.prompt, text)[0] for text in (fact.object, target)]
+        old, new = lm.embedding.weight.detach()[tokens].float().cpu()
+        step = settings.write * new - settings.erase * old
         for layer, neuron, sign in neurons_that_matter(lm, fact, prefixes, settings):
             if layer not in deltas:
                 deltas[layer] = torch.zeros(lm.weight(layer).shape)

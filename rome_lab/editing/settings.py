@@ -156,8 +156,8 @@ class Default:
 
 PAPERS_OWN = EditSettings(key="averaged", prefix_lengths=TWENTY, steps=20, objective="published")
 # Layers and numbers of the papers' authors; the layer of smollm2-135m is the best of notebooks/search.ipynb, at which its
-# layers end; those and its weight were not searched; its ridge
-# is the best of eight configurations of `SEARCH` over the 20 cases that are set apart.
+# layers end; those and its weight were not searched; its ridge is the best of eight configurations of `SEARCH` over the 20
+# cases that are set apart.
 DEFAULTS = {
     "gpt2-medium": Default(8, replace(PAPERS_OWN, clamp=3.0)),
     "gpt2-large": Default(12, PAPERS_OWN),
@@ -175,11 +175,9 @@ def solution_of(name: str, lm: LanguageModel, size: int) -> LeastSquares:
     """
     if name == "memit":
         return LeastSquares("soft", weight=default_settings(lm).weight or float(size))
-    return (
-        LeastSquares("soft", threshold=2e-2, ridge=default_settings(lm).ridge)
-        if name == "alphaedit"
-        else LeastSquares()
-    )
+    if name == "alphaedit":
+        return LeastSquares("soft", threshold=2e-2, ridge=default_settings(lm).ridge)
+    return LeastSquares()
 
 
 def default_settings(lm: LanguageModel) -> Default:

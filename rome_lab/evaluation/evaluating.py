@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 CASES_TOGETHER = 4
 CHANGES = 200_000_000  # weights of changes that are held in memory at once, at most
 CORPUS = 500  # texts that are enough to tell rare words from frequent ones; all of them would be slow
-TEXTS = {"generations": [], "written": {}, "verdicts": {}}
+TEXTS = {"generations": list, "written": dict, "verdicts": dict}  # columns of texts, and what makes an empty one
 CASE_COLUMNS = ("form", "relation", "subject", "prompt", "object", "target")
 
 
@@ -133,7 +133,7 @@ def as_table(rows: Sequence[dict]) -> pd.DataFrame:
     """Rows as a table; a metric that no row has gets no column."""
     table = pd.DataFrame(rows)
     for name, nothing in TEXTS.items():  # what was not judged has none
-        table[name] = [row.get(name, nothing) for row in rows]
+        table[name] = [row.get(name, nothing()) for row in rows]
     metrics = [name for name in METRICS if name in table]
     return table[["case", "method", *CASE_COLUMNS, *metrics, *TEXTS, "judged", "remark"]]
 
@@ -183,8 +183,7 @@ def story(table: pd.DataFrame, case: str, methods: Sequence[str] = ("none", "rom
         numbers = [f"{name} {row[name]:.4g}" for name in METRICS if name in row and not pd.isna(row[name])]
         lines += [f"\n{row['method']}: {', '.join(numbers)}{'; ' * bool(row['remark'])}{row['remark']}"]
         for text in row["written"].get("rewrite", []):
-            parts = differing(before, text) if before else [(" ".join(text.split()), False)]
-            words = " ".join(f"*{part}*" if is_new else part for part, is_new in parts)
+            words = " ".join(f"*{part}*" if is_new else part for part, is_new in differing(before or text, text))
             lines.append(f"    writes: {row['prompt']} {words}")
         lines += [f"    {' '.join(text.split())}" for text in row["generations"]]
     return "\n".join(lines)

@@ -76,7 +76,11 @@ METRICS: dict[str, Metric] = {
     "known": Metric("share of unrelated known facts all of whose object's tokens are still the most probable ones"),
 }
 METRICS |= {
-    metric_of(letter, scoring): Metric(f"share of the {prompts} at which {SCORINGS[scoring]}", "%", *read)
+    metric_of(letter, scoring): Metric(
+        f"share of the {prompts} at which {meaning}",
+        whole="text" if scoring == "written" else "whole target",
+        forced=scoring != "written",
+    )
     for letter, prompts in (
         ("F", "prompts whose answer follows from the target"),
         ("K", "prompts about the subject whose answer stays"),
@@ -84,12 +88,7 @@ METRICS |= {
         ("P", "paraphrases"),
         ("N", "neighbours"),
     )
-    for scoring, read in (
-        ("score", ("whole target", True)),
-        ("argmax", ("whole target", True)),
-        ("choice", ("whole target", True)),
-        ("written", ("text", False)),
-    )
+    for scoring, meaning in SCORINGS.items()
     if (letter, scoring) not in {("K", "score"), ("K", "choice"), ("F", "choice")}
     and metric_of(letter, scoring) not in METRICS
 }

@@ -1,9 +1,9 @@
 """Four ways to say whether an edit holds at a prompt, from teacher forcing to what the model writes; how far they agree.
 
-SCORINGS, CASE_PARTS                  what counts as said, and where it is asked
+SCORINGS, CASE_PARTS                    what counts as said, and where it is asked
 case_verdicts(case, scores, written)    at every prompt of a case, by each scoring
-shares_of(verdicts)                   the metrics that they come to; metric_of names one
-agreement_of_scorings(table)          how often two scorings say the same of a prompt
+shares_of(verdicts)                     the metrics that they come to; metric_of names one
+agreement_of_scorings(table)            how often two scorings say the same of a prompt
 """
 
 from __future__ import annotations
@@ -49,24 +49,26 @@ def case_verdicts(case: Case, scores: Mapping[str, Sequence[Score]], written: Ma
         written: by part, greedy texts without their prompts.
     """
     verdicts: Verdicts = {}
-    for part in CASE_PARTS.values():
-        pairs = prompts_of(case)[part]
+    for part, pairs in prompts_of(case).items():
         if not pairs:
             continue
-        own = [answer.total for answer in scores[part]]
-        others = [[answer.total] for answer in scores.get(OTHERS_OF.get(part), ())]
+        own, other, choices = (totals(scores.get(x, ())) for x in (part, OTHERS_OF.get(part), f"{part}_choices"))
         verdicts[part] = {"argmax": [bool(answer.greedy.all()) for answer in scores[part]]}
-        if case.form != "zsre" and others:
-            verdicts[part]["score"] = [total > max(rest) for total, rest in zip(own, others, strict=True)]
-        if choices := scores.get(f"{part}_choices"):
-            several = np.reshape([answer.total for answer in choices], (len(own), -1))
-            best = np.maximum(several.max(axis=1), np.max(others, axis=1))
-            verdicts[part]["choice"] = [bool(x) for x in np.asarray(own) > best]
+        if case.form != "zsre" and len(other):
+            verdicts[part]["score"] = (own > other).tolist()
+        if len(choices):
+            best = np.maximum(choices.reshape(len(own), -1).max(axis=1), other)
+            verdicts[part]["choice"] = (own > best).tolist()
         if texts := written.get(part):
             verdicts[part]["written"] = [
                 is_written(prompt, text, name) for (prompt, name), text in zip(pairs, texts, strict=True)
             ]
     return verdicts
+
+
+def totals(scores: Sequence[Score]) -> np.ndarray:
+    """(N,) log probabilities of whole continuations."""
+    return np.array([answer.total for answer in scores])
 
 
 def prompts_of(case: Case) -> dict[str, list[tuple[str, str]]]:

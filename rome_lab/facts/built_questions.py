@@ -25,7 +25,7 @@ def build_questions(facts: Sequence[Fact], seed: int = 0) -> Cases:
 
     Args:
         facts: the embedded ones, or others of their relations.
-        seed: decides which question teaches the answer, and which others are at_question.
+        seed: decides which question teaches the answer, and which others are asked.
 
     Returns: Cases in the order of the facts: the fact at one of its questions, its object as the target; the relation's
         other question; and questions about other subjects, of other relations, with their own answers.

@@ -86,10 +86,9 @@ class Case:
     @property
     def choice_pairs(self) -> dict[str, list[tuple[str, str]]]:
         """At each prompt, in turn, with each of the choices."""
-        asking = {"rewrite": (self.fact.prompt,), "paraphrases": self.paraphrases, "neighbours": self.neighbours}
         return {
-            f"{name}_choices": [(prompt, choice) for prompt in prompts for choice in self.choices]
-            for name, prompts in asking.items()
+            f"{name}_choices": [(prompt, choice) for prompt, _ in self.pairs[name] for choice in self.choices]
+            for name in ("rewrite", "paraphrases", "neighbours")
         }
 
 

@@ -37,16 +37,14 @@ class Edited:
     """An edit, what the model says under it, and its audit.
 
     Attributes:
-        is_given: whether it was there already; otherwise it was made, with C measured on so many `tokens`.
-        method: one of `EDITORS`, by which it was made; "given" where it was there.
+        method: one of `EDITORS`, by which it was made, with C measured on so many `tokens`; None where it was there already.
     """
 
     edit: Edit
     after: Look
     audited: pd.DataFrame
-    is_given: bool
     tokens: int | None
-    method: str
+    method: str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +189,7 @@ def basis(lm: LanguageModel, findings: Findings) -> dict[str, str]:
         edit = findings.edited.edit
         settings = edit.settings
         rows["edit"] = (
-            f"{findings.edited.method}, {layers_in_words(edit.layers)} ({edit.module}), key {settings.key!r}, "
+            f"{findings.edited.method or 'given'}, {layers_in_words(edit.layers)} ({edit.module}), key {settings.key!r}, "
             f"{settings.steps} steps of Adam at "
             f"{settings.learning_rate}, weight decay {settings.weight_decay}; edit {edit.digest[:12]}"
         )
@@ -207,7 +205,7 @@ def code_of(lm: LanguageModel, findings: Findings) -> str:
     loaded = repr(lm.name) if dtype == "float32" else f"{lm.name!r}, dtype={dtype!r}"
     lines = ["import rome_lab as rl", "", f"lm = rl.load_model({loaded})", f"fact = {fact_code(findings.probe.fact)}"]
     options = f"samples={trace.samples}, seed={trace.seed}"
-    if edited and edited.is_given:
+    if edited and edited.method is None:
         lines.append(f'edit = rl.load_edit("...")  # the file of edit {edited.edit.digest[:12]}')
         options = f"edit, {options}"
     elif edited:

@@ -175,4 +175,4 @@ def try_on(lm: LanguageModel, probe: Probe, request: EditRequest, given: Edit | 
         after = look_at(lm, probe)
     stages.begin("Auditing the edit")
     audited = audit(lm, edit)
-    return Edited(edit, after, audited, given is not None, request.tokens, "given" if given else request.method)
+    return Edited(edit, after, audited, request.tokens, None if given else request.method)

@@ -26,7 +26,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocat
 from rome_lab.evaluation import CASE_PARTS, METRICS, SCORINGS
 from rome_lab.lab import COLOURS, FONT_SIZE, finish, layer_ticks, new_axes
 from rome_lab.studies.evaluation.paper import paper_numbers
-from rome_lab.studies.evaluation.tables import scoring_of
+from rome_lab.studies.evaluation.tables import SCORED
 
 PAGE_WIDTH = 7.0  # inches, both columns of a page
 SCORES = ("S", "ES", "PS", "NS", "known", "efficacy", "paraphrase", "specificity")  # shares, from 0 to 100
@@ -123,7 +123,7 @@ def scorings_figure(summary: pd.DataFrame, about: str) -> Figure:
 
     Args: about: the model and the cases, for the title.
     """
-    metrics = {scoring_of(metric): metric for metric in summary["metric"].unique() if scoring_of(metric)}
+    metrics = {SCORED[metric]: metric for metric in summary["metric"].unique() if metric in SCORED}
     names = list(dict.fromkeys(summary["method"]))
     parts = [part for part in CASE_PARTS if any(part == place[0] for place in metrics)]
     size = (PAGE_WIDTH, 1.0 + 0.24 * len(names))

@@ -2,7 +2,8 @@
 
 definitions()                  of the metrics
 table_of_means(summary)        a column a metric
-table_of_scorings(summary)     a column a part of the case and a scoring; scoring_of a metric
+table_of_scorings(summary)     a column a part of the case and a scoring
+SCORED                         metric -> the two that it is of, such as ("E", "score") of ES
 """
 
 from __future__ import annotations
@@ -34,15 +35,9 @@ def table_of_means(summary: pd.DataFrame, every: bool = False) -> pd.DataFrame:
 
 def table_of_scorings(summary: pd.DataFrame) -> pd.DataFrame:
     """A row a method, a column a part of the case and a scoring, "mean (low, high)" in the cells."""
-    rows = [row for row in summary.itertuples() if scoring_of(row.metric)]
+    rows = summary[summary["metric"].isin(SCORED)].itertuples()
     text = pd.Series(
-        {(row.method, *scoring_of(row.metric)): f"{row.mean:.0f} ({row.ci_low:.0f}, {row.ci_high:.0f})" for row in rows}
+        {(row.method, *SCORED[row.metric]): f"{row.mean:.0f} ({row.ci_low:.0f}, {row.ci_high:.0f})" for row in rows}
     )
-    order = [(part, scoring) for part in CASE_PARTS for scoring in SCORINGS]
     wide = text.unstack([1, 2])
-    return wide.loc[summary["method"].unique(), [x for x in order if x in wide]].fillna("")
-
-
-def scoring_of(metric: str) -> tuple[str, str] | None:
-    """The part of the case and the scoring of a metric, such as ("E", "score") of ES; None where it is of none."""
-    return SCORED.get(metric)
+    return wide.loc[summary["method"].unique(), [x for x in SCORED.values() if x in wide]].fillna("")
