@@ -240,7 +240,8 @@ def runs_dots(agreed: pd.DataFrame, ax: Axes) -> Axes:
         style = {"color": SITE_COLOURS[bucket], "s": 12, "marker": markers[bucket], "label": BUCKETS[bucket]}
         ax.scatter(group["slope"], places, **style)
     ax.set_yticks(range(len(labels)), labels)
-    ax.invert_yaxis()
+    ax.set_ylim(len(labels) + 0.9, -0.5)  # with room for the legend
     ax.axvline(1, color="0.6", linewidth=0.6, zorder=0)
     ax.set(xlabel="slope of estimates on exact effects", title="Kind, and layers in a run")
-    return finish(ax, legend=True)
+    ax.legend(fontsize=FONT_SIZE - 1, frameon=False, loc="lower left")
+    return finish(ax)

@@ -191,5 +191,6 @@ def success_figure(table: pd.DataFrame, note: str) -> Figure:
     right.set_title("A point a fact and layer; dark: first layers")
     for ax, locator in ((left, layer_ticks()), (right, None)):
         finish(ax, locator)
-    left.legend(frameon=False, fontsize=FONT_SIZE - 1)
+    left.set_ylim(top=1.2)  # with room for the legend
+    left.legend(frameon=False, fontsize=FONT_SIZE - 1, ncols=2, loc="upper right")
     return figure
