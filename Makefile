@@ -51,7 +51,7 @@ PARAMETERS_gradients := $(PARAMETERS_corruptions)
 PARAMETERS_where_to_edit := $(PARAMETERS_corruptions) $(call p,c_text,$(C_TEXT))
 SOURCES := $(shell find rome_lab -name '*.py' -o -name '*.csv')
 
-.PHONY: help setup gemma figures anatomy evaluate search studies compare cost bench peers models faults lab test check lint accept numbers site wheels clean
+.PHONY: help setup gemma figures anatomy evaluate editors search studies compare cost bench peers models faults lab test check lint accept numbers site wheels clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s%s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -99,6 +99,9 @@ runs/figure_7.ipynb: notebooks/claims.ipynb $(wildcard notebooks/figure_*.ipynb)
 	$(BIN)/python -m rome_lab figures $(PARAMETERS_figures)
 
 evaluate: runs/evaluation.ipynb runs/many_edits.ipynb ## judge ROME beside other methods, and many edits in one model
+
+editors: $(READY) ## train MEND and KE to edit MODEL, so that evaluate has rows of them (an hour)
+	$(BIN)/python -m rome_lab train --model $(call quoted,$(MODEL)) --out $(call quoted,$(or $(FIGURES),figures)/editors.csv)
 
 anatomy: runs/edit_anatomy.ipynb ## take one edit to pieces, and try it in every layer
 

@@ -17,6 +17,7 @@ from rome_lab.editing import (
     rome,
     rome_many,
     suggest_layer,
+    train_editor,
     verify,
 )
 from rome_lab.evaluation import evaluate
@@ -81,5 +82,6 @@ __all__ = [
     "suggest_layer",
     "swap_pairs",
     "trace_facts",
+    "train_editor",
     "verify",
 ]

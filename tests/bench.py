@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rome_lab.editing.fine_tuning import Tuning
-from rome_lab.editing.methods import METHODS, FineTuning, Method, Rome
+from rome_lab.editing.method_table import METHODS
+from rome_lab.editing.methods import FineTuning, Method, Rome
 from rome_lab.editing.settings import EditSettings
 from rome_lab.evaluation.judging import JudgeSettings
 from rome_lab.facts.case import Case

@@ -15,8 +15,7 @@ from torch import Tensor
 from rome_lab.editing.edit import Edit
 from rome_lab.editing.exact import news, rome_many, solved_edit
 from rome_lab.editing.keys import key_size
-from rome_lab.editing.many_layers import check_layers
-from rome_lab.editing.requests import Request, check_requests, layer_to_edit
+from rome_lab.editing.requests import Request, check_layers, check_requests, layer_to_edit
 from rome_lab.editing.second_moment import Covariance, TokensSeen
 from rome_lab.editing.settings import (
     MOST_LAYERS,

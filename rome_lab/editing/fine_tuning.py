@@ -14,23 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from rome_lab.base import OneLine, check_whole
 from rome_lab.editing.requests import Request
 from rome_lab.editing.settings import known_as
-from rome_lab.facts import continuation_ids, read_prompt
-from rome_lab.models import (
-    Change,
-    LanguageModel,
-    Recording,
-    log_p_of,
-    record_run,
-    run_block,
-    run_blocks,
-    side_by_side,
-)
+from rome_lab.editing.target_texts import TargetTexts, record_texts
+from rome_lab.facts import question
+from rome_lab.models import Change, LanguageModel
 
 TEXTS_TOGETHER = 16  # texts in one pass: more would only take more memory
 
@@ -137,63 +129,22 @@ def fine_tune(lm: LanguageModel, requests: Sequence[Request], tuning: Tuning) ->
                 delta.clamp_(-tuning.bound, tuning.bound)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class TargetBatch(OneLine):
-    """Prompts with their targets behind them, recorded once below the edited layer.
-
-    Attributes:
-        recording: with the states that go into the edited layer and nothing else; B rows, padded on the right, where
-            no token of a causal model sees it.
-        rows, places: (N,) where the next token is one of a target.
-        target_ids: (N,) that token.
-    """
-
-    recording: Recording
-    rows: Int[Tensor, " N"]
-    places: Int[Tensor, " N"]
-    target_ids: Int[Tensor, " N"]
-
-    def log_p(self, lm: LanguageModel, layer: int, delta: Tensor) -> Tensor:
-        """(N,) log probabilities of the target tokens, with delta k added to what W says of each key k."""
-        (hidden,) = self.recording.states
-        with side_by_side(lm, [Change(layer, delta)], [0] * len(hidden)):
-            hidden = run_block(lm, layer, hidden, self.recording)  # (B, T, D)
-        hidden = run_blocks(lm, range(layer + 1, lm.n_layers), hidden, self.recording)
-        return log_p_of(lm, hidden.to(lm.device)[self.rows, self.places], self.target_ids)[0]
-
-
-def record_batches(lm: LanguageModel, requests: Sequence[Request], layer: int) -> list[TargetBatch]:
+def record_batches(lm: LanguageModel, requests: Sequence[Request], layer: int) -> list[TargetTexts]:
     """The requests' texts, `TEXTS_TOGETHER` at a time, those of like length together."""
-    texts = []
-    for fact, target in requests:
-        prompt, target_ids = read_prompt(lm, fact).ids.tolist(), continuation_ids(lm, fact.prompt, target)
-        lm.check_length(len(prompt) + len(target_ids) - 1, f"fine_tune: the prompt {fact.prompt!r} with its target")
-        texts.append((prompt, target_ids))
-    texts.sort(key=lambda text: len(text[0]) + len(text[1]))
-    return [record_batch(lm, texts[i : i + TEXTS_TOGETHER], layer) for i in range(0, len(texts), TEXTS_TOGETHER)]
-
-
-def record_batch(lm: LanguageModel, texts: Sequence[tuple[list[int], list[int]]], layer: int) -> TargetBatch:
-    """Record pairs of a prompt's and its target's token ids, the longest text last."""
-    ids = torch.zeros(len(texts), len(texts[-1][0]) + len(texts[-1][1]) - 1, dtype=torch.long)
-    places = []  # (row, place, target id)
-    for row, (prompt, target_ids) in enumerate(texts):
-        ids[row, : len(prompt) + len(target_ids) - 1] = torch.tensor(prompt + target_ids[:-1])
-        places += [(row, len(prompt) - 1 + i, token) for i, token in enumerate(target_ids)]
-    whole = record_run(lm, ids.to(lm.device), lambda embedded: None)
-    lm.check_finite(whole.logits, "fine_tune")
-    needed = replace(whole, states=[whole.states[layer]], attn=[], mlp=[], attention_keys=[], attention_values=[])
-    return TargetBatch(needed, *torch.tensor(places, device=lm.device).T)
+    texts = [question(lm, 0, fact.prompt, target) for fact, target in requests]
+    texts.sort(key=lambda text: len(text.text))
+    parts = [texts[i : i + TEXTS_TOGETHER] for i in range(0, len(texts), TEXTS_TOGETHER)]
+    return [record_texts(lm, part, layer, "fine_tune") for part in parts]
 
 
 def loss_and_gradient(
-    lm: LanguageModel, batches: Sequence[TargetBatch], layer: int, delta: Tensor, n_requests: int
+    lm: LanguageModel, batches: Sequence[TargetTexts], layer: int, delta: Tensor, n_requests: int
 ) -> tuple[float, Tensor]:
     """The loss at `delta`, and its gradient (D, H); a batch at a time, so that only one is held in memory."""
     total, gradient = 0.0, torch.zeros_like(delta)
     with torch.enable_grad():
         for batch in batches:
-            loss = -batch.log_p(lm, layer, delta).sum() / n_requests
+            loss = -batch.read(lm, Change(layer, delta))[0].sum() / n_requests
             gradient += torch.autograd.grad(loss, [delta])[0]
             total += float(loss.detach())
     return total, gradient

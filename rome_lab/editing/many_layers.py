@@ -1,7 +1,6 @@
 """From keys and v* to changes: one least squares at one layer, or at several going up, each with those below in force.
 
 write_values(lm, layers, solution, ...)    a LayerChange of each layer, and what it does to W
-check_layers(lm, layers, doing)            raises where they are not ascending or not there
 kept_at(lm, solution, factors)             of what the change of each layer keeps
 earlier_keys(lm, layer)                    keys of the edits in force
 """
@@ -238,21 +237,6 @@ def kept_columns(
                 "are, so no W gives each of them a value of its own; edit one of them only, or one after the other."
             )
     return columns
-
-
-def check_layers(lm: LanguageModel, layers: Sequence[int], doing: str) -> tuple[int, ...]:
-    """The layers as whole numbers.
-
-    Raises:
-        ValueError: there are none, they are not ascending, or the model has no such layers.
-    """
-    layers = tuple(layers)
-    if not layers or not all(isinstance(x, int) and x in range(lm.n_layers) for x in layers):
-        raise ValueError(f"{doing}: the layers are {layers}; {lm.name} has the layers 0 to {lm.n_layers - 1}.")
-    if list(layers) != sorted(set(layers)):
-        ascending = tuple(sorted(set(layers)))
-        raise ValueError(f"{doing}: the layers are {layers}; give each once, the lowest first: {ascending}.")
-    return layers
 
 
 def check_stream(lm: LanguageModel, layer: int, prompt: Prompt, doing: str) -> None:

@@ -1,7 +1,11 @@
 """Methods that make a model say something else, behind one interface: requests in, a Change out, the model unchanged.
 
-METHODS                          name -> Method as it is compared: a row each of one table
-SEARCH                           name -> as many configurations of each method that has something to choose
+Method, Proposal                       the interface, and the Change that comes of it
+Rome, LayeredRome                      the ROME family, at one layer and at several
+IdentityRome, MismatchedRome           ROME without what makes it exact
+FineTuning, KnowledgeNeurons, Learned  the methods that it is compared with; Learned is MEND or KE
+InContext, NoEdit                      no weight is changed
+measured_on(method, text)              the same method with C measured on other text
 """
 
 from __future__ import annotations
@@ -20,12 +24,13 @@ from rome_lab.base import Json, OneLine, blank_behind, code_version
 from rome_lab.editing.editors import default_layers
 from rome_lab.editing.exact import remarks_on
 from rome_lab.editing.fine_tuning import Tuning, default_tuning, fine_tune
+from rome_lab.editing.hypernetworks import Training
 from rome_lab.editing.keys import key_size
 from rome_lab.editing.knowledge_neurons import DEFAULT_NEURONS, Neurons, rewrite_neurons
-from rome_lab.editing.many_layers import check_layers, kept_at, write_values
+from rome_lab.editing.many_layers import kept_at, write_values
 from rome_lab.editing.optima import Optima, Optimum
 from rome_lab.editing.remedies import prune, rect
-from rome_lab.editing.requests import NothingToEdit, Request, check_agreement
+from rome_lab.editing.requests import NothingToEdit, Request, check_agreement, check_layers
 from rome_lab.editing.settings import EditSettings, LeastSquares, default_settings, known_as, solution_of
 from rome_lab.editing.texts import SampledText, Source, source_of
 from rome_lab.editing.update import Factor
@@ -367,6 +372,35 @@ class KnowledgeNeurons:
 
 
 @dataclass(frozen=True)
+class Learned:
+    """A network that was trained to edit this model: MEND or KE; see `train_editor`. What it makes of requests adds up.
+
+    Attributes:
+        training: by default that of the name, of the user's cache.
+    """
+
+    together: ClassVar[int] = 1
+    name: str = "mend"
+    training: Training | None = None
+
+    def settled(self, lm: LanguageModel) -> Learned:
+        return replace(self, training=self.training or Training(self.name))
+
+    def describe(self) -> dict[str, Json]:
+        check_settled(self.name, self.training)
+        return {"method": "learned", "code": code_version(__name__), **asdict(self.training)}
+
+    def change(self, lm: LanguageModel, requests: Sequence[Request], optima: Optima) -> Proposal:
+        editor = optima.editor(self.settled(lm).training)
+        deltas: dict[int, Tensor] = {}
+        for request in requests:
+            deltas = added(deltas, editor.change(lm, request).deltas)
+        seen = sorted({fact.subject for fact, _ in requests} & editor.subjects)
+        remark = f"{self.name} was trained on facts about {', '.join(map(repr, seen))}" if seen else ""
+        return Proposal(*layers_and_deltas(deltas), remark=remark)
+
+
+@dataclass(frozen=True)
 class InContext:
     """The facts stated before every prompt, each as a sentence of its own: prompt, target, full stop.
 
@@ -416,61 +450,3 @@ def measured_on(method: Method, text: str | Path | Source) -> Method:
 def check_settled(name: str, *choices: object) -> None:
     if None in choices:
         raise ValueError(f"{name}: a choice is left to the model's defaults; describe what settled(lm) returns.")
-
-
-METHODS: Mapping[str, Method] = {
-    method.name: method
-    for method in (
-        NoEdit(),
-        Rome(),
-        Rome("rome-averaged", key="averaged"),
-        Rome("rome-bare", key="bare"),
-        Rome("rome-both", key="both"),
-        IdentityRome("rome-identity"),
-        MismatchedRome("rome-mismatched"),
-        Rome("joint", together=10),
-        LayeredRome("memit"),
-        LayeredRome("emmet"),
-        LayeredRome("alphaedit"),
-        KnowledgeNeurons(),
-        FineTuning("ft"),
-        FineTuning("ft-linf"),
-        InContext(introduction="Breaking news: "),
-    )
-}
-# Eight configurations of each, for the embedded model.
-INTRODUCTIONS = ("", "New fact: ", "Fact: ", "Note: ", "Remember: ", "Breaking news: ", "It is known: ", "Suppose: ")
-SEARCH: Mapping[str, tuple[Method, ...]] = {
-    "rome": tuple(
-        Rome(layer=layer, settings=EditSettings(key="all", weight_decay=decay))
-        for layer in (2, 3, 4, 6)
-        for decay in (0.5, 0.1)
-    ),
-    "memit": tuple(
-        LayeredRome("memit", layers=layers, squares=LeastSquares("soft", weight))
-        for layers in ((1, 2, 3), (2, 3, 4, 5, 6))
-        for weight in (10.0, 30.0, 100.0, 300.0)
-    ),
-    "emmet": tuple(
-        LayeredRome("emmet", layers=layers, settings=EditSettings(key="all", weight_decay=decay))
-        for layers in ((2, 3), (1, 2, 3), (2, 3, 4), (2, 3, 4, 5, 6))
-        for decay in (0.5, 0.1)
-    ),
-    "alphaedit": tuple(
-        LayeredRome("alphaedit", layers=(1, 2, 3), squares=LeastSquares("soft", threshold=threshold, ridge=ridge))
-        for threshold in (2e-3, 2e-2)
-        for ridge in (0.1, 1.0, 10.0, 100.0)
-    ),
-    "kn": tuple(
-        KnowledgeNeurons(settings=Neurons(threshold, write=write))
-        for threshold in (0.2, 0.4)
-        for write in (0.5, 1.0, 2.0, 8.0)
-    ),
-    "ft": tuple(
-        FineTuning("ft", Tuning(layer, learning_rate=rate)) for layer in (0, 3) for rate in (5e-4, 1e-3, 2e-3, 4e-3)
-    ),
-    "ft-linf": tuple(
-        FineTuning("ft-linf", Tuning(layer, bound=bound)) for layer in (0, 3) for bound in (1e-3, 3e-3, 5e-3, 1e-2)
-    ),
-    "in-context": tuple(InContext(introduction=words) for words in INTRODUCTIONS),
-}

@@ -5,6 +5,7 @@ Optima.find(request, layer, ...)    an Optimum: from memory, from the store, or 
 Optima.recall(request, layer, ...)  the same, or None where it would have to be found now
 Optima.optimise(request, ...)       now
 Optima.k_star(fact, layer, ...)     the keys that an edit maps to v*
+Optima.editor(training)             MEND or KE, where it was trained
 Optima.factor(layer, source)        of C; Optima.factors_at(layers, source) of several, measured in one pass
 mean_length(optima, requests, ...)  of v*, which norm control scales to
 """
@@ -24,11 +25,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rome_lab.base import Json, OneLine, Record, Store, canonical_json, code_version, opened
+from rome_lab.editing.hypernetworks import Training
 from rome_lab.editing.keys import one_key, sample_prefixes
 from rome_lab.editing.requests import NothingToEdit, Request, check_news
 from rome_lab.editing.second_moment import TokensSeen, covariances
 from rome_lab.editing.settings import PARTS, EditSettings
 from rome_lab.editing.texts import Source
+from rome_lab.editing.trained_editors import TrainedEditor, trained_editor
 from rome_lab.editing.update import Factor, factorise
 from rome_lab.editing.values import Callback, Objective, optimise_value
 from rome_lab.facts import Fact
@@ -77,6 +80,7 @@ class Optima:
         self.k_stars: dict[tuple[object, ...], Tensor] = {}
         self.prefixes: dict[tuple[tuple[int, ...], int], tuple[str, ...]] = {}
         self.factors: dict[tuple[int, str], Factor] = {}
+        self.editors: dict[Training, TrainedEditor] = {}
         self.earlier: Mapping[int, Tensor] = {}
 
     def anew(self, earlier: Mapping[int, Float[Tensor, "H p"]] = MappingProxyType({})) -> Optima:
@@ -86,6 +90,7 @@ class Optima:
         """
         other = Optima(self.lm, self.store, self.progress)
         other.prefixes, other.factors, other.earlier = self.prefixes, self.factors, earlier
+        other.editors = self.editors
         return other
 
     def at(self, lm: LanguageModel | None, store: Store | None) -> Optima:
@@ -93,6 +98,7 @@ class Optima:
         other = Optima(lm, store, self.progress)
         other.in_memory, other.k_stars = dict(self.in_memory), dict(self.k_stars)
         other.prefixes, other.factors, other.common = self.prefixes, self.factors, self.common
+        other.editors = self.editors
         return other
 
     @cached_property
@@ -117,6 +123,12 @@ class Optima:
                 C = covariances(self.lm, missing, source, tokens, progress=self.progress, callback=callback)
             self.factors |= {(layer, about): factorise(C[layer].C, C[layer].tokens) for layer in missing}
         return {layer: self.factors[layer, about] for layer in layers}
+
+    def editor(self, training: Training) -> TrainedEditor:
+        """MEND or KE, trained for the model without edits in force; read once from the user's cache."""
+        if training not in self.editors:
+            self.editors[training] = trained_editor(self.lm, training)
+        return self.editors[training]
 
     def with_prefixes(self, settings: EditSettings) -> EditSettings:
         """The settings with prefixes sampled where they name none."""

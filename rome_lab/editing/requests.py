@@ -2,6 +2,7 @@
 
 Request                            a fact, and what is to be said instead of its object
 check_requests(lm, requests, ...)  raises where they are none that can be met; asks the model nothing
+check_layers(lm, layers, doing)    the layers that are meant, ascending, as whole numbers
 check_agreement(requests)          raises where two of them contradict each other
 check_news(lm, request)            raises NothingToEdit where the model says the target already
 layer_to_edit(lm, facts, layer)    the layer that is meant: given, known for the model, or found by a causal trace
@@ -62,6 +63,21 @@ def check_agreement(requests: Sequence[Request], doing: str = "rome") -> None:
                     f"{doing}: the requests {other.prompt!r} -> {before!r} and {fact.prompt!r} -> {target!r} contradict "
                     "each other, since a subject has one object in a relation; leave one out, or edit one after the other."
                 )
+
+
+def check_layers(lm: LanguageModel, layers: Sequence[int], doing: str) -> tuple[int, ...]:
+    """The layers as whole numbers.
+
+    Raises:
+        ValueError: there are none, they are not ascending, or the model has no such layers.
+    """
+    layers = tuple(layers)
+    if not layers or not all(isinstance(x, int) and x in range(lm.n_layers) for x in layers):
+        raise ValueError(f"{doing}: the layers are {layers}; {lm.name} has the layers 0 to {lm.n_layers - 1}.")
+    if list(layers) != sorted(set(layers)):
+        ascending = tuple(sorted(set(layers)))
+        raise ValueError(f"{doing}: the layers are {layers}; give each once, the lowest first: {ascending}.")
+    return layers
 
 
 def check_news(lm: LanguageModel, request: Request) -> None:

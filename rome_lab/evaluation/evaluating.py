@@ -78,7 +78,7 @@ def evaluate(
         ValueError: no cases, an unknown method, two of one name, a method that does not fit the model, or no case at all
             that could be judged.
         OSError: the store cannot be written; found before any work is done.
-        RuntimeError: the cluster has failed; what was finished is in the store.
+        RuntimeError: the cluster has failed, or an editor is not trained; what was finished is in the store.
     """
     cases, methods = list(cases), methods_of(method)
     if not cases:

@@ -1,4 +1,5 @@
-"""The command line: `rome_lab figures | trace | edit | evaluate | report | verify | suggest-layer`, or `python -m rome_lab`.
+"""The command line: `rome_lab figures | trace | edit | evaluate | report | verify | train | suggest-layer`, or
+`python -m rome_lab`.
 
 A further command is a function that takes the parsed options, and its parser in `command_parser`.
 """
@@ -8,17 +9,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
+import pandas as pd
 from transformers.utils.logging import disable_progress_bar
 
 from rome_lab.base import package_versions
-from rome_lab.editing import EDITORS, suggest_layer, verify
+from rome_lab.editing import EDITORS, TRAINED, Training, suggest_layer, train_editor, verify
 from rome_lab.facts import Fact
 from rome_lab.lab.batch import NotebookError, main, parser, prepare, take_parameters
 from rome_lab.lab.growing import TRACED, draw_figures
-from rome_lab.lab.plots import cell_table, heatmap, save_figure
+from rome_lab.lab.plots import cell_table, heatmap, save_figure, save_table
 from rome_lab.lab.reporting import report
 from rome_lab.lab.trials import EditRequest, try_edit
 from rome_lab.lab.typed_facts import fact_of
@@ -123,6 +126,11 @@ def command_parser() -> argparse.ArgumentParser:
     branch.add_argument("--out", type=Path, default=Path("report.html"), help="where the page goes (%(default)s)")
     about = "compare traces and an edit of a model with plain runs; the exit status is 1 where one is wrong or none possible"
     command("verify", verify_model, about, "--model EleutherAI/pythia-160m", of_prompt=False)
+    about = "train MEND and KE to edit a model, on facts that nothing is judged by (an hour)"
+    branch = command("train", train, about, "--editors mend --steps 2000", of_prompt=False)
+    branch.add_argument("--editors", default=",".join(TRAINED), help="which, with commas (%(default)s)")
+    branch.add_argument("--steps", type=int, help="of each training; by default its own")
+    branch.add_argument("--out", type=Path, default=Path("editors.csv"), help="where its course goes (%(default)s)")
     about = "try several layers on facts that the model knows, and say which to edit (minutes)"
     branch = command("suggest-layer", suggest, about, "--model EleutherAI/pythia-160m --layers 2,3,4", of_prompt=False)
     branch.add_argument("--layers", help="to try, such as 2,3,4; by default some of the lower half")
@@ -229,6 +237,19 @@ def suggest(options: argparse.Namespace) -> None:
         raise ValueError(f"--layers is {options.layers!r}; write numbers with commas, such as 2,3,4.") from None
     suggestion = suggest_layer(load_model(options.model, dtype=options.dtype), layers=layers, n=options.n_facts)
     print(suggestion.for_people().to_string(index=False), suggestion, sep="\n\n")
+
+
+def train(options: argparse.Namespace) -> None:
+    trainings = [Training(name.strip()) for name in options.editors.split(",")]
+    if options.steps:
+        trainings = [replace(training, steps=options.steps) for training in trainings]
+    lm, histories = load_model(options.model, dtype=options.dtype), []
+    for training in trainings:
+        editor = train_editor(lm, training)
+        print(editor)
+        histories.append(editor.history.assign(editor=training.name, kept=editor.history["step"] == editor.best))
+    save_table(pd.concat(histories, ignore_index=True).assign(model=lm.name), options.out)
+    print(f"How the training went is in {options.out}.")
 
 
 def verify_model(options: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import FAMILIES, tiny_model
 
-import rome_lab.editing.fine_tuning as module
+from rome_lab.editing import fine_tuning, target_texts
 from rome_lab.editing.fine_tuning import TUNINGS, Tuning, default_tuning, fine_tune
 from rome_lab.facts.fact import Fact
 from rome_lab.facts.prompts import continuation_ids
@@ -78,7 +78,7 @@ def test_how_the_texts_are_batched_changes_nothing(monkeypatch) -> None:
     lm.model.double()
     tuning = Tuning(layer=2, learning_rate=1e-3, steps=3)
     together = fine_tune(lm, SEVERAL, tuning)
-    monkeypatch.setattr(module, "TEXTS_TOGETHER", 1)
+    monkeypatch.setattr(fine_tuning, "TEXTS_TOGETHER", 1)
     for requests in (SEVERAL, SEVERAL[::-1]):
         torch.testing.assert_close(fine_tune(lm, requests, tuning).delta, together.delta, rtol=1e-9, atol=1e-12)
 
@@ -143,10 +143,10 @@ def test_the_model_is_left_alone_also_by_an_interruption(monkeypatch) -> None:
     def interrupted(*args):
         if next(calls) == 7:
             raise KeyboardInterrupt
-        return run_block(*args)
+        return run_blocks(*args)
 
-    run_block = module.run_block
-    monkeypatch.setattr(module, "run_block", interrupted)
+    run_blocks = target_texts.run_blocks
+    monkeypatch.setattr(target_texts, "run_blocks", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fine_tune(lm, SEVERAL, Tuning(layer=1))
     assert untouched()

@@ -18,7 +18,7 @@ from rome_lab.editing.edit import Edit, describe_edit, load_edit
 from rome_lab.editing.editors import alphaedit, emmet, layers_up_to, memit
 from rome_lab.editing.exact import rome_many, solved_edit
 from rome_lab.editing.keys import run_to_keys
-from rome_lab.editing.methods import METHODS
+from rome_lab.editing.method_table import METHODS
 from rome_lab.editing.optima import Optima, mean_length
 from rome_lab.editing.remedies import prune, rect
 from rome_lab.editing.second_moment import covariances

@@ -11,7 +11,8 @@ from bench import EDITING, QUICK, case
 
 from rome_lab import covariance, rome
 from rome_lab.editing.fine_tuning import Tuning
-from rome_lab.editing.methods import METHODS, SEARCH, FineTuning, Rome
+from rome_lab.editing.method_table import METHODS, SEARCH
+from rome_lab.editing.methods import FineTuning, Rome
 from rome_lab.editing.optima import Optima
 from rome_lab.evaluation.evaluating import evaluate
 from rome_lab.studies import search as module
