@@ -101,7 +101,7 @@ runs/figure_7.ipynb: notebooks/claims.ipynb $(wildcard notebooks/figure_*.ipynb)
 evaluate: runs/evaluation.ipynb runs/many_edits.ipynb ## judge ROME beside other methods, and many edits in one model
 
 editors: $(READY) ## train MEND and KE to edit MODEL, so that evaluate has rows of them (an hour)
-	$(BIN)/python -m rome_lab train --model $(call quoted,$(MODEL)) --out $(call quoted,$(or $(FIGURES),figures)/editors.csv)
+	$(BIN)/python -m rome_lab train --model $(call quoted,$(MODEL)) --out runs/editors.csv
 
 anatomy: runs/edit_anatomy.ipynb ## take one edit to pieces, and try it in every layer
 

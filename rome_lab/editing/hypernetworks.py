@@ -55,7 +55,7 @@ class Training:
     facts: int = 1000
     steps: int = 1000
     batch: int = 8
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     edit_weight: float = 0.1
     margin: float = 1e-2
     seed: int = 0
@@ -122,7 +122,7 @@ class Mend(nn.Module):
         self.bias = nn.Parameter(torch.zeros(2, size))
         self.scales = nn.Parameter(torch.ones(len(layers), 2, size))
         self.offsets = nn.Parameter(torch.zeros(len(layers), 2, size))
-        self.log_rates = nn.Parameter(torch.full((len(layers),), -7.0))  # of a
+        self.log_rates = nn.Parameter(torch.full((len(layers),), -8.0))  # of a
         self.register_buffer("mean", torch.zeros(len(layers), size))
         self.register_buffer("deviation", torch.ones(len(layers), size))
 

@@ -46,7 +46,7 @@ CHECKS = 20  # how often in a training the facts kept aside are tried
 HARSHER = 10.0  # how much more divergence KE is let have at first than in the end
 LEAST_FACTS = 20
 NORMALISED = 100  # facts whose gradients say what mean and spread MEND takes for granted
-RATES = 100.0  # how much faster MEND's rates are learned, which are few
+RATES = 10.0  # how much faster MEND's rates are learned, which are few
 RISE = 0.1  # how much KE's l grows in a step at twice the margin
 SURE = 0.5
 RESUMED = ("step", "seconds", "least", "best", "weight", "history", "losses")
@@ -226,7 +226,6 @@ class Example:
     Attributes:
         slopes, request: what the network is given.
         judged: the request's own text, its paraphrases, then prompts that should stay as they are.
-        before: (n, V) log probabilities after those, without the change.
         sizes: tokens of each target.
     """
 
@@ -297,7 +296,9 @@ class Course:
     def advance(self) -> None:
         """One step of Adam, over `batch` facts, which come in an order of their own in every round."""
         batch, n = self.training.batch, len(self.taught)
-        self.adam.zero_grad()
+        parameters = list(self.network.parameters())
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
         for number in range(self.step * batch, (self.step + 1) * batch):
             order = np.random.default_rng([self.training.seed, number // n]).permutation(n)
             edits, _, divergence, _ = self.example(self.taught[order[number % n]]).outcome(self.lm, self.network)
@@ -307,7 +308,9 @@ class Course:
                     f"{self.training.name}: the training diverges at step {self.step}; its loss is {loss.item()}. Lower "
                     f"learning_rate, which is {self.training.learning_rate}, or load the model in float32."
                 )
-            (loss / batch).backward()
+            # Of the network's parameters only: the model's own are left alone.
+            for parameter, gradient in zip(parameters, torch.autograd.grad(loss / batch, parameters), strict=True):
+                parameter.grad += gradient
             self.losses.append(loss.item())
             self.weight = max(0.0, self.weight + RISE / batch * (divergence.mean().item() / self.margin - 1))
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)

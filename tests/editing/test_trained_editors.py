@@ -103,6 +103,7 @@ def test_training_lowers_the_loss_and_the_best_step_is_kept(tiny_llama, name):
     losses = editor.history["loss"]
     assert editor.best in set(editor.history["step"]) and losses.iloc[-1] < losses.iloc[1] - 0.1
     assert tiny_llama.fingerprint() == before and name in str(editor)
+    assert all(weight.grad is None for weight in tiny_llama.model.parameters())
     change = editor.change(tiny_llama, (FACT, TARGET))
     assert set(change.deltas) == {1} and torch.isfinite(change.delta[0]).all()
 
