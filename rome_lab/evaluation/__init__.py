@@ -7,7 +7,7 @@ load_cases, known_cases, set_apart        cases of a source, those a model knows
 METRICS, S_OF, summarise                  what each metric is, and means over cases with intervals
 SCORINGS, CASE_PARTS, metric_of           four ways to say whether an edit holds at a prompt, where they are asked
 agreement_of_scorings                     how far they agree
-JudgeSettings, SCORES_ONLY, damage        how cases are judged; what a change does elsewhere
+JudgeSettings, SCORES_ONLY, damage        how cases are judged; what a change does elsewhere, say to PASSAGES of prose
 Bench, judged_or_why, questions_of        where rows are made, for studies that make their own
 names_touched, spared                     what requests touch, and a case without neighbours that are edited
 text_about_others                         text to measure C on that is about nobody whom cases are judged by
@@ -19,5 +19,6 @@ from rome_lab.evaluation.cases import known_cases, load_cases, set_apart
 from rome_lab.evaluation.evaluating import evaluate, methods_of, reference_corpus, remarks, story
 from rome_lab.evaluation.judging import SCORES_ONLY, JudgeSettings, damage, questions_of
 from rome_lab.evaluation.metrics import METRICS, S_OF, summarise
+from rome_lab.evaluation.passages import PASSAGES
 from rome_lab.evaluation.scorings import CASE_PARTS, SCORINGS, agreement_of_scorings, metric_of
 from rome_lab.facts import Case, Cases

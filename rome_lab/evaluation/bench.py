@@ -14,6 +14,7 @@ from rome_lab.base import Json, Store, canonical_json, code_version
 from rome_lab.editing import Method, Optima, Proposal, Request
 from rome_lab.evaluation.bystanders import known_pool, spared, unrelated_to
 from rome_lab.evaluation.judging import JudgeSettings, judge_all
+from rome_lab.evaluation.passages import passage_of
 from rome_lab.facts import Case, Fact
 from rome_lab.models import LanguageModel
 
@@ -42,7 +43,7 @@ class Bench:
     """Where cases are judged: the model, and what all of them have in common.
 
     Attributes:
-        settings: of the judging; `known` in them is set for each case.
+        settings: of the judging; `known` and `passages` in them are set for each case.
         pool: known facts, of which each case is given those that it does not touch.
         optima: v* and what it takes to find them.
         store: of rows; None keeps none.
@@ -85,9 +86,9 @@ class Bench:
             self.store.save(inputs, {}, result)
 
     def sheet(self, case: Case, requests: Sequence[Request]) -> tuple[Case, JudgeSettings]:
-        """What is judged, and how: no neighbour that is edited itself, and known facts that no request touches."""
+        """What is judged, and how: no neighbour that is edited itself, known facts that no request touches, one passage."""
         known = unrelated_to(case, requests, self.pool, self.settings.seed)
-        return spared(case, requests), replace(self.settings, known=known)
+        return spared(case, requests), replace(self.settings, known=known, passages=(passage_of(case.id),))
 
     def row_requests(
         self, case: Case, methods: Sequence[Method], requests: Sequence[Sequence[Request]]

@@ -64,7 +64,7 @@ def evaluate(
         method: a name of `METHODS`, a Method, or several; no two of one name.
         store: folder of results, written after every few cases.
         progress: show a bar over the cases.
-        settings: of the judging; `known` in them is set for each case. `SCORES_ONLY` writes no texts, which is faster.
+        settings: of the judging; `known` and `passages` are set for each case. `SCORES_ONLY` is faster: it writes no texts.
         unrelated: known facts, of which each case is given those that nothing edited with it touches, see `unrelated_to`; by
             default `known_pool(lm)`.
         client: of a Dask cluster, whose workers make what the store does not hold; see `rome_lab.models.workers`.

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rome_lab.base import check_whole
-from rome_lab.editing import TEXT
 from rome_lab.evaluation.metrics import generation_entropy, magnitude, reference_score, token_accuracy
+from rome_lab.evaluation.passages import PASSAGES
 from rome_lab.evaluation.scorings import CASE_PARTS, OTHERS_OF, case_verdicts, prompts_of, shares_of
 from rome_lab.facts import Case, Fact, question
 from rome_lab.models import Change, LanguageModel, Question, Score, generate, score
@@ -29,7 +29,8 @@ class JudgeSettings:
     Attributes:
         new_tokens: length of the generated texts after their prompts; 0 generates nothing, and GE and RS are left out.
         top_k, seed: how they are drawn, see `rome_lab.models.sampling.generate`; a top_k of 1 is greedy.
-        text_tokens: how many tokens of `rome_lab.editing.auditing.TEXT` make up nll; 0 leaves nll out.
+        text_tokens: how many tokens of each passage make up nll; 0 leaves nll out.
+        passages: places in `rome_lab.evaluation.passages.PASSAGES` of those that are read.
         written_tokens: length of the greedy texts after the prompts, of which "written" is told; 0 writes none.
         choose: whether the model is made to choose among the case's objects, as "choice" needs.
         known: facts that the unchanged model knows and the case does not touch; without any, "known" is left out.
@@ -40,6 +41,7 @@ class JudgeSettings:
     top_k: int = 5
     seed: int = 0
     text_tokens: int = 128
+    passages: tuple[int, ...] = (0,)
     written_tokens: int = 20
     choose: bool = True
     known: tuple[Fact, ...] = ()
@@ -48,6 +50,11 @@ class JudgeSettings:
     def __post_init__(self) -> None:
         check_whole("JudgeSettings", new_tokens=(self.new_tokens, 0), top_k=(self.top_k, 1), seed=(self.seed, 0))
         check_whole("JudgeSettings", text_tokens=(self.text_tokens, 0), written_tokens=(self.written_tokens, 0))
+        if not self.passages or not set(self.passages) <= set(range(len(PASSAGES))):
+            raise ValueError(
+                f"JudgeSettings: passages is {self.passages!r}; expected some of 0 to {len(PASSAGES) - 1}."
+            )
+        object.__setattr__(self, "passages", tuple(self.passages))
         object.__setattr__(self, "known", tuple(self.known))
         object.__setattr__(self, "corpus", tuple(self.corpus))
 
@@ -71,7 +78,7 @@ def judge_all(
     The more are judged at once, the faster each is: a step of generation reads all weights, for few texts as for many. A
     change's preamble stands before every prompt of the case, before the known facts and before the text of nll.
 
-    Args: sheets: cases, changes and settings; these may differ in the known facts and in nothing else.
+    Args: sheets: cases, changes and settings; these may differ in the known facts and passages, and in nothing else.
 
     Returns: a dictionary for each: the metrics of `METRICS` that the case's form has ("counterfact": ES, EM, PS, PM, NS,
         NM, GE, RS; "zsre": efficacy, paraphrase, specificity), those of the other scorings, nll and known, as numbers in
@@ -85,8 +92,8 @@ def judge_all(
         return []
     cases, changes, several = zip(*sheets, strict=True)
     common = several[0]
-    if any(replace(settings, known=()) != replace(common, known=()) for settings in several):
-        raise ValueError("judge_all: the settings differ in more than the known facts; judge those apart.")
+    if len({replace(settings, known=(), passages=(0,)) for settings in several}) > 1:
+        raise ValueError("judge_all: the settings differ in more than known facts and passages; judge those apart.")
     questions = [questions_of(lm, case, i, change.preamble, own) for i, (case, change, own) in enumerate(sheets)]
     scores = scores_of_each(lm, changes, questions)
     texts = write_greedily(lm, changes, cases, common.written_tokens)
@@ -151,13 +158,11 @@ def questions_of_damage(
     lm: LanguageModel, owner: int, preamble: str, settings: JudgeSettings
 ) -> dict[str, list[Question]]:
     """What is asked about a change whatever the case."""
-    first, _, rest = TEXT.partition(" ")
-    text = question(lm, owner, preamble + first, rest)
+    beginnings = [PASSAGES[number].partition(" ") for number in settings.passages if settings.text_tokens]
+    texts = [question(lm, owner, preamble + first, rest) for first, _, rest in beginnings]
     return {
         "known": [question(lm, owner, preamble + fact.prompt, fact.object) for fact in settings.known],
-        "text": [Question(owner, text.context, text.continuation[: settings.text_tokens])]
-        if settings.text_tokens
-        else [],
+        "text": [replace(text, continuation=text.continuation[: settings.text_tokens]) for text in texts],
     }
 
 
@@ -179,7 +184,7 @@ def marks_of_damage(marks: dict[str, list[Score]]) -> dict[str, float]:
     """nll and known."""
     metrics: dict[str, float] = {}
     if marks["text"]:
-        metrics["nll"] = -float(marks["text"][0].log_p.mean())
+        metrics["nll"] = -float(np.concatenate([text.log_p for text in marks["text"]]).mean())
     if marks["known"]:
         metrics["known"] = 100.0 * float(np.mean([x.greedy.all() for x in marks["known"]]))
     return metrics

@@ -21,6 +21,7 @@ import pandas as pd
 from scipy import stats
 
 from rome_lab.base import MeanCI, harmonic_mean_ci, mean_ci, share_ci
+from rome_lab.evaluation.passages import passage_of
 from rome_lab.evaluation.scorings import SCORINGS, metric_of
 
 
@@ -68,7 +69,7 @@ METRICS: dict[str, Metric] = {
     "paraphrase": Metric("the same at the paraphrases, mean over them", "%", "per token"),
     "specificity": Metric("the same of the neighbours' own answers, mean over neighbours", "%", "per token"),
     "nll": Metric(
-        "mean -log P of the tokens of a fixed text; its exponential is the perplexity",
+        "mean -log P of the tokens of plain prose; its exponential is the perplexity",
         "nats",
         "per token",
         better="lower",
@@ -164,8 +165,8 @@ def summarise(rows: pd.DataFrame, by: str | Sequence[str] = "method", clusters: 
 
     S is the harmonic mean of the means of ES, PS and NS over the cases that have all three. What is in percent has intervals
     that stay where it can be: exact ones of metrics that are all or nothing in each case, such as ES, and by bootstrap over
-    cases of the others, S among them (`share_ci`, `harmonic_mean_ci`). Entropies and nll have t-intervals. Perplexity is exp
-    of the mean nll, its interval exp of the nll's.
+    cases of the others, S among them (`share_ci`, `harmonic_mean_ci`). Entropies and nll have t-intervals, nll over the
+    passages of prose that the cases read. Perplexity is exp of the mean nll, its interval exp of the nll's.
 
     Args:
         rows: a row a case, as `rome_lab.evaluation.judging.judge_case` makes them, with the columns `by`.
@@ -205,6 +206,8 @@ def summaries(
     for name in metrics:
         means[name] = ci_of(METRICS[name], part[name].to_numpy(float), labels)
         if name == "nll":
+            if labels is None and "case" in part and "chain" not in part:  # a chain reads all of them
+                means[name] = mean_ci(part[name].to_numpy(float), [passage_of(case) for case in part["case"]])
             *nll, n = means[name]
             means["perplexity"] = MeanCI(*np.exp(nll), n)
     return {

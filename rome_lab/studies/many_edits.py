@@ -30,6 +30,7 @@ from rome_lab.base import Json, Store, code_version, opened, seed_from
 from rome_lab.editing import Method, Optima, Proposal, Request, settle
 from rome_lab.evaluation import (
     METRICS,
+    PASSAGES,
     Bench,
     Case,
     JudgeSettings,
@@ -263,7 +264,8 @@ def judge_state(bench: Bench, chain: Sequence[Case], state: EditedState) -> list
         marks.pop("generations", None)
         row |= marks | {"remark": joined_remarks(remark, "" if marks["judged"] else marks["remark"])}
     try:
-        rows[0] |= damage(bench.lm, state.proposal, replace(bench.settings, known=asked_about(chain, bench)))
+        settings = replace(bench.settings, known=asked_about(chain, bench), passages=range(len(PASSAGES)))
+        rows[0] |= damage(bench.lm, state.proposal, settings)
     except ValueError as error:
         rows[0]["remark"] = joined_remarks(rows[0]["remark"], str(error))
     return rows

@@ -32,6 +32,7 @@ from rome_lab.evaluation.cases import known_cases, load_cases
 from rome_lab.evaluation.evaluating import evaluate, reference_corpus, remarks, story
 from rome_lab.evaluation.judging import judge_case
 from rome_lab.evaluation.metrics import METRICS, summarise
+from rome_lab.evaluation.passages import passage_of
 from rome_lab.facts.known import KnownFacts
 from rome_lab.models.changes import Change
 from rome_lab.studies.evaluation import drawings as evaluation_plots
@@ -85,7 +86,7 @@ def test_a_row_holds_what_judge_says_of_the_change(tiny):
     assert table["judged"].all()
     for one, (_, rows) in zip(CASES, table.groupby("case", sort=False), strict=True):
         delta = small("ft").change(tiny, [(one.fact, one.target)], None).delta
-        settings = replace(JUDGING, known=unrelated_to(one, [], UNRELATED, 0))
+        settings = replace(JUDGING, known=unrelated_to(one, [], UNRELATED, 0), passages=(passage_of(one.id),))
         for change, (_, row) in zip((Change(), Change(1, delta)), rows.iterrows(), strict=True):
             (expected,) = judge_case(tiny, one, [change], settings)
             texts = {"generations", "written", "verdicts"}

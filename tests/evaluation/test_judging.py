@@ -339,8 +339,25 @@ def test_texts_too_long_for_the_model_are_refused():
         judge_case(lm, TINY, [Change()], replace(SETTINGS, text_tokens=128))
 
 
+def test_nll_is_over_the_tokens_of_all_passages_that_are_read(tiny):
+    def of(passages):
+        return judge_case(tiny, TINY, [Change()], replace(SETTINGS, text_tokens=12, passages=passages))[0]["nll"]
+
+    assert of((0, 3)) == pytest.approx((of((0,)) + of((3,))) / 2, rel=1e-6)  # of as many tokens each
+    assert of((0,)) != of((3,))
+
+
 @pytest.mark.parametrize(
-    "setting", [{"new_tokens": -1}, {"top_k": 0}, {"seed": 0.5}, {"text_tokens": -3}, {"written_tokens": -1}]
+    "setting",
+    [
+        {"passages": ()},
+        {"passages": (99,)},
+        {"new_tokens": -1},
+        {"top_k": 0},
+        {"seed": 0.5},
+        {"text_tokens": -3},
+        {"written_tokens": -1},
+    ],
 )
 def test_settings_that_cannot_be_are_refused(setting):
     with pytest.raises(ValueError, match="JudgeSettings"):

@@ -12,6 +12,7 @@ from scipy import stats
 from rome_lab.base import harmonic_mean_ci, mean_ci, share_ci
 from rome_lab.evaluation import metrics
 from rome_lab.evaluation.metrics import ngram_entropy, summarise
+from rome_lab.evaluation.passages import passage_of
 from rome_lab.facts import success
 
 
@@ -140,6 +141,20 @@ def rows():
     about = {"case": ["a", "b", "c"], "generations": [["x"], [], ["y"]]}
     tables = [pd.DataFrame(about | values | {"method": name}) for name, values in (("rome", one), ("none", other))]
     return pd.concat(tables, ignore_index=True)
+
+
+def test_the_interval_of_perplexity_is_over_passages_and_that_of_chains_over_chains():
+    cases = [f"case {i}" for i in range(200)]
+    nll = [3.0 + 0.1 * passage_of(case) for case in cases]  # cases of one passage say the same
+    table = pd.DataFrame({"method": "none", "case": cases, "nll": nll})
+    by_passage = summarise(table).set_index("metric").loc["nll"]
+    by_chain = summarise(table.assign(chain=range(200))).set_index("metric").loc["nll"]
+    assert by_passage["mean"] == by_chain["mean"] == pytest.approx(np.mean(nll))
+    # 8 values of spread 0.1 * sqrt(63 / 12), one each, about as often.
+    means = [np.mean([x for x, case in zip(nll, cases, strict=True) if passage_of(case) == i]) for i in range(8)]
+    expected = stats.t.ppf(0.975, 7) * np.std(means, ddof=1) / 8**0.5
+    assert by_passage["ci_high"] - by_passage["mean"] == pytest.approx(expected, rel=0.2)
+    assert by_chain["ci_high"] - by_chain["mean"] < expected / 3
 
 
 def test_a_summary_has_a_row_a_method_and_metric_with_means_over_the_cases_that_have_a_value():

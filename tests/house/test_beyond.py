@@ -15,7 +15,12 @@ import rome_lab as rl
 from rome_lab.facts import read_prompt
 
 PAGE = (Path(__file__).parents[2] / "docs" / "beyond.md").read_text(encoding="utf-8")
-WITH_A_REAL_MODEL = ("rl.load_model(", "rl.suggest_layer(", "rl.evaluate(", "rl.train_editor(")  # each has tests of its own
+WITH_A_REAL_MODEL = (
+    "rl.load_model(",
+    "rl.suggest_layer(",
+    "rl.evaluate(",
+    "rl.train_editor(",
+)  # each has tests of its own
 
 
 def swapped(lm, facts) -> tuple[rl.Fact, rl.SubjectSwap]:

@@ -13,6 +13,7 @@ from bench import QUICK, UNRELATED, case, small
 
 from rome_lab.editing.methods import Proposal
 from rome_lab.editing.optima import Optima
+from rome_lab.evaluation import PASSAGES
 from rome_lab.evaluation.judging import judge_case
 from rome_lab.evaluation.metrics import METRICS, summarise
 from rome_lab.models.changes import Change
@@ -231,7 +232,8 @@ def test_the_damage_is_told_where_the_first_case_cannot_be_judged(tiny):
     state = module.EditedState(Proposal(1, torch.full((32, 48), 1e-3)), ("", ""))
     bench = module.Bench(tiny, QUICK, UNRELATED, Optima(tiny), None, {})
     first, second = module.judge_state(bench, chain, state)
-    (expected,) = judge_case(tiny, CASES[1], [state.proposal], replace(QUICK, known=UNRELATED))
+    settings = replace(QUICK, known=UNRELATED, passages=range(len(PASSAGES)))
+    (expected,) = judge_case(tiny, CASES[1], [state.proposal], settings)
     assert (first["judged"], second["judged"]) == (False, True)
     assert first["nll"] == pytest.approx(expected["nll"], rel=1e-5)
     assert first["known"] == expected["known"]
