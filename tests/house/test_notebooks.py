@@ -18,7 +18,7 @@ import pytest
 from nbformat import NotebookNode
 from pandas.api.types import is_numeric_dtype
 
-from rome_lab.editing import METHODS, KnowledgeNeurons, LayeredRome
+from rome_lab.editing import METHODS, KnowledgeNeurons, LayeredRome, Learned
 from rome_lab.facts.sources import load_facts
 from rome_lab.lab.batch import run_notebook
 from rome_lab.lab.parameters import read_parameters
@@ -58,12 +58,15 @@ SMALL = {
         **{"layer": 3, "layers": [3, 12], "tokens": [3, 9], "steps": [3, 2], "prefixes": [5], "c_tokens": 4096},
         **{"n_texts": 2, "samples": 2},
     },
-    # Not those of several layers, which would measure C at more of them, nor KN, which is slow; tests/editing has them.
+    # Not those of several layers, which would measure C at more of them, nor KN, which is slow (tests/editing has both), nor
+    # what has to be trained.
     "evaluation": {
         **{"n_cases": 2, "n_search": 3, "new_tokens": 10, "c_text": TEXT},
         **{
             "methods": [
-                name for name, method in METHODS.items() if not isinstance(method, LayeredRome | KnowledgeNeurons)
+                name
+                for name, method in METHODS.items()
+                if not isinstance(method, LayeredRome | KnowledgeNeurons | Learned)
             ]
         },
     },
