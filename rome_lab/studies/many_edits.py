@@ -4,6 +4,7 @@
     chains_of(cases, sizes, ...)     the cases of each chain
     changes_in_turn(lm, requests, ...)    one change after the other, each found on the model with all before it
     judge_chains(lm, cases, ...)     a row a method, number of edits, chain and case: does the edit hold, what is damaged?
+    judge_unedited(lm, cases, settings)   the same of no edits
     caption(table)                   how many cases and models stand behind each number of edits
     where_it_breaks(summary)         from which number of edits on S is below half of what it was
     curve_panels, plotted_numbers    a summary along the number of edits, drawn and written; see `studies.evaluation`
@@ -35,13 +36,14 @@ from rome_lab.evaluation import (
     Case,
     JudgeSettings,
     damage,
+    evaluate,
     judged_or_why,
     methods_of,
     names_touched,
     spared,
 )
 from rome_lab.facts import Fact
-from rome_lab.models import LanguageModel
+from rome_lab.models import Change, LanguageModel
 from rome_lab.studies.evaluation import curve_panels, plotted_numbers  # noqa: F401  of this room's front door
 
 logger = logging.getLogger(__name__)
@@ -190,6 +192,15 @@ def judge_chains(
     table = pd.DataFrame(rows)
     metrics = [name for name in METRICS if name in table]
     return table[["method", "edits", "chain", "case", *metrics, "judged", "remark"]]
+
+
+def judge_unedited(
+    lm: LanguageModel, cases: Iterable[Case], settings: JudgeSettings, store: Store | str | Path | None = None
+) -> pd.DataFrame:
+    """Rows of no edits to set beside `judge_chains`: those of "none" by `evaluate`, with nll over all passages, as there."""
+    table = evaluate(lm, cases, "none", store=store, settings=replace(settings, text_tokens=0)).assign(edits=0)
+    settings = replace(settings, known=(), passages=range(len(PASSAGES)))
+    return table.assign(**damage(lm, Change(), settings))
 
 
 @dataclass(frozen=True, eq=False)

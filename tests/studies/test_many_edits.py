@@ -240,6 +240,13 @@ def test_the_damage_is_told_where_the_first_case_cannot_be_judged(tiny):
     assert "nll" not in second
 
 
+def test_the_unedited_model_reads_the_passages_that_models_of_many_edits_read(tiny):
+    table = module.judge_unedited(tiny, CASES[:2], QUICK)
+    (expected,) = judge_case(tiny, CASES[0], [Change()], replace(QUICK, passages=range(len(PASSAGES))))
+    assert table["nll"].tolist() == pytest.approx([expected["nll"]] * 2, rel=1e-5)
+    assert set(table["edits"]) == {0} and set(table["method"]) == {"none"} and "ES" in table
+
+
 def test_a_broken_model_is_counted(tiny):
     broken = Stepping(size=1e38)
     table = run(tiny, [broken, "ft-linf"], sizes=(1, 2), least=2)
