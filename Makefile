@@ -130,7 +130,8 @@ runs/%.parameters: always
 always:
 
 bench: .venv/ready ## measure tracing and edits beside the plain ways: speed, memory, exactness (an hour)
-	$(BIN)/python -m benchmarks.tracing --parts trace floor precision gradients memory --page benchmarks/tracing.md
+	$(BIN)/python -m benchmarks.tracing --parts trace floor precision memory --page benchmarks/tracing.md
+	$(BIN)/python -m benchmarks.tracing --parts gradients swap --out benchmarks/results/gradients.csv --page benchmarks/gradients.md
 	$(BIN)/python -m benchmarks.tracing --parts growth tasks --out benchmarks/results/growth.csv --page benchmarks/growth.md
 	$(BIN)/python -m benchmarks.edit --page benchmarks/edit.md
 	$(MAKE) peers
