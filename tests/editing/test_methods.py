@@ -238,7 +238,7 @@ def test_in_context_states_the_facts_as_sentences() -> None:
     assert (nothing.delta, nothing.preamble, nothing.remark) == (None, "", "")
 
 
-@pytest.mark.parametrize("name", METHODS.keys() - TRAINED)
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in TRAINED])
 def test_a_method_leaves_the_model_as_it_was(name, monkeypatch) -> None:
     lm = tiny_model("gptj")
     before = lm.fingerprint()
