@@ -26,7 +26,7 @@ from rome_lab.editing.target_texts import TargetTexts
 from rome_lab.facts import continuation_ids, read_prompt
 from rome_lab.models import Change, LanguageModel, at_least_float32, input_changed, output_changed
 
-TRAINED = ("mend", "ke")
+LEAST_TAUGHT = 20  # facts that a network learns from; one more, at least, is kept aside
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Training:
         if self.name not in TRAINED:
             raise ValueError(f"Training: name is {self.name!r}; expected one of {', '.join(map(repr, TRAINED))}.")
         whole = {name: (getattr(self, name), 1) for name in ("rank", "steps", "batch")}
-        check_whole("Training", facts=(self.facts, 20), seed=(self.seed, 0), **whole)
+        check_whole("Training", facts=(self.facts, LEAST_TAUGHT + 1), seed=(self.seed, 0), **whole)
         for name in ("learning_rate", "edit_weight", "margin"):
             value = getattr(self, name)
             if not 0 < value < float("inf"):
@@ -181,6 +181,7 @@ class KnowledgeEditor(nn.Module):
 
 
 NETWORKS = {"mend": Mend, "ke": KnowledgeEditor}
+TRAINED = tuple(NETWORKS)
 
 
 def network_of(lm: LanguageModel, training: Training) -> nn.Module:

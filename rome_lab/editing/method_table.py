@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping
 
 from rome_lab.editing.fine_tuning import Tuning
+from rome_lab.editing.hypernetworks import TRAINED
 from rome_lab.editing.knowledge_neurons import Neurons
 from rome_lab.editing.methods import (
     FineTuning,
@@ -45,8 +46,7 @@ METHODS: Mapping[str, Method] = {
         LayeredRome("emmet"),
         LayeredRome("alphaedit"),
         KnowledgeNeurons(),
-        Learned("mend"),
-        Learned("ke"),
+        *map(Learned, TRAINED),
         FineTuning("ft"),
         FineTuning("ft-linf"),
         InContext(introduction="Breaking news: "),

@@ -56,8 +56,8 @@ class Proposal(OneLine, Change):
         keys = {
             x: torch.cat([p.keys[x] for p in (self, other) if x in p.keys], dim=1) for x in {**self.keys, **other.keys}
         }
-        return Proposal(
-            *layers_and_deltas(added(self.deltas, other.deltas)),
+        return Proposal.of(
+            added(self.deltas, other.deltas),
             preamble=self.preamble + other.preamble,
             remark=other.remark,
             failed=other.failed,
@@ -68,13 +68,6 @@ class Proposal(OneLine, Change):
 def added(some: Mapping[int, Tensor], others: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """Deltas of both by layer, those of one layer added up."""
     return {**some, **{x: some[x] + delta if x in some else delta for x, delta in others.items()}}
-
-
-def layers_and_deltas(deltas: Mapping[int, Tensor]) -> tuple[object, object]:
-    """`layer` and `delta` of a Change with these deltas: one of each, or a tuple of several, or None."""
-    if len(deltas) > 1:
-        return tuple(deltas), tuple(deltas.values())
-    return next(iter(deltas.items()), (None, None))
 
 
 class Method(Protocol):
@@ -253,8 +246,8 @@ class LayeredRome(Rome):
         restraint = None if self.rect is None else partial(rect, share=self.rect)
         options = {"restraint": restraint, "doing": self.name}
         written = write_values(lm, self.layers, self.squares, kept, keys, reached, settings, **options)
-        layer, delta = layers_and_deltas({x: dW.float() for x, dW in written.deltas.items()})
-        return Proposal(layer, delta, keys={part.layer: part.k_star for part in written.parts})
+        keys_of = {part.layer: part.k_star for part in written.parts}
+        return Proposal.of({x: dW.float() for x, dW in written.deltas.items()}, keys=keys_of)
 
     def unfinished(self) -> LayeredRome:
         """The same without what is done to the sum of changes."""
@@ -265,8 +258,8 @@ class LayeredRome(Rome):
         if self.prune is None or not total.deltas:
             return total
         deltas = {x: prune(delta, lm.weight(x), self.prune).float() for x, delta in total.deltas.items()}
-        layer, delta = layers_and_deltas(deltas)
-        return replace(total, layer=layer, delta=delta)
+        pruned = Change.of(deltas)
+        return replace(total, layer=pruned.layer, delta=pruned.delta)
 
 
 @dataclass(frozen=True)
@@ -368,7 +361,7 @@ class KnowledgeNeurons:
     def change(self, lm: LanguageModel, requests: Sequence[Request], optima: Optima) -> Proposal:
         settings = self.settled(lm).settings
         prefixes = optima.with_prefixes(EditSettings()).prefixes
-        return Proposal(*layers_and_deltas(rewrite_neurons(lm, requests, prefixes, settings)))
+        return Proposal.of(rewrite_neurons(lm, requests, prefixes, settings))
 
 
 @dataclass(frozen=True)
@@ -397,7 +390,7 @@ class Learned:
             deltas = added(deltas, editor.change(lm, request).deltas)
         seen = sorted({fact.subject for fact, _ in requests} & editor.subjects)
         remark = f"{self.name} was trained on facts about {', '.join(map(repr, seen))}" if seen else ""
-        return Proposal(*layers_and_deltas(deltas), remark=remark)
+        return Proposal.of(deltas, remark=remark)
 
 
 @dataclass(frozen=True)

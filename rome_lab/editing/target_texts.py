@@ -51,14 +51,12 @@ class TargetTexts(OneLine):
         hidden = self.recording.states[0]
         with side_by_side(lm, [change], [0] * len(hidden)):
             hidden = run_blocks(lm, range(self.layer, lm.n_layers), hidden, self.recording)  # (B, T, D)
-        return self.at_places(lm, hidden)
-
-    def read_unchanged(self, lm: LanguageModel) -> tuple[Float[Tensor, " N"], Float[Tensor, "R-N V"]]:
-        """The same without a change, from the recording."""
-        return self.at_places(lm, self.recording.states[-1])
-
-    def at_places(self, lm: LanguageModel, hidden: Float[Tensor, "B T D"]) -> tuple[Tensor, Tensor]:
         return log_p_of(lm, hidden.to(lm.device)[self.rows, self.places], self.target_ids)
+
+    def others_unchanged(self, lm: LanguageModel) -> Float[Tensor, "R-N V"]:
+        """The second of these without a change, from the recording."""
+        rows, places = (x[len(self.target_ids) :] for x in (self.rows, self.places))
+        return log_p_of(lm, self.recording.states[-1].to(lm.device)[rows, places], self.target_ids[:0])[1]
 
 
 def record_texts(lm: LanguageModel, texts: Sequence[Question], layer: int, doing: str) -> TargetTexts:

@@ -34,7 +34,7 @@ from rome_lab.base import (
     opened,
     seed_from,
 )
-from rome_lab.editing.hypernetworks import Slopes, Training, network_of, request_ids, slopes_of
+from rome_lab.editing.hypernetworks import LEAST_TAUGHT, Slopes, Training, network_of, request_ids, slopes_of
 from rome_lab.editing.requests import Request
 from rome_lab.editing.target_texts import TargetTexts, record_texts
 from rome_lab.facts import Case, Fact, build_cases, known_facts, load_facts, question, shares_first_token
@@ -44,7 +44,6 @@ LOCAL = 2  # neighbours of each example that should stay as they are, besides on
 KEPT_EVERY_S = 60  # what a killed training loses at most
 CHECKS = 20  # how often in a training the facts kept aside are tried
 HARSHER = 10.0  # how much more divergence KE is let have at first than in the end
-LEAST_FACTS = 20
 NORMALISED = 100  # facts whose gradients say what mean and spread MEND takes for granted
 RATES = 10.0  # how much faster MEND's rates are learned, which are few
 RISE = 0.1  # how much KE's l grows in a step at twice the margin
@@ -92,7 +91,7 @@ class TrainedEditor(OneLine):
         fact, target = request
         texts = record_texts(lm, [question(lm, 0, fact.prompt, target)], layers[0], self.training.name)
         deltas = self.network(slopes_of(lm, texts, layers), embedded(lm, request))
-        return Change(tuple(deltas), tuple(deltas.values()))
+        return Change.of(deltas)
 
 
 def train_editor(
@@ -125,6 +124,7 @@ def train_editor(
         OSError: the store cannot be written; found before any work is done.
     """
     training = Training(training) if isinstance(training, str) else training
+    facts = None if facts is None else tuple(facts)
     store = opened(store)
     if store:
         store.check_writable()
@@ -132,7 +132,7 @@ def train_editor(
         inputs = editor_inputs(lm, training, facts)
         if store and (record := store.load(inputs)):
             return read_editor(lm, training, record)
-        facts = own_facts(lm, store, progress) if facts is None else tuple(facts)
+        facts = own_facts(lm, store, progress) if facts is None else facts
         taught, aside = split_cases(lm, facts, training)
         course = Course(lm, training, taught, aside)
         if store and (record := store.load({**inputs, "what": "editor_training"})):
@@ -164,7 +164,7 @@ def trained_editor(lm: LanguageModel, training: Training, store: Store | str | P
     return read_editor(lm, training, record)
 
 
-def editor_inputs(lm: LanguageModel, training: Training, facts: Iterable[Fact] | None) -> dict[str, Json]:
+def editor_inputs(lm: LanguageModel, training: Training, facts: Sequence[Fact] | None) -> dict[str, Json]:
     """All that determines an editor."""
     about = None if facts is None else canonical_json([asdict(fact) for fact in facts])
     chosen = {"training": asdict(training), "facts": about and hashlib.sha256(about.encode()).hexdigest()}
@@ -195,10 +195,10 @@ def split_cases(lm: LanguageModel, facts: Sequence[Fact], training: Training) ->
     spared = {case.fact.subject for case in aside}
     taught = [case for case in cases if not spared & {case.fact.subject, *case.neighbour_subjects}]
     taught = taught[: training.facts - len(aside)]
-    if len(taught) < LEAST_FACTS:
+    if len(taught) < LEAST_TAUGHT:
         raise ValueError(
             f"{training.name}: {len(facts)} facts give {len(taught)} cases to learn from; give facts of relations with "
-            f"several subjects to an object, enough for {LEAST_FACTS} cases."
+            f"several subjects to an object, enough for {LEAST_TAUGHT} cases."
         )
     return taught, aside
 
@@ -237,9 +237,9 @@ class Example:
     def outcome(self, lm: LanguageModel, network: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Mean -log P of the targets; log P of each; the divergence at each other prompt; whether its first token stays."""
         deltas = network(self.slopes, self.request)
-        log_p, after = self.judged.read(lm, Change(tuple(deltas), tuple(deltas.values())))
+        log_p, after = self.judged.read(lm, Change.of(deltas))
         with torch.no_grad():
-            _, before = self.judged.read_unchanged(lm)
+            before = self.judged.others_unchanged(lm)
         divergence = (before.exp() * (before - after)).sum(-1)
         stays = before.argmax(-1) == after.argmax(-1)
         return -log_p.sum() / len(self.sizes), log_p, divergence, stays
@@ -269,10 +269,11 @@ class Course:
     def __init__(self, lm: LanguageModel, training: Training, taught: Sequence[Case], aside: Sequence[Case]) -> None:
         self.lm, self.training, self.taught, self.aside = lm, training, taught, aside
         self.network = network_of(lm, training)
-        rates = [x for name, x in self.network.named_parameters() if name == "log_rates"]
-        others = [x for name, x in self.network.named_parameters() if name != "log_rates"]
-        groups = [{"params": others}, {"params": rates, "lr": RATES * training.learning_rate}][: 1 + len(rates)]
-        self.adam = torch.optim.Adam(groups, lr=training.learning_rate)
+        groups = [
+            {"params": [x], "lr": training.learning_rate * (RATES if name == "log_rates" else 1.0)}
+            for name, x in self.network.named_parameters()
+        ]
+        self.adam = torch.optim.Adam(groups)
         self.examples: dict[str, Example] = {}
         self.step, self.seconds, self.least, self.best = 0, 0.0, math.inf, 0
         self.weight = 0.0  # l of KE
@@ -386,20 +387,21 @@ class Course:
 
 
 def run_course(course: Course, inputs: dict[str, Json], store: Store | None, progress: bool, tell: Tell) -> None:
-    """Train to the last step, and save where it has come to every `KEPT_EVERY_S`, and when it is interrupted."""
+    """Train to the last step, and save where it has come to every `KEPT_EVERY_S`."""
     training, unfinished = course.training, {**inputs, "what": "editor_training"}
     every = max(1, training.steps // CHECKS)
     course.begin()
     saved = began = time.monotonic()
     with tqdm(total=training.steps, initial=course.step, desc=f"training {training.name}", disable=not progress) as bar:
-        while course.step < training.steps or not course.history:
-            if course.step % every == 0 and (not course.history or course.history[-1][0] < course.step):
+        while course.step < training.steps:
+            if course.step % every == 0:
                 course.try_aside()
             course.advance()
             bar.update()
             tell(f"Training {training.name}", course.step / training.steps)
             course.seconds, began = course.seconds + time.monotonic() - began, time.monotonic()
             if store and time.monotonic() - saved > KEPT_EVERY_S:
-                store.save(unfinished, course.record().arrays, course.record().meta)
+                record = course.record()
+                store.save(unfinished, record.arrays, record.meta)
                 saved = time.monotonic()
     course.try_aside()

@@ -115,4 +115,5 @@ def continuation_ids(lm: LanguageModel, prompt: str, continuation: str) -> list[
 def question(lm: LanguageModel, owner: int, prompt: str, continuation: str) -> Question:
     """How a text should go on, in tokens, for the change of that place."""
     ids = tuple(lm.tokenizer(without_end(prompt))["input_ids"])
+    lm.check_ids(ids)
     return Question(owner, ids, tuple(continuation_ids(lm, prompt, continuation)))

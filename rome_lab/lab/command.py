@@ -129,7 +129,9 @@ def command_parser() -> argparse.ArgumentParser:
     about = "train MEND and KE to edit a model, on facts that nothing is judged by (an hour)"
     branch = command("train", train, about, "--editors mend --steps 2000", of_prompt=False)
     branch.add_argument("--editors", default=",".join(TRAINED), help="which, with commas (%(default)s)")
-    branch.add_argument("--steps", type=int, help="of each training; by default its own")
+    branch.add_argument(
+        "--steps", type=int, help="of each training; evaluate has rows of editors with their own steps only"
+    )
     branch.add_argument("--out", type=Path, default=Path("editors.csv"), help="where its course goes (%(default)s)")
     about = "try several layers on facts that the model knows, and say which to edit (minutes)"
     branch = command("suggest-layer", suggest, about, "--model EleutherAI/pythia-160m --layers 2,3,4", of_prompt=False)
@@ -241,7 +243,7 @@ def suggest(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     trainings = [Training(name.strip()) for name in options.editors.split(",")]
-    if options.steps:
+    if options.steps is not None:
         trainings = [replace(training, steps=options.steps) for training in trainings]
     lm, histories = load_model(options.model, dtype=options.dtype), []
     for training in trainings:

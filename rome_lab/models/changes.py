@@ -7,9 +7,10 @@ side_by_side(lm, changes, owners)   within it, each row of a batch is run with a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -52,6 +53,13 @@ class Change:
                     f"Change: delta has shape {tuple(delta.shape)} and may hold NaN or infinity; expected a (D, H) "
                     "matrix of finite numbers."
                 )
+
+    @classmethod
+    def of(cls, deltas: Mapping[int, Float[Tensor, "D H"]], **others: object) -> Self:
+        """The change with these deltas by layer, of none, one or several, and with these other attributes."""
+        if len(deltas) > 1:
+            return cls(tuple(deltas), tuple(deltas.values()), **others)
+        return cls(*next(iter(deltas.items()), (None, None)), **others)
 
     @property
     def deltas(self) -> dict[int, Float[Tensor, "D H"]]:
