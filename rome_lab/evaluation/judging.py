@@ -17,7 +17,7 @@ import numpy as np
 from rome_lab.base import check_whole
 from rome_lab.evaluation.metrics import generation_entropy, magnitude, reference_score, token_accuracy
 from rome_lab.evaluation.passages import PASSAGES
-from rome_lab.evaluation.scorings import CASE_PARTS, OTHERS_OF, case_verdicts, prompts_of, shares_of
+from rome_lab.evaluation.scorings import CASE_PARTS, OTHERS_OF, case_verdicts, ends_within, prompts_of, shares_of
 from rome_lab.facts import Case, Fact, question
 from rome_lab.models import Change, LanguageModel, Question, Score, generate, score
 
@@ -31,7 +31,8 @@ class JudgeSettings:
         top_k, seed: how they are drawn, see `rome_lab.models.sampling.generate`; a top_k of 1 is greedy.
         text_tokens: how many tokens of each passage make up nll; 0 leaves nll out.
         passages: places in `rome_lab.evaluation.passages.PASSAGES` of those that are read.
-        written_tokens: length of the greedy texts after the prompts, of which "written" is told; 0 writes none.
+        written_tokens: most tokens of the greedy texts after the prompts, of which "written" is told: a text ends with its
+            first sentence; 0 writes none.
         choose: whether the model is made to choose among the case's objects, as "choice" needs.
         known: facts that the unchanged model knows and the case does not touch; without any, "known" is left out.
         corpus: texts that RS takes its document frequencies from, such as the references of all cases.
@@ -107,16 +108,21 @@ def judge_all(
 def write_greedily(
     lm: LanguageModel, changes: Sequence[Change], cases: Sequence[Case], new_tokens: int
 ) -> list[dict[str, list[str]]]:
-    """By part of each case, what the model writes after each of its prompts; nothing for no tokens."""
+    """By part of each case, what the model writes after each of its prompts until its first sentence ends."""
     if not new_tokens:
         return [{} for _ in cases]
-    prompts = [{part: [x for x, _ in pairs] for part, pairs in prompts_of(case).items()} for case in cases]
-    written = generate(lm, changes, [sum(parts.values(), []) for parts in prompts], new_tokens, top_k=1)
-    several = [iter(texts) for texts in written]
-    return [
-        {part: [next(texts)[len(prompt) :] for prompt in own] for part, own in parts.items()}
-        for parts, texts in zip(prompts, several, strict=True)
-    ]
+    questions = [[(part, *pair) for part, pairs in prompts_of(case).items() for pair in pairs] for case in cases]
+
+    def is_whole(owner: int, place: int, text: str) -> bool:
+        return ends_within(text, questions[owner][place][-1])
+
+    prompts = [[prompt for _, prompt, _ in own] for own in questions]
+    written: list[dict[str, list[str]]] = [{part: [] for part in prompts_of(case)} for case in cases]
+    texts = generate(lm, changes, prompts, new_tokens, top_k=1, is_whole=is_whole)
+    for parts, own, whole in zip(written, questions, texts, strict=True):
+        for (part, prompt, _), text in zip(own, whole, strict=True):
+            parts[part].append(text[len(prompt) :])
+    return written
 
 
 def scores_of_each(

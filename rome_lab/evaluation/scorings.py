@@ -83,6 +83,17 @@ def is_written(prompt: str, text: str, name: str) -> bool:
     return place is not None and not SENTENCE_END.search((prompt + text)[len(prompt) : place])
 
 
+def ends_within(text: str, name: str) -> bool:
+    """Whether a sentence ends in `text`, so that no more of it can name `name` as `SCORINGS` says.
+
+    A name that itself looks like the end of a sentence, such as St. Louis, leaves that open.
+
+    >>> ends_within(" Paris, in Franc", "Rome"), ends_within(" Paris. It", "Rome"), ends_within(" St. Lou", "St. Louis")
+    (False, True, False)
+    """
+    return SENTENCE_END.search(text) is not None and not SENTENCE_END.search(name)
+
+
 def shares_of(verdicts: Verdicts) -> dict[str, float]:
     """The share of prompts, in %, by part and scoring: "E_written", ..., some under `NAMES` of their own."""
     return {

@@ -2,6 +2,7 @@
 
 Change                              an addition to one W or to several, or words before every prompt, or nothing
 side_by_side(lm, changes, owners)   within it, each row of a batch is run with a change of its own
+OwnedRows                           the rows of that batch, of which some may leave between two passes
 """
 
 from __future__ import annotations
@@ -105,8 +106,25 @@ def changed_weight(lm: LanguageModel, layer: int, original: Tensor, delta: Float
     return total
 
 
+class OwnedRows:
+    """The rows of a batch, each with the change that it is run with.
+
+    Attributes:
+        owners: of each row, the place of its change.
+        places: of each change, its rows, as a slice where they stand together.
+    """
+
+    def __init__(self, owners: Sequence[int]) -> None:
+        self.owners = tuple(owners)
+        self.places = {owner: rows_of(owner, self.owners) for owner in dict.fromkeys(self.owners)}
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """From the next pass on the batch holds these of its rows only."""
+        self.__init__([self.owners[row] for row in rows])
+
+
 @contextlib.contextmanager
-def side_by_side(lm: LanguageModel, changes: Sequence[Change], owners: Sequence[int]) -> Iterator[None]:
+def side_by_side(lm: LanguageModel, changes: Sequence[Change], owners: Sequence[int]) -> Iterator[OwnedRows]:
     """Within the context, row i of a batch is run with changes[owners[i]]; no weight is touched.
 
     A row's W_hat k is computed as W k + delta k, so a forward here equals one under `Change.applied` up to rounding.
@@ -119,44 +137,47 @@ def side_by_side(lm: LanguageModel, changes: Sequence[Change], owners: Sequence[
     """
     if not all(0 <= owner < len(changes) for owner in owners):
         raise ValueError(f"side_by_side: owners are {sorted(set(owners))}; expected places in {len(changes)} changes.")
-    changing: dict[int, list[tuple[slice | Tensor, Tensor]]] = {}
-    for owner in dict.fromkeys(owners):
+    rows = OwnedRows(owners)
+    changing: dict[int, dict[int, Tensor]] = {}  # by layer and owner
+    for owner in rows.places:
         check_fits(lm, changes[owner])
         for layer, delta in changes[owner].deltas.items():
-            device = device_of(lm.memory(layer))
-            changing.setdefault(layer, []).append((rows_of(owner, owners, device), delta.to(device, lm.dtype)))
+            changing.setdefault(layer, {})[owner] = delta.to(device_of(lm.memory(layer)), lm.dtype)
     with contextlib.ExitStack() as stack:
         for layer, deltas in changing.items():
-            hook = partial(add_deltas, deltas=deltas, n_rows=len(owners))
+            hook = partial(add_deltas, deltas=deltas, rows=rows)
             stack.callback(lm.memory(layer).register_forward_hook(hook).remove)
-        count = partial(check_rows, n_rows=len(owners))
-        stack.callback(lm.embedding.register_forward_pre_hook(count).remove)
-        yield
+        stack.callback(lm.embedding.register_forward_pre_hook(partial(check_rows, rows=rows)).remove)
+        yield rows
 
 
 def add_deltas(
-    module: nn.Module, inputs: tuple[Tensor], output: Tensor, deltas: list[tuple[slice | Tensor, Tensor]], n_rows: int
+    module: nn.Module, inputs: tuple[Tensor], output: Tensor, deltas: Mapping[int, Tensor], rows: OwnedRows
 ) -> Tensor:
     """A forward hook of W: the output with delta k added on the rows of each delta."""
+    n_rows = len(rows.owners)
     keys = inputs[0].view(n_rows, -1, inputs[0].shape[-1])  # OPT hands over (B * T, H)
     changed = output.view(n_rows, -1, output.shape[-1]).clone()
-    for rows, delta in deltas:
-        changed[rows] += keys[rows] @ delta.T
+    for owner, delta in deltas.items():
+        if (own := rows.places.get(owner)) is not None:
+            changed[own] += keys[own] @ delta.T
     return changed.view(output.shape)
 
 
-def check_rows(module: nn.Module, inputs: tuple[Tensor], n_rows: int) -> None:
+def check_rows(module: nn.Module, inputs: tuple[Tensor], rows: OwnedRows) -> None:
     """A forward pre-hook of the embedding: refuses a batch of another number of rows."""
-    if len(inputs[0]) != n_rows:
-        raise ValueError(f"side_by_side: the batch has {len(inputs[0])} rows; expected {n_rows}, one for each owner.")
+    if len(inputs[0]) != len(rows.owners):
+        raise ValueError(
+            f"side_by_side: the batch has {len(inputs[0])} rows; expected {len(rows.owners)}, one for each owner."
+        )
 
 
-def rows_of(owner: int, owners: Sequence[int], device: torch.device) -> slice | Tensor:
-    """The rows of `owner`, as a slice where they stand together."""
+def rows_of(owner: int, owners: Sequence[int]) -> slice | Tensor:
+    """The rows of `owner`, as a slice where they stand together; else on the CPU, whose indices pick on any device."""
     places = [i for i, x in enumerate(owners) if x == owner]
     if places[-1] - places[0] + 1 == len(places):
         return slice(places[0], places[-1] + 1)
-    return torch.tensor(places, device=device)
+    return torch.tensor(places)
 
 
 def check_fits(lm: LanguageModel, change: Change) -> None:

@@ -6,7 +6,8 @@ continue_randomly(lm, prompts, draws)       texts that go on from tokens as the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from rome_lab.models.blocks import at_least_float32, last_logits_only
 from rome_lab.models.changes import Change, side_by_side
 from rome_lab.models.language_model import LanguageModel
 
+IsWhole: TypeAlias = Callable[[int, int, str], bool]
 RUN = 256  # tokens of the vocabulary whose probabilities are summed before one of them is drawn
 
 
@@ -27,6 +29,7 @@ def generate(
     new_tokens: int = 50,
     top_k: int = 5,
     seed: int = 0,
+    is_whole: IsWhole | None = None,
 ) -> list[list[str]]:
     """What the model writes after the prompts of each change under this change, side by side.
 
@@ -37,6 +40,8 @@ def generate(
     Args:
         prompts: for each change, those to write after.
         top_k: 1 is greedy generation; 5 is the authors'.
+        is_whole: called with the change's place, the prompt's, and what is written behind it so far; where it returns True,
+            no more is written. A text that is whole costs nothing more.
 
     Returns: for each change, for each of its prompts, the prompt and what follows it; the change's preamble is left out.
 
@@ -62,13 +67,20 @@ def generate(
         draws = torch.zeros(len(part), max(map(len, prompt_ids)) + new_tokens, dtype=torch.float64)
         for row, ids in zip(part, prompt_ids, strict=True):
             draws[row - part.start, len(ids) : len(ids) + new_tokens] = luck[row]
-        with side_by_side(lm, changes, [rows[row][0] for row in part]):
-            return continue_randomly(lm, prompt_ids, draws, top_k)
+
+        def is_enough(row: int, text: list[int]) -> bool:
+            owner, place, _ = rows[part[row]]
+            if len(text) == len(prompt_ids[row]) + new_tokens:
+                return True
+            return is_whole is not None and is_whole(owner, place, text_after(lm, prompt_ids[row], text))
+
+        with side_by_side(lm, changes, [rows[row][0] for row in part]) as owned:
+            return continue_randomly(lm, prompt_ids, draws, top_k, is_enough, owned.keep)
 
     most = rows_at_once(lm.config.vocab_size, len(rows) or 1)  # each has logits of its own
     together = Batching(lm, "generate", text_bytes(lm, longest, cached=True), most)
     texts = [text for part in together.over(range(len(rows)), write) for text in part]
-    written = [text_after(lm, ids, text[: len(ids) + new_tokens]) for ids, text in zip(starts, texts, strict=True)]
+    written = [text_after(lm, *pair) for pair in zip(starts, texts, strict=True)]
     whole = iter(prompt + text for (*_, prompt), text in zip(rows, written, strict=True))
     return [[next(whole) for _ in own] for own in prompts]
 
@@ -84,37 +96,53 @@ def text_after(lm: LanguageModel, prompt: list[int], text: list[int]) -> str:
 
 @torch.no_grad()
 def continue_randomly(
-    lm: LanguageModel, prompts: list[list[int]], draws: Tensor, top_k: int | None = None
+    lm: LanguageModel,
+    prompts: list[list[int]],
+    draws: Tensor,
+    top_k: int | None = None,
+    is_whole: Callable[[int, list[int]], bool] | None = None,
+    keep: Callable[[list[int]], object] | None = None,
 ) -> list[list[int]]:
     """Texts (B) that go on from `prompts` as the model would, at temperature 1, until it ends them.
 
     All texts grow together, a token at a time; while its prompt lasts, a text's next token is the prompt's. So prompts
-    of any lengths share a batch without padding.
+    of any lengths share a batch without padding. A text that has ended leaves the batch.
 
     Args:
         draws: (B, T) uniform numbers in [0, 1); number t decides token t of a text of at most T tokens.
+        is_whole: called with a text's place and tokens after each that is written; True ends the text.
+        keep: called with the rows of the batch that stay in it, where others leave.
     """
     lm.check_length(draws.shape[1], "continue_randomly")
-    stops = lm.stops
     texts = [prompt[:] for prompt in prompts]
-    going = [True] * len(texts)
-    shared = min(map(len, prompts))
-    ids, cache = torch.tensor([prompt[:shared] for prompt in prompts], device=lm.device), None
-    for place in range(shared, draws.shape[1]):
+    going, stops = list(range(len(texts))), lm.stops  # the text of each row
+    place = min(map(len, prompts))
+    ids, cache = torch.tensor([prompt[:place] for prompt in prompts], device=lm.device), None
+    while going and place < draws.shape[1]:
         output = lm.model(ids, past_key_values=cache, use_cache=True, **last_logits_only(lm.model))
         cache, logits = output.past_key_values, at_least_float32(output.logits[:, -1])
         lm.check_finite(logits.sum(-1), "SampledText")  # no finite number where one of them is none
-        drawn = draw(logits, draws[:, place], top_k).tolist()
-        for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-            if place < len(prompt):
-                drawn[row] = prompt[place]
+        drawn = draw(logits, draws[going, place], top_k).tolist()
+        stay = []
+        for row, number in enumerate(going):
+            text = texts[number]
+            if place < len(prompts[number]):
+                drawn[row] = prompts[number][place]
+            elif drawn[row] in stops:
+                continue
             else:
-                going[row] = going[row] and drawn[row] not in stops
-                if going[row]:
-                    text.append(drawn[row])
-        if not any(going):
-            break
-        ids = torch.tensor(drawn, device=lm.device)[:, None]
+                text.append(drawn[row])
+                if is_whole is not None and is_whole(number, text):
+                    continue
+            stay.append(row)
+        if 0 < len(stay) < len(going):
+            # On the CPU, whose indices pick from the keys of layers on any device.
+            cache.batch_select_indices(torch.tensor(stay, dtype=torch.long))
+            if keep is not None:
+                keep(stay)
+        going = [going[row] for row in stay]
+        ids = torch.tensor([drawn[row] for row in stay], device=lm.device)[:, None]
+        place += 1
     return texts
 
 

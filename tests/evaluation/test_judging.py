@@ -313,6 +313,26 @@ def test_greedy_generation_side_by_side_is_what_transformers_generates_from_one_
             assert text == lm.tokenizer.decode(wanted[0], skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_that_is_whole_ends_there_and_leaves_the_others_as_they_are(family):
+    lm = tiny_model(family)
+    changes, prompts, n = changes_of(lm), ("Marie Curie was", "The capital of France is Paris. The", "In", "In Rome"), 9
+    whole = generate(lm, changes, prompts, n, top_k=20)
+    limits = [[3, 0, 7, 1], [1, 2, 50, 6], [50, 50, 50, 50], [2, 2, 2, 2]]  # characters of each text, at least
+
+    def is_whole(owner, place, text):
+        return len(text) >= limits[owner][place]
+
+    ended = generate(lm, changes, prompts, n, top_k=20, is_whole=is_whole)
+    several = [zip(prompts, *x, strict=True) for x in zip(whole, ended, limits, strict=True)]
+    for prompt, text, short, limit in (row for rows in several for row in rows):
+        behind = len(short) - len(prompt)
+        # A character may be cut in two.
+        assert text.startswith(short.rstrip("\ufffd")) and (short == text or limit <= behind)
+    assert sum(map(len, sum(ended, []))) < sum(map(len, sum(whole, [])))
+    assert ended[2] == whole[2]
+
+
 def test_changes_that_do_the_same_meet_the_same_draws_and_other_seeds_other_ones():
     lm = tiny_model("llama")
     one = random_change(lm, 1, 0, size=0.0)
