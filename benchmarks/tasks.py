@@ -24,7 +24,7 @@ from rome_lab.editing.keys import k_star, run_to_keys, sample_prefixes
 from rome_lab.editing.second_moment import covariances
 from rome_lab.editing.settings import EditSettings, default_settings
 from rome_lab.editing.update import precise
-from rome_lab.editing.values import Objective, optimise_value
+from rome_lab.editing.values import Objective, optimise_values
 from rome_lab.facts.known import rank
 from tests.oracle import plain_known_fact
 
@@ -172,8 +172,9 @@ class Sought:
 
     def shipped(self, lm: LanguageModel) -> Tensor:
         """The change of W k* by rome_lab."""
-        objective = Objective(lm, self.layer, self.request, self.original, self.settings)
-        return optimise_value(objective, progress=False).delta
+        objective = Objective(lm, self.layer, [self.request], self.original[None], self.settings)
+        (value,) = optimise_values(objective, progress=False)
+        return value.delta
 
     def plain(self, lm: LanguageModel) -> Tensor:
         """The same by the plain loop."""

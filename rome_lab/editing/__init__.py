@@ -20,7 +20,7 @@ Learned, Training, train_editor         MEND and KE (TRAINED), networks trained 
 suggest_layer, LayerSuggestion          which layer to edit in a model that nobody has edited; settle takes it for methods
 Rome, LayeredRome                       the ROME family among them, at one layer and at several
 verify                                  whether a model is traced and edited exactly, beside plain runs of it
-Optima, mean_length                     v*, keys, prefixes and C, each found once for all of them; how long v* is
+Optima, Sought, mean_length             v*, keys, prefixes and C, each found once for all of them; how long v* is
 """
 
 from rome_lab.editing.auditing import TEXT, audit, nearest_facts, neighbours_of
@@ -34,7 +34,7 @@ from rome_lab.editing.layer_search import settle, suggest_layer
 from rome_lab.editing.layer_suggestion import LayerSuggestion
 from rome_lab.editing.method_table import METHODS, SEARCH, methods_for
 from rome_lab.editing.methods import KnowledgeNeurons, LayeredRome, Learned, Method, Proposal, Rome, measured_on
-from rome_lab.editing.optima import Optima, mean_length
+from rome_lab.editing.optima import Optima, Sought, mean_length
 from rome_lab.editing.requests import Request, check_requests, layer_to_edit
 from rome_lab.editing.second_moment import covariance, covariances
 from rome_lab.editing.settings import KEYS, EditSettings, LeastSquares, default_settings

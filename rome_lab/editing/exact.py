@@ -134,7 +134,7 @@ def solved_edit(
     kept = kept_at(lm, solution, factors)
     for factor in kept.values():
         kept_columns(layers[0], factor, requests, keys, solution.is_exact, doing)
-    values = [optima.optimise(request, last, settings, progress, callback) for request in requests]
+    values = optima.optimise(requests, last, settings, progress, callback)
     for optimum in values:
         if remark := convergence_remark(optimum, settings):
             logger.warning("%s: %s", doing, remark)

@@ -28,7 +28,7 @@ from rome_lab.editing.hypernetworks import Training
 from rome_lab.editing.keys import key_size
 from rome_lab.editing.knowledge_neurons import DEFAULT_NEURONS, Neurons, rewrite_neurons
 from rome_lab.editing.many_layers import kept_at, write_values
-from rome_lab.editing.optima import Optima, Optimum
+from rome_lab.editing.optima import Optima, Optimum, Sought
 from rome_lab.editing.remedies import prune, rect
 from rome_lab.editing.requests import NothingToEdit, Request, check_agreement, check_layers
 from rome_lab.editing.settings import EditSettings, LeastSquares, default_settings, known_as, solution_of
@@ -139,7 +139,7 @@ class Rome:
         chosen = {"key": self.key, "layer": self.layer, "settings": settings, "C": C}
         return {"method": "rome", "code": code_version(__name__), "solution": self.solution, **chosen}
 
-    def sought(self, request: Request) -> tuple[Request, int, EditSettings]:
+    def sought(self, request: Request) -> Sought:
         """What a settled method asks `Optima.find` for; the same in all methods that share v*."""
         return request, self.layer, replace(self.settings, key=replace(self.settings, key=self.key).start)
 
@@ -147,6 +147,7 @@ class Rome:
         method = self.settled(lm)
         settings = replace(optima.with_prefixes(method.settings), key=method.key)
         reached, remarks = [], []
+        optima.prepare(map(method.sought, requests))
         for request in requests:
             try:
                 reached.append(optima.find(*method.sought(request)))

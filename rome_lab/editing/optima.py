@@ -3,7 +3,8 @@
 Optima(lm, store)                   finds v*, the keys, the prefixes and C, and keeps them in memory; v* in the store too
 Optima.find(request, layer, ...)    an Optimum: from memory, from the store, or now
 Optima.recall(request, layer, ...)  the same, or None where it would have to be found now
-Optima.optimise(request, ...)       now
+Optima.prepare(several)             finds several, side by side where they allow it
+Optima.optimise(requests, ...)      now, side by side
 Optima.k_star(fact, layer, ...)     the keys that an edit maps to v*
 Optima.editor(training)             MEND or KE, where it was trained
 Optima.factor(layer, source)        of C; Optima.factors_at(layers, source) of several, measured in one pass
@@ -13,11 +14,13 @@ mean_length(optima, requests, ...)  of v*, which norm control scales to
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeAlias
 
 import pandas as pd
 import torch
@@ -33,9 +36,13 @@ from rome_lab.editing.settings import PARTS, EditSettings
 from rome_lab.editing.texts import Source
 from rome_lab.editing.trained_editors import TrainedEditor, trained_editor
 from rome_lab.editing.update import Factor, factorise
-from rome_lab.editing.values import Callback, Objective, optimise_value
-from rome_lab.facts import Fact
-from rome_lab.models import LanguageModel
+from rome_lab.editing.values import Callback, Objective, optimise_values
+from rome_lab.facts import Fact, read_prompt
+from rome_lab.models import Batching, LanguageModel, text_bytes
+
+Sought: TypeAlias = tuple[Request, int, EditSettings]
+"""What `Optima.find` is asked for."""
+SIDE_BY_SIDE = 4  # requests whose v* are found together: of more, little would be faster
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -157,12 +164,30 @@ class Optima:
         optimum = self.recall(request, layer, settings)
         if optimum is None:
             check_news(self.lm, request)
-            optimum = self.optimise(request, layer, settings)
-            inputs, record = self.inputs(request, layer, settings), optimum.record()
-            if self.store:
-                self.store.save(inputs, record.arrays, record.meta)
-            self.in_memory[canonical_json(inputs)] = optimum
+            (optimum,) = self.optimise([request], layer, settings)
+            self.keep(optimum, layer, settings)
         return optimum
+
+    def prepare(self, several: Iterable[Sought]) -> None:
+        """Find what `find` is going to be asked for; of what cannot be found, `find` will say why."""
+        together: dict[tuple[int, EditSettings], list[Request]] = defaultdict(list)
+        for request, layer, settings in several:
+            with contextlib.suppress(ValueError):
+                if self.recall(request, layer, settings) is None:
+                    check_news(self.lm, request)
+                    together[layer, settings].append(request)
+        for (layer, settings), requests in together.items():
+            for begin in range(0, len(requests), SIDE_BY_SIDE):
+                with contextlib.suppress(ValueError):
+                    for optimum in self.optimise(requests[begin : begin + SIDE_BY_SIDE], layer, settings):
+                        self.keep(optimum, layer, settings)
+
+    def keep(self, optimum: Optimum, layer: int, settings: EditSettings) -> None:
+        """In memory, and in the store where there is one."""
+        inputs, record = self.inputs(optimum.request, layer, settings), optimum.record()
+        if self.store:
+            self.store.save(inputs, record.arrays, record.meta)
+        self.in_memory[canonical_json(inputs)] = optimum
 
     def recall(self, request: Request, layer: int, settings: EditSettings) -> Optimum | None:
         """v* of a request, where memory or the store has it."""
@@ -176,19 +201,29 @@ class Optima:
 
     def optimise(
         self,
-        request: Request,
+        requests: Sequence[Request],
         layer: int,
         settings: EditSettings,
         progress: bool = False,
         callback: Callback | None = None,
-    ) -> Optimum:
-        """v* of a request, found now; arguments as for `optimise_value`."""
+    ) -> list[Optimum]:
+        """v* of each request, found now, as many side by side as fit; other arguments as for `optimise_values`."""
         settings = self.with_prefixes(settings)
-        k = self.k_star(request[0], layer, settings)[:, -1]  # the averaged one where there is one
-        original = self.lm.weight(layer).cpu().double() @ k.double()
-        value = optimise_value(Objective(self.lm, layer, request, original, settings), progress, callback)
-        v_star = anchored(request, original + value.delta.cpu().double(), settings.anchor)
-        return Optimum(request, v_star, value.history, value.converged)
+        W = self.lm.weight(layer).cpu().double()
+
+        def optimised(part: Sequence[Request]) -> list[Optimum]:
+            # The last key is the averaged one where there is one.
+            keys = [self.k_star(fact, layer, settings)[:, -1].double() for fact, _ in part]
+            originals = torch.stack([W @ k for k in keys])
+            values = optimise_values(Objective(self.lm, layer, part, originals, settings), progress, callback)
+            v_stars = [v + value.delta.cpu().double() for v, value in zip(originals, values, strict=True)]
+            return [
+                Optimum(request, anchored(request, v_star, settings.anchor), value.history, value.converged)
+                for request, v_star, value in zip(part, v_stars, values, strict=True)
+            ]
+
+        together = Batching(self.lm, "rome", value_bytes(self.lm, layer, requests, settings), most=SIDE_BY_SIDE)
+        return [optimum for part in together.over(requests, optimised) for optimum in part]
 
     def inputs(self, request: Request, layer: int, settings: EditSettings) -> Mapping[str, Json]:
         """Everything that determines an Optimum; of the keys that are mapped to v* only the one that it starts from."""
@@ -197,6 +232,12 @@ class Optima:
         chosen = {name: value for name, value in asdict(settings).items() if name not in ("prefix_lengths", "seed")}
         about = {"template": fact.template, "subject": fact.subject, "target": target, "layer": layer}
         return {**self.common, "what": "optimum", "code": code_version(__name__), **about, "settings": chosen}
+
+
+def value_bytes(lm: LanguageModel, layer: int, requests: Sequence[Request], settings: EditSettings) -> int:
+    """Memory, in bytes, that finding v* of one of the requests takes, by estimate: what gradients pass through is kept."""
+    longest = max(len(read_prompt(lm, fact).ids) for fact, _ in requests) + max(settings.prefix_lengths, default=0)
+    return (len(settings.prefixes) + 2) * (lm.n_layers - layer) * text_bytes(lm, longest)
 
 
 def anchored(request: Request, v_star: Float[Tensor, " D"], anchor: float | None) -> Float[Tensor, " D"]:

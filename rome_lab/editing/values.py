@@ -68,7 +68,7 @@ class Suffixes(OneLine):
     begin: int
 
     def run(self, lm: LanguageModel, layer: int, delta: Tensor) -> Tensor:
-        """(B, N, D): the last block's outputs at the suffixes, with `delta` added to what W says at their first tokens."""
+        """(B, N, D): what the last block says at the suffixes, with `delta` (B, D) added to W k at their first tokens."""
         hidden = self.recording.states[layer][:, self.begin :]
         with output_changed(lm.memory(layer), lambda values: self.change(values, delta)):
             hidden = run_block(lm, layer, hidden, self.recording)
@@ -77,7 +77,7 @@ class Suffixes(OneLine):
     def change(self, values: Tensor, delta: Tensor) -> Tensor:
         """What W says, with `delta` added at the first token of every suffix."""
         changed = values.clone()
-        changed.view(len(self.recording.logits), -1, len(delta))[:, 0] += delta.to(values)  # OPT hands over (B * T, D)
+        changed.view(len(delta), -1, delta.shape[1])[:, 0] += delta.to(values)  # OPT hands over (B * T, D)
         return changed
 
 
@@ -127,7 +127,7 @@ def shifted(lm: LanguageModel, recording: Recording, shifts: Tensor) -> Recordin
 
 
 class Objective:
-    """The loss as a function of delta.
+    """The loss as a function of delta, for each of several requests; the texts of all of them are run together.
 
         loss = -1/N sum_j log P[target | prefix_j + prompt] + kl KL(P' || P) + weight_decay |delta|^2 / |v|^2
 
@@ -139,103 +139,134 @@ class Objective:
     and decays by |delta| / |v|^2, which depends on the scale of v and is next to nothing where v is long.
 
     Args:
-        original: (D,) v.
+        originals: (M, D) v of each request.
         settings: with the prefixes that were sampled.
     """
 
     def __init__(
-        self, lm: LanguageModel, layer: int, request: Request, original: Tensor, settings: EditSettings
+        self,
+        lm: LanguageModel,
+        layer: int,
+        requests: Sequence[Request],
+        originals: Float[Tensor, "M D"],
+        settings: EditSettings,
     ) -> None:
-        fact, target = request
         self.lm, self.layer, self.settings = lm, layer, settings
-        self.length = float(original.norm())
-        precision = torch.promote_types(torch.float32, lm.dtype)
-        self.start = torch.zeros(len(original), dtype=precision, device=lm.device)
-        self.target_ids = torch.tensor(continuation_ids(lm, fact.prompt, target), device=lm.device)
-        prompts = [read_prompt(lm, fact, prefix=prefix) for prefix in ("", *(settings.prefixes or ()))]
-        prompts.append(read_prompt(lm, replace(fact, template="{} is a", templates=())))
-        continuations = [self.target_ids[:-1].tolist()] * (len(prompts) - 1) + [[]]
-        begins = [prompt.subject_range[1] - 1 for prompt in prompts]
-        texts = [[*prompt.ids.tolist(), *more] for prompt, more in zip(prompts, continuations, strict=True)]
+        self.start = torch.zeros(originals.shape, dtype=torch.promote_types(torch.float32, lm.dtype), device=lm.device)
+        self.lengths = originals.norm(dim=1).to(self.start)
+        targets = [continuation_ids(lm, fact.prompt, target) for fact, target in requests]
+        self.sizes = torch.tensor([len(ids) for ids in targets], device=lm.device)
+        # First the texts with a target of all requests, then of each the text of the KL.
+        asked = [
+            (owner, read_prompt(lm, fact, prefix=prefix), targets[owner])
+            for owner, (fact, _) in enumerate(requests)
+            for prefix in ("", *(settings.prefixes or ()))
+        ]
+        self.n_targets = len(asked)
+        for owner, (fact, _) in enumerate(requests):
+            asked.append((owner, read_prompt(lm, replace(fact, template="{} is a", templates=())), []))
+        begins = [prompt.subject_range[1] - 1 for _, prompt, _ in asked]
+        texts = [[*prompt.ids.tolist(), *ids[:-1]] for _, prompt, ids in asked]
         # The row of the batch and the place in the suffix of every token whose next one is asked for.
-        first = [len(prompt.ids) - 1 for prompt in prompts]
+        first = [len(prompt.ids) - 1 for _, prompt, _ in asked]
         if settings.objective == "published":
-            first[-1], texts[-1] = begins[-1], texts[-1][: begins[-1] + 1]
+            for row in range(self.n_targets, len(asked)):
+                first[row], texts[row] = begins[row], texts[row][: begins[row] + 1]
         self.rows = [row for row, text in enumerate(texts) for _ in range(first[row], len(text))]
         self.places = [place - begins[row] for row, text in enumerate(texts) for place in range(first[row], len(text))]
+        self.owners = torch.tensor([owner for owner, _, _ in asked], device=lm.device)
+        self.target_ids = torch.tensor([token for *_, ids in asked for token in ids], device=lm.device)
+        self.text_of = torch.tensor(self.rows[: len(self.target_ids)], device=lm.device)
         self.texts = record_suffixes(lm, texts, begins)
         with torch.no_grad():
             self.before = self.read_log_p(self.texts.recording.states[-1][:, self.texts.begin :])[1]
 
-    def read_log_p(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Log probabilities: (N,) of the whole target behind each text, and (V,) of any token after the KL's text."""
-        texts = len(self.texts.recording.logits) - 1
-        log_target, essence = log_p_of(self.lm, hidden[self.rows, self.places], self.target_ids.repeat(texts))
-        return log_target.view(texts, -1).sum(1), essence[0]
+    def by_text(self, of_tokens: Float[Tensor, " N"]) -> Float[Tensor, "M T"]:
+        """Sums over the tokens of each text's target, by request."""
+        return of_tokens.new_zeros(self.n_targets).index_add(0, self.text_of, of_tokens).view(len(self.start), -1)
 
-    def __call__(self, delta: Tensor) -> dict[str, Tensor]:
-        """The loss, its terms, and what the history says of each step."""
-        hidden = self.texts.run(self.lm, self.layer, delta)
+    def read_log_p(self, hidden: Tensor) -> tuple[Float[Tensor, "M T"], Float[Tensor, "M V"]]:
+        """Log probabilities of the whole target behind each text, and of any token after the KL's texts."""
+        log_p, essence = log_p_of(self.lm, hidden[self.rows, self.places], self.target_ids)
+        return self.by_text(log_p), essence
+
+    def __call__(self, delta: Float[Tensor, "M D"]) -> dict[str, Float[Tensor, " M"]]:
+        """The loss of each request, its terms, and what the history says of each step."""
+        hidden = self.texts.run(self.lm, self.layer, delta[self.owners])
         log_target, essence = self.read_log_p(hidden)
         published = self.settings.objective == "published"
         terms = {
-            "nll": -log_target.mean() / (len(self.target_ids) if published else 1),
-            "kl": self.settings.kl * (essence.exp() * (essence - self.before)).sum(),
+            "nll": -log_target.mean(1) / (self.sizes if published else 1),
+            "kl": self.settings.kl * (essence.exp() * (essence - self.before)).sum(1),
             "weight_decay": self.settings.weight_decay
-            * (delta.norm() if published else delta.square().sum())
-            / self.length**2,
+            * (delta.norm(dim=1) if published else delta.square().sum(1))
+            / self.lengths**2,
         }
-        measured = {"p_target": log_target.exp().mean(), "norm": delta.norm() / self.length}
+        measured = {"p_target": log_target.exp().mean(1), "norm": delta.norm(dim=1) / self.lengths}
         if self.settings.early_stop:
             measured["done"] = self.says_target(hidden)
         return {"loss": sum(terms.values()), **terms, **measured}
 
     @torch.no_grad()
-    def says_target(self, hidden: Tensor) -> Tensor:
+    def says_target(self, hidden: Tensor) -> Float[Tensor, " M"]:
         """1 where every token of the target is the most probable one behind every text, else 0."""
-        states = hidden[self.rows, self.places][:-1]  # without that of the KL's text
+        states = hidden[self.rows, self.places][: len(self.target_ids)]
         best = torch.cat([self.lm.logits(part).argmax(-1) for part in states.split(TOGETHER)])
-        return (best.view(-1, len(self.target_ids)) == self.target_ids).all().float()
+        return (self.by_text((best != self.target_ids).float()).sum(1) == 0).float()
 
 
-def optimise_value(objective: Objective, progress: bool = True, callback: Callback | None = None) -> Value:
-    """Minimise the objective by Adam, from no change, never further from it than the clamp allows.
+def optimise_values(objective: Objective, progress: bool = True, callback: Callback | None = None) -> list[Value]:
+    """Minimise the objective of each request by Adam, from no change, never further from it than the clamp allows.
 
     Args:
-        callback: called with the row of the history at each step; where it returns True, the optimisation stops there.
+        callback: called with the row of a request's history at each step, of one request after the other; where it returns
+            True, the search for this one's stops there.
 
-    Returns: the step with the least loss, marked as not converged where it leaves the target improbable. With `early_stop`
-        it is the first one of the least loss so far at which every text's most probable continuation is the target.
+    Returns: of each request the step with the least loss, marked as not converged where it leaves the target improbable.
+        With `early_stop` it is the first one of the least loss so far at which every text's most probable continuation is
+        the target.
 
     Raises:
-        ValueError: the loss is NaN or infinite.
+        ValueError: a loss is NaN or infinite.
     """
-    settings, done = objective.settings, False
+    settings = objective.settings
     delta = objective.start.clone().requires_grad_()
     adam = torch.optim.Adam([delta], lr=settings.learning_rate)
-    rows, best, least = [], objective.start, float("inf")
+    histories: list[list[dict[str, float]]] = [[] for _ in delta]
+    best, least, going = objective.start.clone(), [math.inf] * len(delta), list(range(len(delta)))
     for step in tqdm(range(settings.steps + 1), desc="v*", disable=not progress):
         with torch.enable_grad():
             terms = objective(delta)
-        rows.append({"step": step} | {name: float(term.detach()) for name, term in terms.items()})
-        if not math.isfinite(rows[-1]["loss"]):
-            raise ValueError(
-                f"rome: the loss is {rows[-1]['loss']} at step {step} of v*, because {objective.lm.name} overflows or "
-                'its settings are too large; load it with dtype="float32", or lower the learning rate.'
-            )
-        if rows[-1]["loss"] < least:
-            best, least, done = delta.detach().clone(), rows[-1]["loss"], bool(rows[-1].get("done"))
-        if (callback is not None and callback(rows[-1])) or step == settings.steps or done:
+            loss = terms["loss"].sum()
+        numbers = {name: term.tolist() for name, term in terms.items()}
+        for number in tuple(going):
+            row = {"step": step} | {name: values[number] for name, values in numbers.items()}
+            histories[number].append(row)
+            if not math.isfinite(row["loss"]):
+                raise ValueError(
+                    f"rome: the loss is {row['loss']} at step {step} of v*, because {objective.lm.name} overflows or "
+                    'its settings are too large; load it with dtype="float32", or lower the learning rate.'
+                )
+            done = False
+            if row["loss"] < least[number]:
+                best[number], least[number], done = delta[number].detach(), row["loss"], bool(row.get("done"))
+            if (callback is not None and callback(row)) or done:
+                going.remove(number)
+        if step == settings.steps or not going:
             break
-        (delta.grad,) = torch.autograd.grad(terms["loss"], [delta])
+        (delta.grad,) = torch.autograd.grad(loss, [delta])
         adam.step()
         with torch.no_grad():
-            delta.copy_(within(delta, settings.clamp * objective.length))
-    history = pd.DataFrame(rows)
+            delta.copy_(within(delta, settings.clamp * objective.lengths))
+    return [value_of(x, pd.DataFrame(rows), settings.enough) for x, rows in zip(best, histories, strict=True)]
+
+
+def value_of(delta: Float[Tensor, " D"], history: pd.DataFrame, enough: float) -> Value:
+    """What a history came to."""
     reached = history.loc[history["loss"].idxmin(), "p_target"]
-    return Value(best, history, bool(reached >= settings.enough))
+    return Value(delta, history, bool(reached >= enough))
 
 
-def within(vector: Tensor, length: float) -> Tensor:
-    """`vector`, shortened to `length` where it is longer."""
-    return vector * (length / vector.norm()) if vector.norm() > length else vector
+def within(vectors: Float[Tensor, "M D"], lengths: Float[Tensor, " M"]) -> Float[Tensor, "M D"]:
+    """`vectors`, each shortened to its length where it is longer."""
+    return vectors * (lengths / vectors.norm(dim=1).clamp_min(1e-30)).clamp_max(1)[:, None]

@@ -6,12 +6,12 @@ A row says the same whichever rows it is made with, and is kept under all that d
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TypeAlias
 
 from rome_lab.base import Json, Store, canonical_json, code_version
-from rome_lab.editing import Method, Optima, Proposal, Request
+from rome_lab.editing import Method, Optima, Proposal, Request, Rome, Sought
 from rome_lab.evaluation.bystanders import known_pool, spared, unrelated_to
 from rome_lab.evaluation.judging import JudgeSettings, judge_all
 from rome_lab.evaluation.passages import passage_of
@@ -107,6 +107,7 @@ class Bench:
         distinct = dict(rows)  # each once: two names may mean one method
         results = {key: result for key, row in distinct.items() if (result := self.stored(row.inputs)) is not None}
         missing = {key: row for key, row in distinct.items() if key not in results}
+        self.optima.prepare(v_stars_of((row.method, row.requests) for row in missing.values()))
         proposals = {key: self.propose(row.method, row.requests) for key, row in missing.items()}
         changes = {key: proposal for key, proposal in proposals.items() if isinstance(proposal, Proposal)}
         sheets = [(missing[key].judged, missing[key].settings, proposal) for key, proposal in changes.items()]
@@ -122,6 +123,12 @@ class Bench:
             return method.change(self.lm, requests, self.optima)
         except ValueError as error:
             return str(error)
+
+
+def v_stars_of(pairs: Iterable[tuple[Method, Sequence[Request]]]) -> list[Sought]:
+    """What methods of the ROME family are going to ask for, given these requests, each once."""
+    rome = [(method, request) for method, some in pairs if isinstance(method, Rome) for request in some]
+    return list(dict.fromkeys(method.sought(request) for method, request in rome))
 
 
 def case_columns(case: Case) -> dict[str, Json]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rome_lab.base import Store, mentions, seed_from
 from rome_lab.editing import Request, SampledText
-from rome_lab.facts import Case, Fact, known_facts, load_facts
+from rome_lab.facts import Case, Fact, facts_said_at_once, load_facts
 from rome_lab.models import LanguageModel
 
 POOL = 400  # known facts, among which those are chosen that a case does not touch
@@ -52,8 +52,8 @@ def names_touched(requests: Iterable[Request]) -> tuple[set[str], set[str]]:
 def known_pool(
     lm: LanguageModel, store: Store | str | Path | None = None, progress: bool = True, n: int = POOL
 ) -> tuple[Fact, ...]:
-    """Embedded facts that the model knows: the same ones whatever it is evaluated on."""
-    return known_facts(lm, load_facts("embedded"), n=n, seed=POOL_SEED, progress=progress, store=store).facts
+    """Embedded facts whose object comes first to the model, as "known" asks: the same ones whatever it is evaluated on."""
+    return facts_said_at_once(lm, load_facts("embedded"), n, POOL_SEED, progress, store)
 
 
 def text_about_others(lm: LanguageModel, cases: Iterable[Case], store: Store | str | Path | None = None) -> SampledText:

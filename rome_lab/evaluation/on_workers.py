@@ -9,23 +9,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from functools import partial
-from typing import TypeAlias
 
 from tqdm.auto import tqdm
 
 from rome_lab.base import Store
-from rome_lab.editing import EditSettings, Request, Rome
-from rome_lab.evaluation.bench import Bench, CaseTask
+from rome_lab.editing import Rome, Sought
+from rome_lab.evaluation.bench import Bench, CaseTask, v_stars_of
 from rome_lab.models import LanguageModel, Workers
-
-Sought: TypeAlias = tuple[Request, int, EditSettings]  # what `Optima.find` is asked for
 
 
 def judge_on_workers(workers: Workers, bench: Bench, tasks: Sequence[CaseTask], progress: bool) -> None:
     """Have the workers make, and put into the store, all rows that the store of the bench does not hold."""
     open_tasks = [task for task in (unanswered(bench, whole) for whole in tasks) if task[1]]
     rome = {method.name: method for _, methods, _ in open_tasks for method in methods if isinstance(method, Rome)}
-    missing = [v_star for v_star in v_stars_of(open_tasks) if bench.optima.recall(*v_star) is None]
+    pairs = [pair for _, methods, requests in open_tasks for pair in zip(methods, requests, strict=True)]
+    missing = [v_star for v_star in v_stars_of(pairs) if bench.optima.recall(*v_star) is None]
     with tqdm(desc="v*", unit="request", total=len(missing), disable=not (progress and missing)) as bar:
         workers.map(partial(find_there, bench.at(None, None)), missing, bar)
     for v_star in missing:
@@ -42,13 +40,6 @@ def unanswered(bench: Bench, task: CaseTask) -> CaseTask:
     """The task without the methods whose rows the store holds."""
     missing = [row for row in bench.row_requests(*task) if bench.stored(row.inputs) is None]
     return task[0], [row.method for row in missing], [row.requests for row in missing]
-
-
-def v_stars_of(tasks: Sequence[CaseTask]) -> list[Sought]:
-    """What the methods of the ROME family are going to ask for, each once."""
-    pairs = [pair for _, methods, requests in tasks for pair in zip(methods, requests, strict=True)]
-    rome = [(method, request) for method, some in pairs if isinstance(method, Rome) for request in some]
-    return list(dict.fromkeys(method.sought(request) for method, request in rome))
 
 
 def find_there(bench: Bench, lm: LanguageModel, v_star: Sought, store: Store) -> None:

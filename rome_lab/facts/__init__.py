@@ -3,6 +3,7 @@
 Fact                            what is asked of a model
 load_facts, load_relations      the embedded set, published sets and files
 known_facts                     a random sample of the facts that a model completes (B.1)
+facts_said_at_once              the same of those whose object comes first to it, which are quicker to find
 read_prompt, Prompt             a prompt as tokens, and which of them are the subject's
 continuation_ids, question      with which tokens a text goes on
 completions, answers_to         how probable a model finds texts behind prompts, and whether it would say them
@@ -25,7 +26,7 @@ from rome_lab.facts.case import Case, Cases, Unusable, shares_first_token, succe
 from rome_lab.facts.completion import answers_to, completions, known_among, names_first, object_token
 from rome_lab.facts.dependents import with_dependents
 from rome_lab.facts.fact import Fact
-from rome_lab.facts.known import known_facts
+from rome_lab.facts.known import facts_said_at_once, known_facts
 from rome_lab.facts.prompts import Prompt, continuation_ids, question, read_prompt
 from rome_lab.facts.records import Parsed, text_at
 from rome_lab.facts.sources import (

@@ -264,10 +264,14 @@ def interrupt(*args, **kwargs):
 def test_the_family_shares_one_optimisation_a_request(monkeypatch) -> None:
     lm = tiny_model("llama")
     calls = []
-    optimise_value = optima_module.optimise_value
-    monkeypatch.setattr(
-        optima_module, "optimise_value", lambda *args, **kwargs: calls.append(1) or optimise_value(*args, **kwargs)
-    )
+    optimise_values = optima_module.optimise_values
+
+    def counted(*args, **kwargs):
+        values = optimise_values(*args, **kwargs)
+        calls.extend(values)
+        return values
+
+    monkeypatch.setattr(optima_module, "optimise_values", counted)
     optima = Optima(lm, progress=False)
     for name in [*ROMES, "joint"]:
         if name != "rome-bare":  # it starts from another value
@@ -286,7 +290,7 @@ def test_what_the_store_holds_is_the_same_and_is_not_optimised_again(tmp_path, m
     expected = {name: tiny_method(name).change(lm, [REQUEST], first).delta for name in ROMES}
     strict = replace(FEW, enough=0.99)
     remark = tiny_method("rome", settings=strict).change(lm, [REQUEST], first).remark
-    monkeypatch.setattr(optima_module, "optimise_value", interrupt)
+    monkeypatch.setattr(optima_module, "optimise_values", interrupt)
     again = Optima(lm, tmp_path / "store", progress=False)
     for name, delta in expected.items():
         assert torch.equal(tiny_method(name).change(lm, [REQUEST], again).delta, delta)
@@ -456,7 +460,7 @@ def test_between_the_changes_of_a_sequence_the_model_is_what_it_was(monkeypatch)
     assert not torch.equal(totals[0], totals[1]) and torch.equal(logits(lm), said)
     steps = changes_in_turn(lm, SEVERAL, tiny_method("rome"), Optima(lm, progress=False))
     next(steps)
-    monkeypatch.setattr(optima_module, "optimise_value", interrupt)
+    monkeypatch.setattr(optima_module, "optimise_values", interrupt)
     with pytest.raises(KeyboardInterrupt):
         next(steps)
     assert lm.fingerprint() == before

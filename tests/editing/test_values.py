@@ -12,7 +12,7 @@ from tiny import FAMILIES, tiny_model
 from benchmarks.plain import plain_loop
 from rome_lab.editing.keys import k_star, sample_prefixes
 from rome_lab.editing.settings import EditSettings
-from rome_lab.editing.values import Objective, optimise_value
+from rome_lab.editing.values import Objective, optimise_values
 from rome_lab.facts.fact import Fact
 from rome_lab.facts.prompts import continuation_ids
 
@@ -29,7 +29,13 @@ def original_value(lm, layer, fact):
 
 
 def objective(lm, layer=1, fact=FACT, target="Rome", settings=FEW):
-    return Objective(lm, layer, (fact, target), original_value(lm, layer, fact), settings)
+    return Objective(lm, layer, [(fact, target)], original_value(lm, layer, fact)[None], settings)
+
+
+def optimise_value(goal, **options):
+    """Of an objective of one request."""
+    (value,) = optimise_values(goal, **options)
+    return value
 
 
 CASES = {
@@ -70,6 +76,38 @@ def test_the_published_objective_is_that_of_the_plain_loop_and_another_one(famil
         replace(settings, objective="mine")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_requests_side_by_side_find_what_each_finds_alone(family) -> None:
+    lm = tiny_model(family)
+    lm.model.double()
+    requests = [CASES[case][:2] for case in ("subject in the middle", "subject first, target of many tokens")]
+    settings = replace(FEW, learning_rate=0.1, weight_decay=0.01, clamp=0.8, early_stop=True)
+    for objective in ("scale-free", "published"):
+        chosen = replace(settings, objective=objective)
+        originals = torch.stack([original_value(lm, 1, fact) for fact, _ in requests])
+        several = optimise_values(Objective(lm, 1, requests, originals, chosen), progress=False)
+        for request, original, value in zip(requests, originals, several, strict=True):
+            (alone,) = optimise_values(Objective(lm, 1, [request], original[None], chosen), progress=False)
+            assert value.history["loss"].tolist() == pytest.approx(alone.history["loss"].tolist(), rel=1e-5)
+            assert float((value.delta - alone.delta).norm()) <= 1e-4 * float(alone.delta.norm())
+            assert value.converged == alone.converged
+
+
+def test_a_request_that_is_stopped_leaves_the_others_going() -> None:
+    lm = tiny_model("llama")
+    requests = [CASES[case][:2] for case in ("subject in the middle", "subject first, target of many tokens")]
+    originals = torch.stack([original_value(lm, 1, fact) for fact, _ in requests])
+    rows = []
+    first, second = optimise_values(
+        Objective(lm, 1, requests, originals, FEW),
+        progress=False,
+        callback=lambda row: rows.append(row) or len(rows) == 3,
+    )
+    assert first.history["step"].tolist() == [0, 1] and second.history["step"].tolist() == list(range(FEW.steps + 1))
+    (alone,) = optimise_values(Objective(lm, 1, requests[:1], originals[:1], replace(FEW, steps=1)), progress=False)
+    torch.testing.assert_close(first.delta, alone.delta, rtol=1e-4, atol=1e-6)
+
+
 def test_the_embedded_model_gives_the_plain_loops_value(lm) -> None:
     fact = Fact("Eiffel Tower", "The {} is located in the city of", "Paris")
     settings = EditSettings(prefixes=sample_prefixes(lm, EditSettings().prefix_lengths), steps=3)
@@ -106,7 +144,7 @@ def test_the_value_is_the_step_with_the_least_loss() -> None:
     best = value.history["loss"].idxmin()
     assert best < len(value.history) - 1, "the optimisation was to overshoot here"
     with torch.no_grad():
-        assert float(goal(value.delta)["loss"]) == pytest.approx(value.history["loss"][best], rel=1e-5)
+        assert float(goal(value.delta[None])["loss"]) == pytest.approx(value.history["loss"][best], rel=1e-5)
 
 
 def test_the_change_stays_within_the_clamp() -> None:

@@ -33,7 +33,6 @@ from rome_lab.evaluation.evaluating import evaluate, reference_corpus, remarks, 
 from rome_lab.evaluation.judging import judge_case
 from rome_lab.evaluation.metrics import METRICS, summarise
 from rome_lab.evaluation.passages import passage_of
-from rome_lab.facts.known import KnownFacts
 from rome_lab.models.changes import Change
 from rome_lab.studies.evaluation import drawings as evaluation_plots
 from rome_lab.studies.evaluation import paper
@@ -277,13 +276,11 @@ def test_facts_of_damage_share_nothing_with_what_is_edited_together_with_the_cas
 
 
 def test_the_pool_is_drawn_by_a_seed_that_no_cases_are_drawn_by(tiny, monkeypatch):
-    asked = {}
-    monkeypatch.setattr(
-        bystanders, "known_facts", lambda lm, facts, **options: asked.update(options) or KnownFacts((), None)
-    )
+    seeds = []
+    monkeypatch.setattr(bystanders, "facts_said_at_once", lambda lm, facts, n, seed, *more: seeds.append(seed) or ())
     bystanders.known_pool(tiny)
     with pytest.raises(ValueError, match="seed"):
-        replace(QUICK, seed=asked["seed"])
+        replace(QUICK, seed=seeds[0])
 
 
 def test_neighbours_that_are_edited_themselves_are_not_judged(tiny):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -18,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rome_lab.facts.completion import Outcome, Text, go_on, outcome_of_text
 from rome_lab.facts.fact import Fact
-from rome_lab.facts.known import known_facts, templates_in_order
+from rome_lab.facts.known import facts_said_at_once, known_facts, templates_in_order
+from rome_lab.facts.prompts import continuation_ids
 from rome_lab.facts.sources import load_facts
 from rome_lab.models.language_model import LanguageModel
 
@@ -410,3 +412,28 @@ def test_another_tokenizer_is_another_search(tmp_path):
         import tiny
 
         tiny.tokenizer.cache_clear()
+
+
+# Facts said at once
+
+
+@torch.no_grad()
+def says_at_once(lm, fact):
+    """The slow way: one forward."""
+    prompt, answer = lm.tokenizer(fact.prompt)["input_ids"], continuation_ids(lm, fact.prompt, fact.object)
+    best = lm.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].argmax(-1)
+    return best.tolist() == answer
+
+
+def test_facts_said_at_once_are_those_whose_object_comes_first_after_one_template(learner, tmp_path, monkeypatch):
+    several = range(4)
+    said = [facts_said_at_once(learner, FACTS, len(FACTS), seed, progress=False, store=tmp_path) for seed in several]
+    for seed, facts in zip(several, said, strict=True):
+        tried = [replace(fact, template=templates_in_order(fact, seed)[0]) for fact in FACTS]
+        assert set(facts) == {fact for fact in tried if says_at_once(learner, fact)}
+        assert facts_said_at_once(learner, FACTS[::-1], 2, seed, progress=False) == facts[:2]  # whatever their order
+    # Tokens count, not words: Rome is the beginning of Romeo.
+    assert {fact.subject for facts in said for fact in facts} == {"France", "Argentina", "Norway", "Spain", "Italy"}
+    assert len(set(said)) > 1
+    monkeypatch.setattr("rome_lab.facts.known.completions", None)
+    assert facts_said_at_once(learner, FACTS, len(FACTS), progress=False, store=tmp_path) == said[0]

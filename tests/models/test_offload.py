@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rome_lab import LanguageModel, causal_trace, covariance, evaluate, known_facts, load_edit, load_facts, load_model
 from rome_lab.base.store import Store
-from rome_lab.editing.values import Objective, optimise_value
+from rome_lab.editing.values import Objective, optimise_values
 from rome_lab.models.changes import Change
 from rome_lab.models.weights import every_weight
 from rome_lab.tracing.trace import KINDS
@@ -220,9 +220,9 @@ def test_tracing_has_one_weight_in_memory_at_a_time(on_disk):
 
 def test_the_gradient_of_v_star_comes_back_through_one_block_at_a_time(on_disk):
     def optimise(lm):
-        objective = Objective(lm, 0, (FACT, "Rome"), torch.ones(32), FEW)
+        objective = Objective(lm, 0, [(FACT, "Rome")], torch.ones(1, 32), FEW)
         found = {}
-        return peak(lambda: found.update(v=optimise_value(objective, progress=False))), found["v"].delta
+        return peak(lambda: found.update(v=optimise_values(objective, progress=False))), found["v"][0].delta
 
     (whole, one), (some, other) = map(optimise, on_disk)
     total, largest = sizes(on_disk[0])
