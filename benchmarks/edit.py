@@ -1,8 +1,10 @@
-"""What an edit costs and how exact it is: `python -m benchmarks.edit [--parts first value edit file constraint]`.
+"""What an edit costs and how exact it is: `python -m benchmarks.edit [--parts NAME ...]`, of these parts:
 
 first        what the first edit of a layer waits for: text that the model writes, and C measured on it, each by rome_lab and
              by a plain loop, in turns, in this one process
 value        v* by the shipped optimisation, set-up included, and by the plain loop, in turns, in this one process
+several      v* a minute by how many are found side by side, in turns
+stop         what ending the search of v* saves, as soon as every text says the target, and what becomes of the edits
 edit         a whole edit, C measured before, by `rome` and by plain ways for each of its steps, in turns
 file         size of a saved edit
 constraint   |W_hat k* - v*| / |v*| of the weights as stored, over facts and layers
@@ -20,7 +22,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 
 import pandas as pd
@@ -38,14 +40,19 @@ from benchmarks.tasks import (
     edited_layer,
     plain_covariance,
 )
-from rome_lab import Fact, LanguageModel, load_facts, load_model, rome
+from rome_lab import Fact, LanguageModel, evaluate, load_facts, load_model, rome
+from rome_lab.base import seed_from
+from rome_lab.editing import Optima, Rome
 from rome_lab.editing.keys import key_size
+from rome_lab.editing.optima import SIDE_BY_SIDE, Optimum
 from rome_lab.editing.second_moment import covariances
 from rome_lab.editing.settings import DEFAULTS, EditSettings
 from rome_lab.editing.texts import TEXTS_A_FILE, SampledText
 from rome_lab.editing.update import ENOUGH, constraint_error
+from rome_lab.evaluation import SCORES_ONLY
+from rome_lab.facts import Case, build_cases
 
-PARTS = ("first", "value", "edit", "file", "constraint")
+PARTS = ("first", "value", "several", "stop", "edit", "file", "constraint")
 TARGETS = {  # embedded facts of five relations, and what they are to say instead
     "Eiffel Tower": "Rome",
     "Colosseum": "Berlin",
@@ -60,6 +67,7 @@ TARGETS = {  # embedded facts of five relations, and what they are to say instea
 }
 RELATIONS = ("landmark_city", "official_language", "maker_of_car", "sport_of_athlete", "instrument_of_musician")
 LAYERS = (3, 6, 9, 12)
+CASES = 16  # of these relations, for part "stop"
 
 
 def first(lm: LanguageModel, layer: int, tokens: int, repetitions: int, source: SampledText | None = None) -> list[Row]:
@@ -123,6 +131,57 @@ def value(lm: LanguageModel, layer: int, settings: EditSettings, repetitions: in
     return [*rows, row("value", "|difference of v*| / |v*|", [float(apart / star)], "1")]
 
 
+def several(lm: LanguageModel, layer: int, settings: EditSettings, repetitions: int) -> list[Row]:
+    """Part "several", of the facts of part "constraint"."""
+    optima, pairs = Optima(lm, progress=False), requests()[:8]
+    settings = optima.with_prefixes(settings)
+
+    def found(size: int) -> list[Optimum]:
+        parts = [pairs[begin : begin + size] for begin in range(0, len(pairs), size)]
+        return [optimum for part in parts for optimum in optima.optimise(part, layer, settings)]
+
+    sizes = [2**i for i in range(SIDE_BY_SIDE.bit_length())]
+    ways = {f"{size} side by side": partial(found, size) for size in sizes}
+    short = partial(optima.optimise, pairs[:1], layer, replace(settings, steps=1))
+    times, optimums = in_turns(ways, repetitions, lm.device, [short])
+    alone, *others = ways
+    rows = [
+        row("several", f"v* a minute, {x}", [60 * len(pairs) / t for t in taken], "1") for x, taken in times.items()
+    ]
+    rows += [row("several", f"{alone} / {x}", ratios(times[alone], times[x]), "times") for x in others]
+    apart = [
+        float((a.v_star - b.v_star).norm() / a.v_star.norm())
+        for a, b in zip(optimums[alone], optimums[others[-1]], strict=True)
+    ]
+    return [*rows, row("several", f"|difference of v*| / |v*|, {others[-1]}", apart, "1")]
+
+
+def stop(lm: LanguageModel, layer: int, settings: EditSettings, cases: Sequence[Case]) -> list[Row]:
+    """Part "stop"."""
+    methods = [
+        Rome(name, layer=layer, key=settings.key, settings=replace(settings, early_stop=early))
+        for name, early in (("all steps", False), ("stopped", True))
+    ]
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        optima = Optima(lm, folder, progress=False)
+        sought = {method.name: [method.sought((case.fact, case.target)) for case in cases] for method in methods}
+        times, _ = in_turns({name: partial(optima.prepare, several) for name, several in sought.items()}, 1, lm.device)
+        for name, several in sought.items():
+            steps = [len(optimum.history) - 1.0 for v_star in several if (optimum := optima.recall(*v_star))]
+            rows += [
+                row("stop", f"{len(cases)} v*, {name}", times[name], "s"),
+                row("stop", f"steps, {name}", steps, "1"),
+            ]
+        rows.append(row("stop", "all steps / stopped", ratios(*times.values()), "times"))
+        table = evaluate(lm, cases, methods, store=folder, settings=SCORES_ONLY, unrelated=(), progress=False)
+    for name, metric in product(times, ("ES", "PS", "NS", "E_argmax", "P_argmax", "N_argmax")):
+        rows.append(
+            row("stop", f"{metric}, {name}, mean", [float(table.loc[table["method"] == name, metric].mean())], "%")
+        )
+    return rows
+
+
 def edit(lm: LanguageModel, layer: int, settings: EditSettings, repetitions: int) -> list[Row]:
     """Part "edit": `rome` reads C from the user's cache, where it is by then; the plain edit is the paper's, of one key."""
     C = covariances(lm, [layer])[layer].C
@@ -179,6 +238,11 @@ def run(
         rows += first(lm, layer, tokens or ENOUGH * key_size(lm, layer), repetitions)
     if "value" in parts:
         rows += value(lm, layer, settings, repetitions)
+    if "several" in parts:
+        rows += several(lm, layer, settings, repetitions)
+    if "stop" in parts:
+        built = [case for case in build_cases(load_facts("embedded")) if case.fact.relation in RELATIONS]
+        rows += stop(lm, layer, settings, sorted(built, key=lambda case: seed_from(case.id))[:CASES])
     if "edit" in parts:
         rows += edit(lm, layer, settings, repetitions)
     if {"file", "constraint"} & set(parts):

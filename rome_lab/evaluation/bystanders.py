@@ -20,7 +20,7 @@ from rome_lab.editing import Request, SampledText
 from rome_lab.facts import Case, Fact, facts_said_at_once, load_facts
 from rome_lab.models import LanguageModel
 
-POOL = 400  # known facts, among which those are chosen that a case does not touch
+POOL = 250  # known facts, among which those are chosen that a case does not touch
 POOL_SEED = -1  # which no evaluation has: facts drawn by its own seed would be those of its cases
 UNRELATED = 12  # known facts that a case does not touch, of which "known" is the share that stays
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
+from bench import case
 from test_editing import FACT, FEW, OTHER, covariance_of
 from tiny import tiny_model
 
@@ -49,6 +50,23 @@ def test_the_two_ways_to_a_value_agree_and_are_both_timed(lm) -> None:
     assert (times["n"] == 2).all() and (times["least"] > 0).all() and (times["least"] <= times["median"]).all()
     assert all(table.loc[f"{loop} / shipped", "median"] > 0 for loop in loops[:2])
     assert all(weight.requires_grad and weight.grad is None for weight in lm.model.parameters())
+
+
+def test_values_side_by_side_are_counted_by_the_minute_and_agree(lm) -> None:
+    rows = bench.several(lm, 1, replace(FEW, steps=2), repetitions=1)
+    table = pd.DataFrame(rows).set_index("measure")
+    assert table.loc["|difference of v*| / |v*|, 4 side by side", "greatest"] < 1e-4
+    assert (table.loc[[f"v* a minute, {size} side by side" for size in (1, 2, 4)], "median"] > 0).all()
+
+
+def test_the_stopped_search_is_compared_with_the_whole_one(lm, shared_cache) -> None:
+    cases = [case(i, subject) for i, subject in enumerate(("Paris", "Japan", "Warsaw"))]
+    table = pd.DataFrame(bench.stop(lm, 1, replace(FEW, steps=3, enough=0.0), cases)).set_index("measure")
+    assert table.loc["steps, all steps", "median"] == 3 and table.loc["steps, stopped", "n"] == 3
+    assert {f"{metric}, {way}, mean" for metric in ("ES", "PS", "NS") for way in ("all steps", "stopped")} <= {
+        *table.index
+    }
+    assert table.loc["all steps / stopped", "median"] > 0
 
 
 def test_a_plain_edit_with_the_same_prefixes_is_that_of_rome(lm) -> None:

@@ -18,7 +18,6 @@ import pytest
 from nbformat import NotebookNode
 from pandas.api.types import is_numeric_dtype
 
-from rome_lab.editing import METHODS, KnowledgeNeurons, LayeredRome, Learned
 from rome_lab.facts.sources import load_facts
 from rome_lab.lab.batch import run_notebook
 from rome_lab.lab.parameters import read_parameters
@@ -52,30 +51,25 @@ IGNORED = {
 KEYS = ("claim", "measure", "panel", "kind", "bucket", "position", "layer")  # columns that say which row it is
 
 DEFAULT = {"n_facts": 3, "samples": 2}
+ROMES = ("none", "rome", "rome-averaged", "rome-identity", "rome-mismatched")  # they share v*
 SMALL = {
     "edit": {"demonstrate": True, "n_facts": 1, "steps": 15, "tokens": 8192, "samples": 2},
     "edit_anatomy": {
         **{"layer": 3, "layers": [3, 12], "tokens": [3, 9], "steps": [3, 2], "prefixes": [5], "c_tokens": 4096},
         **{"n_texts": 2, "samples": 2},
     },
-    # Not those of several layers, which would measure C at more of them, nor KN, which is slow (tests/editing has both), nor
-    # what has to be trained.
+    # Not those that find v* from other keys, measure C at more layers, or have to be trained: tests/editing has them.
     "evaluation": {
         **{"n_cases": 2, "n_search": 3, "new_tokens": 10, "c_text": TEXT},
-        **{
-            "methods": [
-                name
-                for name, method in METHODS.items()
-                if not isinstance(method, LayeredRome | KnowledgeNeurons | Learned)
-            ]
-        },
+        **{"methods": [*ROMES, "joint", "ft", "ft-linf", "in-context"]},
     },
     "many_edits": {"sizes": [1, 2], "least": 2, "n_search": 3, "c_text": TEXT},
     "cost": {
         **{"lengths": [5], "depths": [2], "samples": [1], "facts": [1], "workers": [1], "repetitions": 1},
         **{"n_facts": 10},
     },
-    "search": {"n_search": 2, "layers": [6], "tokens": [5000], "changes": 1, "configurations": 1, "c_text": TEXT},
+    "search": {"n_search": 2, "layers": [6], "tokens": [5000], "changes": 1, "configurations": 1, "c_text": TEXT}
+    | {"methods": ["rome", "ft", "in-context"]},
     "corruptions": {"n_facts": 2, "n_random": 2, "sigmas": [3.0], "windows": [10, 1], "samples": 2},
     "heads": {"n_facts": 4},
     "where_to_edit": {"n_facts": 3, "layers": [0, 3, 12], "steps": 3, "samples": 2, "c_text": TEXT},
