@@ -157,25 +157,25 @@ class Objective:
         targets = [continuation_ids(lm, fact.prompt, target) for fact, target in requests]
         self.sizes = torch.tensor([len(ids) for ids in targets], device=lm.device)
         # First the texts with a target of all requests, then of each the text of the KL.
-        asked = [
+        prompts = [
             (owner, read_prompt(lm, fact, prefix=prefix), targets[owner])
             for owner, (fact, _) in enumerate(requests)
             for prefix in ("", *(settings.prefixes or ()))
         ]
-        self.n_targets = len(asked)
+        self.n_targets = len(prompts)
         for owner, (fact, _) in enumerate(requests):
-            asked.append((owner, read_prompt(lm, replace(fact, template="{} is a", templates=())), []))
-        begins = [prompt.subject_range[1] - 1 for _, prompt, _ in asked]
-        texts = [[*prompt.ids.tolist(), *ids[:-1]] for _, prompt, ids in asked]
+            prompts.append((owner, read_prompt(lm, replace(fact, template="{} is a", templates=())), []))
+        begins = [prompt.subject_range[1] - 1 for _, prompt, _ in prompts]
+        texts = [[*prompt.ids.tolist(), *ids[:-1]] for _, prompt, ids in prompts]
         # The row of the batch and the place in the suffix of every token whose next one is asked for.
-        first = [len(prompt.ids) - 1 for _, prompt, _ in asked]
+        first = [len(prompt.ids) - 1 for _, prompt, _ in prompts]
         if settings.objective == "published":
-            for row in range(self.n_targets, len(asked)):
+            for row in range(self.n_targets, len(prompts)):
                 first[row], texts[row] = begins[row], texts[row][: begins[row] + 1]
         self.rows = [row for row, text in enumerate(texts) for _ in range(first[row], len(text))]
         self.places = [place - begins[row] for row, text in enumerate(texts) for place in range(first[row], len(text))]
-        self.owners = torch.tensor([owner for owner, _, _ in asked], device=lm.device)
-        self.target_ids = torch.tensor([token for *_, ids in asked for token in ids], device=lm.device)
+        self.owners = torch.tensor([owner for owner, _, _ in prompts], device=lm.device)
+        self.target_ids = torch.tensor([token for *_, ids in prompts for token in ids], device=lm.device)
         self.text_of = torch.tensor(self.rows[: len(self.target_ids)], device=lm.device)
         self.texts = record_suffixes(lm, texts, begins)
         with torch.no_grad():

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from rome_lab.base import Json, Store, code_version, opened
 from rome_lab.facts.completion import Outcome, Text, completions, go_on, in_word, next_tokens, object_token
 from rome_lab.facts.fact import Fact
+from rome_lab.facts.prompts import question
 from rome_lab.models import LanguageModel
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ def known_facts(
     inputs: dict[str, Json] = {}
     if store:
         store.check_writable()
-        settings = {"n": n, "seed": seed, "max_new_tokens": max_new_tokens, "facts": digest_of(order)}
+        settings = {"n": n, "seed": seed, "max_new_tokens": max_new_tokens, "facts": digest_of_facts(order)}
         inputs = lm.identity().key() | settings | {"what": "known", "code": code_version(__name__)}
         if record := store.load(inputs):
             return from_meta(record.meta)
@@ -168,7 +169,8 @@ def facts_said_at_once(
 
     It takes one short pass a fact, where `known_facts` tries every template and lets the model go on from it.
 
-    Args: as for `known_facts`. Where there are fewer than `n`, all of them are returned.
+    Args: as for `known_facts`. Where there are fewer than `n`, all of them are returned; texts that are too long for `lm`
+        do not count.
 
     Raises:
         OSError: the store cannot be written; found before any work is done.
@@ -178,27 +180,28 @@ def facts_said_at_once(
     inputs: dict[str, Json] = {}
     if store:
         store.check_writable()
-        settings = {"n": n, "seed": seed, "facts": digest_of(order)}
+        settings = {"n": n, "seed": seed, "facts": digest_of_facts(order)}
         inputs = lm.identity().key() | settings | {"what": "said", "code": code_version(__name__)}
         if record := store.load(inputs):
             return tuple(Fact(**fact) for fact in record.meta["facts"])
-    said: list[Fact] = []
+    knows: list[Fact] = []
     with tqdm(total=n, desc="facts said at once", disable=not progress) as bar:
         for begin in range(0, len(order), FACT_WAVE):
             wave = [
                 replace(fact, template=templates_in_order(fact, seed)[0]) for fact in order[begin : begin + FACT_WAVE]
             ]
+            wave = [x for x in wave if len(question(lm, 0, x.prompt, x.object).text) <= lm.context_length]
             answers = completions(lm, [(fact.prompt, fact.object) for fact in wave], "known_facts")
-            said += [fact for fact, answer in zip(wave, answers, strict=True) if answer.greedy.all()]
-            bar.update(min(n, len(said)) - bar.n)
-            if len(said) >= n:
+            knows += [fact for fact, answer in zip(wave, answers, strict=True) if answer.greedy.all()]
+            bar.update(min(n, len(knows)) - bar.n)
+            if len(knows) >= n:
                 break
     if store:
-        store.save(inputs, {}, {"facts": [asdict(fact) for fact in said[:n]]})
-    return tuple(said[:n])
+        store.save(inputs, {}, {"facts": [asdict(fact) for fact in knows[:n]]})
+    return tuple(knows[:n])
 
 
-def digest_of(facts: Sequence[Fact]) -> str:
+def digest_of_facts(facts: Sequence[Fact]) -> str:
     """SHA-256 of facts in their order."""
     return hashlib.sha256(json.dumps([asdict(fact) for fact in facts]).encode()).hexdigest()
 

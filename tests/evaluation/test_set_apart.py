@@ -12,7 +12,6 @@ from rome_lab.evaluation import cases as sources
 from rome_lab.evaluation.cases import set_apart
 from rome_lab.facts import build_cases, load_facts
 from rome_lab.facts.case import Cases
-from rome_lab.facts.known import KnownFacts
 
 
 def counterfact(number: int) -> dict:
@@ -75,8 +74,8 @@ def test_too_few_cases_are_told_or_refused(tiny, file, caplog):
 def test_text_for_C_is_about_nobody_whom_the_cases_are_judged_by(tiny, monkeypatch):
     facts = load_facts("embedded")
     cases = build_cases(facts[:40], pool=facts)
-    pool = KnownFacts(facts[900:910], None)
-    monkeypatch.setattr(bystanders, "known_facts", lambda *args, **options: pool)
+    pool = facts[900:910]
+    monkeypatch.setattr(bystanders, "facts_said_at_once", lambda *args: pool)
     subjects = {subject for subject, _ in text_about_others(tiny, cases).subjects()}
     judged = {name for one in cases for name in (one.fact.subject, *one.neighbour_subjects)}
     assert judged and not subjects & (judged | {fact.subject for fact in pool})

@@ -270,7 +270,10 @@ def test_each_parameter_says_what_it_is(name):
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_cells_are_short_and_definitions_shorter(name):
     for cell in code_cells(read(name)):
-        assert len(cell.source.splitlines()) <= 15, f"{cell.id} has more than 15 lines; make it a function of rome_lab"
+        most = 20 if "parameters" in cell.metadata.get("tags", ()) else 15  # parameters have a line each
+        assert len(cell.source.splitlines()) <= most, (
+            f"{cell.id} has more than {most} lines; make it a function of rome_lab"
+        )
         if cell.source.lstrip().startswith("%"):
             continue
         for node in ast.walk(ast.parse(cell.source)):

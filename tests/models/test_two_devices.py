@@ -74,7 +74,7 @@ def test_a_sweep_stays_where_the_blocks_are(lm, label, monkeypatch):
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_the_gradient_of_v_star_comes_back_to_where_it_began(lm, layer):
     texts = record_suffixes(lm, [[3, 4, 5, 6, 7], [8, 9, 10, 11]], [2, 1])
-    delta = torch.zeros(32, requires_grad=True)
+    delta = torch.zeros(2, 32, requires_grad=True)
     logits = lm.logits(texts.run(lm, layer, delta))
     (gradient,) = torch.autograd.grad(logits.sum(), [delta])
     assert logits.device == gradient.device == lm.device == CPU

@@ -82,7 +82,7 @@ def test_the_best_is_the_first_with_the_highest_mean():
 def test_a_sweep_finds_v_star_once_for_all_keys_of_one_start_and_covariances(tiny, monkeypatch, keys, times):
     found = []
     real = Optima.optimise
-    monkeypatch.setattr(Optima, "optimise", lambda *args: found.append(args[1]) or real(*args))
+    monkeypatch.setattr(Optima, "optimise", lambda *args: found.extend(args[1]) or real(*args))
     choices = {(key, n): Rome(layer=1, settings=EDITING, key=key, tokens=n) for key in keys for n in (300, 600)}
     table = compare_methods(tiny, CASES, choices, ["key", "tokens"], **OPTIONS)
     assert len(found) == times * len(CASES)

@@ -170,7 +170,7 @@ def test_a_prompt_on_its_own_is_answered_by_the_model():
         ids = torch.tensor([lm.tokenizer(EIFFEL[0])["input_ids"]])
         logits = lm.model(ids).logits[0, -1]
     assert trace.answer == lm.tokenizer.decode([int(logits.argmax())])
-    assert trace.p_clean == pytest.approx(float(logits.softmax(-1).max()), abs=1e-6)
+    assert trace.p_clean == pytest.approx(float(logits.softmax(-1).max()), abs=1e-5)
     assert "".join(trace.tokens) == EIFFEL[0]
 
 
