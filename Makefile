@@ -133,7 +133,8 @@ bench: .venv/ready ## measure tracing and edits beside the plain ways: speed, me
 	$(BIN)/python -m benchmarks.tracing --parts trace floor precision memory --page benchmarks/tracing.md
 	$(BIN)/python -m benchmarks.tracing --parts gradients swap --out benchmarks/results/gradients.csv --page benchmarks/gradients.md
 	$(BIN)/python -m benchmarks.tracing --parts growth tasks --out benchmarks/results/growth.csv --page benchmarks/growth.md
-	$(BIN)/python -m benchmarks.edit --page benchmarks/edit.md
+	$(BIN)/python -m benchmarks.edit --parts first value edit file constraint --page benchmarks/edit.md
+	$(BIN)/python -m benchmarks.edit --parts several stop --out benchmarks/results/values.csv --page benchmarks/values.md
 	$(MAKE) peers
 
 peers: .venv/peers/ready ## the part of bench beside TransformerLens, nnsight, pyvene and causal-tracer, in an environment of their own
