@@ -157,7 +157,7 @@ def several(lm: LanguageModel, layer: int, settings: EditSettings, repetitions: 
 
 
 def stop(lm: LanguageModel, layer: int, settings: EditSettings, cases: Sequence[Case]) -> list[Row]:
-    """Part "stop"."""
+    """Part "stop": v* is timed first, and read back from the store where the edits are judged."""
     methods = [
         Rome(name, layer=layer, key=settings.key, settings=replace(settings, early_stop=early))
         for name, early in (("all steps", False), ("stopped", True))
@@ -166,9 +166,9 @@ def stop(lm: LanguageModel, layer: int, settings: EditSettings, cases: Sequence[
     with tempfile.TemporaryDirectory() as folder:
         optima = Optima(lm, folder, progress=False)
         sought = {method.name: [method.sought((case.fact, case.target)) for case in cases] for method in methods}
-        times, _ = in_turns({name: partial(optima.prepare, several) for name, several in sought.items()}, 1, lm.device)
-        for name, several in sought.items():
-            steps = [len(optimum.history) - 1.0 for v_star in several if (optimum := optima.recall(*v_star))]
+        times, _ = in_turns({name: partial(optima.prepare, v_stars) for name, v_stars in sought.items()}, 1, lm.device)
+        for name, v_stars in sought.items():
+            steps = [len(optimum.history) - 1.0 for v_star in v_stars if (optimum := optima.recall(*v_star))]
             rows += [
                 row("stop", f"{len(cases)} v*, {name}", times[name], "s"),
                 row("stop", f"steps, {name}", steps, "1"),

@@ -169,7 +169,10 @@ class Optima:
         return optimum
 
     def prepare(self, several: Iterable[Sought]) -> None:
-        """Find what `find` is going to be asked for; of what cannot be found, `find` will say why."""
+        """Find what `find` is going to be asked for; of what cannot be found, `find` will say why.
+
+        What some of them come to is kept before the next are begun.
+        """
         together: dict[tuple[int, EditSettings], list[Request]] = defaultdict(list)
         for request, layer, settings in several:
             with contextlib.suppress(ValueError):

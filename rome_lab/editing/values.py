@@ -220,7 +220,7 @@ def optimise_values(objective: Objective, progress: bool = True, callback: Callb
 
     Args:
         callback: called with the row of a request's history at each step, of one request after the other; where it returns
-            True, the search for this one's stops there.
+            True, the search for its v* stops there.
 
     Returns: of each request the step with the least loss, marked as not converged where it leaves the target improbable.
         With `early_stop` it is the first one of the least loss so far at which every text's most probable continuation is
@@ -247,10 +247,9 @@ def optimise_values(objective: Objective, progress: bool = True, callback: Callb
                     f"rome: the loss is {row['loss']} at step {step} of v*, because {objective.lm.name} overflows or "
                     'its settings are too large; load it with dtype="float32", or lower the learning rate.'
                 )
-            done = False
-            if row["loss"] < least[number]:
-                best[number], least[number], done = delta[number].detach(), row["loss"], bool(row.get("done"))
-            if (callback is not None and callback(row)) or done:
+            if is_best := row["loss"] < least[number]:
+                best[number], least[number] = delta[number].detach(), row["loss"]
+            if (callback is not None and callback(row)) or (is_best and row.get("done")):
                 going.remove(number)
         if step == settings.steps or not going:
             break

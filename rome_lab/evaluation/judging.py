@@ -108,21 +108,21 @@ def judge_all(
 def write_greedily(
     lm: LanguageModel, changes: Sequence[Change], cases: Sequence[Case], new_tokens: int
 ) -> list[dict[str, list[str]]]:
-    """By part of each case, what the model writes after each of its prompts until its first sentence ends."""
+    """By part of each case, what the model writes after its prompts until a sentence ends; nothing for no tokens."""
     if not new_tokens:
         return [{} for _ in cases]
-    questions = [[(part, *pair) for part, pairs in prompts_of(case).items() for pair in pairs] for case in cases]
+    several = [prompts_of(case) for case in cases]
+    pairs = [sum(parts.values(), []) for parts in several]  # of a prompt and what is wanted there
 
     def is_whole(owner: int, place: int, text: str) -> bool:
-        return ends_within(text, questions[owner][place][-1])
+        return ends_within(text, pairs[owner][place][1])
 
-    prompts = [[prompt for _, prompt, _ in own] for own in questions]
-    written: list[dict[str, list[str]]] = [{part: [] for part in prompts_of(case)} for case in cases]
-    texts = generate(lm, changes, prompts, new_tokens, top_k=1, is_whole=is_whole)
-    for parts, own, whole in zip(written, questions, texts, strict=True):
-        for (part, prompt, _), text in zip(own, whole, strict=True):
-            parts[part].append(text[len(prompt) :])
-    return written
+    prompts = [[prompt for prompt, _ in own] for own in pairs]
+    written = map(iter, generate(lm, changes, prompts, new_tokens, top_k=1, is_whole=is_whole))
+    return [
+        {part: [next(texts)[len(prompt) :] for prompt, _ in own] for part, own in parts.items()}
+        for parts, texts in zip(several, written, strict=True)
+    ]
 
 
 def scores_of_each(

@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from rome_lab.base import Json, Store, code_version, opened
-from rome_lab.facts.completion import Outcome, Text, completions, go_on, in_word, next_tokens, object_token
+from rome_lab.facts.completion import Outcome, Text, answers_of, go_on, in_word, next_tokens, object_token
 from rome_lab.facts.fact import Fact
 from rome_lab.facts.prompts import question
 from rome_lab.models import LanguageModel
@@ -135,15 +135,14 @@ def known_facts(
     for name, value in {"n": n, "max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if not (isinstance(value, int) and value >= 1) and not (name == "n" and value is None):
             raise ValueError(f"known_facts: {name} is {value!r}; expected a whole number of at least 1.")
-    order = sorted(dict.fromkeys(facts), key=lambda fact: rank(seed, fact))
+    order = in_order(facts, seed)
     if not order:
         raise ValueError("known_facts: there are no facts to try; load some with load_facts.")
     store = opened(store)
     inputs: dict[str, Json] = {}
     if store:
         store.check_writable()
-        settings = {"n": n, "seed": seed, "max_new_tokens": max_new_tokens, "facts": digest_of_facts(order)}
-        inputs = lm.identity().key() | settings | {"what": "known", "code": code_version(__name__)}
+        inputs = search_inputs(lm, "known", order, n=n, seed=seed, max_new_tokens=max_new_tokens)
         if record := store.load(inputs):
             return from_meta(record.meta)
     known = search_summary(find_known(lm, order, n, seed, max_new_tokens, batch_size, progress), n)
@@ -175,24 +174,21 @@ def facts_said_at_once(
     Raises:
         OSError: the store cannot be written; found before any work is done.
     """
-    order = sorted(dict.fromkeys(facts), key=lambda fact: rank(seed, fact))
-    store = opened(store)
+    order, store = in_order(facts, seed), opened(store)
     inputs: dict[str, Json] = {}
     if store:
         store.check_writable()
-        settings = {"n": n, "seed": seed, "facts": digest_of_facts(order)}
-        inputs = lm.identity().key() | settings | {"what": "said", "code": code_version(__name__)}
+        inputs = search_inputs(lm, "said", order, n=n, seed=seed)
         if record := store.load(inputs):
             return tuple(Fact(**fact) for fact in record.meta["facts"])
     knows: list[Fact] = []
     with tqdm(total=n, desc="facts said at once", disable=not progress) as bar:
         for begin in range(0, len(order), FACT_WAVE):
-            wave = [
-                replace(fact, template=templates_in_order(fact, seed)[0]) for fact in order[begin : begin + FACT_WAVE]
-            ]
-            wave = [x for x in wave if len(question(lm, 0, x.prompt, x.object).text) <= lm.context_length]
-            answers = completions(lm, [(fact.prompt, fact.object) for fact in wave], "known_facts")
-            knows += [fact for fact, answer in zip(wave, answers, strict=True) if answer.greedy.all()]
+            wave = [replace(x, template=templates_in_order(x, seed)[0]) for x in order[begin : begin + FACT_WAVE]]
+            questions = {fact: question(lm, 0, fact.prompt, fact.object) for fact in wave}
+            fitting = {fact: x for fact, x in questions.items() if len(x.text) <= lm.context_length}
+            answers = answers_of(lm, list(fitting.values()), "known_facts")
+            knows += [fact for fact, answer in zip(fitting, answers, strict=True) if answer.greedy.all()]
             bar.update(min(n, len(knows)) - bar.n)
             if len(knows) >= n:
                 break
@@ -201,9 +197,15 @@ def facts_said_at_once(
     return tuple(knows[:n])
 
 
-def digest_of_facts(facts: Sequence[Fact]) -> str:
-    """SHA-256 of facts in their order."""
-    return hashlib.sha256(json.dumps([asdict(fact) for fact in facts]).encode()).hexdigest()
+def in_order(facts: Iterable[Fact], seed: int) -> list[Fact]:
+    """The facts, each once, in random order."""
+    return sorted(dict.fromkeys(facts), key=lambda fact: rank(seed, fact))
+
+
+def search_inputs(lm: LanguageModel, what: str, order: Sequence[Fact], **settings: Json) -> dict[str, Json]:
+    """All that determines a search among facts in their order."""
+    digest = hashlib.sha256(json.dumps([asdict(fact) for fact in order]).encode()).hexdigest()
+    return lm.identity().key() | settings | {"facts": digest, "what": what, "code": code_version(__name__)}
 
 
 def from_meta(meta: Mapping[str, Json]) -> KnownFacts:

@@ -115,12 +115,18 @@ class OwnedRows:
     """
 
     def __init__(self, owners: Sequence[int]) -> None:
-        self.owners = tuple(owners)
-        self.places = {owner: rows_of(owner, self.owners) for owner in dict.fromkeys(self.owners)}
+        self.assign(owners)
+
+    def assign(self, owners: Sequence[int]) -> None:
+        """From the next pass on the batch holds rows of these owners."""
+        several: dict[int, list[int]] = {}
+        for row, owner in enumerate(owners):
+            several.setdefault(owner, []).append(row)
+        self.owners, self.places = tuple(owners), {owner: together(rows) for owner, rows in several.items()}
 
     def keep(self, rows: Sequence[int]) -> None:
         """From the next pass on the batch holds these of its rows only."""
-        self.__init__([self.owners[row] for row in rows])
+        self.assign([self.owners[row] for row in rows])
 
 
 @contextlib.contextmanager
@@ -172,12 +178,11 @@ def check_rows(module: nn.Module, inputs: tuple[Tensor], rows: OwnedRows) -> Non
         )
 
 
-def rows_of(owner: int, owners: Sequence[int]) -> slice | Tensor:
-    """The rows of `owner`, as a slice where they stand together; else on the CPU, whose indices pick on any device."""
-    places = [i for i, x in enumerate(owners) if x == owner]
-    if places[-1] - places[0] + 1 == len(places):
-        return slice(places[0], places[-1] + 1)
-    return torch.tensor(places)
+def together(rows: Sequence[int]) -> slice | Tensor:
+    """Ascending rows as a slice where they stand together; else on the CPU, whose indices pick on any device."""
+    if rows[-1] - rows[0] + 1 == len(rows):
+        return slice(rows[0], rows[-1] + 1)
+    return torch.tensor(rows)
 
 
 def check_fits(lm: LanguageModel, change: Change) -> None:

@@ -19,6 +19,7 @@ from rome_lab.models.changes import Change, side_by_side
 from rome_lab.models.language_model import LanguageModel
 
 IsWhole: TypeAlias = Callable[[int, int, str], bool]
+"""Given the places of a change and of a prompt of its, and what is written behind that: whether it is enough."""
 RUN = 256  # tokens of the vocabulary whose probabilities are summed before one of them is drawn
 
 

@@ -435,5 +435,5 @@ def test_facts_said_at_once_are_those_whose_object_comes_first_after_one_templat
     # Tokens count, not words: Rome is the beginning of Romeo.
     assert {fact.subject for facts in said for fact in facts} == {"France", "Argentina", "Norway", "Spain", "Italy"}
     assert len(set(said)) > 1
-    monkeypatch.setattr("rome_lab.facts.known.completions", None)
+    monkeypatch.setattr("rome_lab.facts.known.answers_of", None)
     assert facts_said_at_once(learner, FACTS, len(FACTS), progress=False, store=tmp_path) == said[0]

@@ -68,8 +68,7 @@ SMALL = {
         **{"lengths": [5], "depths": [2], "samples": [1], "facts": [1], "workers": [1], "repetitions": 1},
         **{"n_facts": 10},
     },
-    "search": {"n_search": 2, "layers": [6], "tokens": [5000], "changes": 1, "configurations": 1, "c_text": TEXT}
-    | {"methods": ["rome", "ft", "in-context"]},
+    "search": {"n_search": 2, "layers": [6], "tokens": [5000], "changes": 1, "configurations": 1, "c_text": TEXT},
     "corruptions": {"n_facts": 2, "n_random": 2, "sigmas": [3.0], "windows": [10, 1], "samples": 2},
     "heads": {"n_facts": 4},
     "where_to_edit": {"n_facts": 3, "layers": [0, 3, 12], "steps": 3, "samples": 2, "c_text": TEXT},
@@ -270,10 +269,7 @@ def test_each_parameter_says_what_it_is(name):
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_cells_are_short_and_definitions_shorter(name):
     for cell in code_cells(read(name)):
-        most = 20 if "parameters" in cell.metadata.get("tags", ()) else 15  # parameters have a line each
-        assert len(cell.source.splitlines()) <= most, (
-            f"{cell.id} has more than {most} lines; make it a function of rome_lab"
-        )
+        assert len(cell.source.splitlines()) <= 15, f"{cell.id} has more than 15 lines; make it a function of rome_lab"
         if cell.source.lstrip().startswith("%"):
             continue
         for node in ast.walk(ast.parse(cell.source)):

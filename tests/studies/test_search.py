@@ -12,7 +12,7 @@ from bench import EDITING, QUICK, case
 from rome_lab import covariance, rome
 from rome_lab.editing.fine_tuning import Tuning
 from rome_lab.editing.method_table import METHODS, SEARCH
-from rome_lab.editing.methods import FineTuning, Rome, measured_on
+from rome_lab.editing.methods import FineTuning, Rome
 from rome_lab.editing.optima import Optima
 from rome_lab.evaluation.evaluating import evaluate
 from rome_lab.studies import search as module
@@ -177,14 +177,3 @@ def test_the_figure_has_a_column_a_score_and_its_numbers_name_their_panel(tiny):
     numbers = module.all_numbers(tiny, "embedded", layer=by_layer, tokens=by_tokens, configuration=by_layer.head(0))
     assert numbers.groupby("panel").size().to_dict() == {"layer": 8, "tokens": 8}
     assert set(numbers["unit"]) == {"%"}
-
-
-def test_configurations_are_of_the_methods_that_are_named_or_of_all():
-    assert {name: len(several) for name, several in module.configurations_of(3).items()} == dict.fromkeys(SEARCH, 3)
-    named = module.configurations_of(2, "folder", ["ft", "rome"])
-    assert list(named) == ["ft", "rome"] and named["ft"] == list(SEARCH["ft"][:2])
-    assert [str(method.source) for method in named["rome"]] == [
-        str(measured_on(SEARCH["rome"][0], "folder").source)
-    ] * 2
-    with pytest.raises(ValueError, match=r"nothing of \['none'\] is searched; choose from rome,"):
-        module.configurations_of(1, methods=["none"])

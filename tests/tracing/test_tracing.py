@@ -165,12 +165,13 @@ def test_a_trace_leaves_the_model_as_it_was():
 
 def test_a_prompt_on_its_own_is_answered_by_the_model():
     lm = tiny_model("llama")
+    lm.model.double()  # in float32 texts in one batch round otherwise than one alone, on some processors by 2e-6
     trace = causal_trace(lm, *EIFFEL, samples=1)
     with torch.no_grad():
         ids = torch.tensor([lm.tokenizer(EIFFEL[0])["input_ids"]])
         logits = lm.model(ids).logits[0, -1]
     assert trace.answer == lm.tokenizer.decode([int(logits.argmax())])
-    assert trace.p_clean == pytest.approx(float(logits.softmax(-1).max()), abs=1e-5)
+    assert trace.p_clean == pytest.approx(float(logits.softmax(-1).max()), abs=1e-6)
     assert "".join(trace.tokens) == EIFFEL[0]
 
 
