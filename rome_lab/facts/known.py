@@ -142,7 +142,7 @@ def known_facts(
     inputs: dict[str, Json] = {}
     if store:
         store.check_writable()
-        inputs = search_inputs(lm, "known", order, n=n, seed=seed, max_new_tokens=max_new_tokens)
+        inputs = search_inputs(lm, order, {"what": "known", "n": n, "seed": seed, "max_new_tokens": max_new_tokens})
         if record := store.load(inputs):
             return from_meta(record.meta)
     known = search_summary(find_known(lm, order, n, seed, max_new_tokens, batch_size, progress), n)
@@ -178,7 +178,7 @@ def facts_said_at_once(
     inputs: dict[str, Json] = {}
     if store:
         store.check_writable()
-        inputs = search_inputs(lm, "said", order, n=n, seed=seed)
+        inputs = search_inputs(lm, order, {"what": "said", "n": n, "seed": seed})
         if record := store.load(inputs):
             return tuple(Fact(**fact) for fact in record.meta["facts"])
     knows: list[Fact] = []
@@ -202,10 +202,10 @@ def in_order(facts: Iterable[Fact], seed: int) -> list[Fact]:
     return sorted(dict.fromkeys(facts), key=lambda fact: rank(seed, fact))
 
 
-def search_inputs(lm: LanguageModel, what: str, order: Sequence[Fact], **settings: Json) -> dict[str, Json]:
+def search_inputs(lm: LanguageModel, order: Sequence[Fact], settings: Mapping[str, Json]) -> dict[str, Json]:
     """All that determines a search among facts in their order."""
     digest = hashlib.sha256(json.dumps([asdict(fact) for fact in order]).encode()).hexdigest()
-    return lm.identity().key() | settings | {"facts": digest, "what": what, "code": code_version(__name__)}
+    return lm.identity().key() | settings | {"facts": digest, "code": code_version(__name__)}
 
 
 def from_meta(meta: Mapping[str, Json]) -> KnownFacts:

@@ -120,6 +120,7 @@ FACTS = ("facts.fact", "facts.prompts", "base.words")
 SEEDS = ("base.seeds",)
 ARITHMETIC = {
     '"what": "known"': (*MODEL[1:], "facts.completion", *FACTS),
+    '"what": "said"': (*MODEL, "models.scoring", *FACTS),
     '"what": "trace"': (*MODEL, *FACTS, *SEEDS, "tracing.sweep", "tracing.runs", "tracing.corruption"),
     '"what": "sampled-text"': (*MODEL, *SEEDS, "models.sampling", "facts.sources"),
     '"what": "covariance"': (*MODEL, "editing.keys", "editing.update", "editing.texts", "models.sampling"),

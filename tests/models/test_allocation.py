@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import resource
 import threading
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -30,37 +34,52 @@ def new_pages() -> int:
     return min(found)
 
 
-def test_the_next_tensor_takes_the_memory_of_the_last_one() -> None:
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[Executor]:
+    """A process for each test: in one that kept memory there are holes in the heap, where a tensor finds pages that exist."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "psutil", "pytest", "rome_lab"])
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as process:
+        yield process
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return psutil.Process().memory_info().rss
+
+
+def pages_while_kept() -> int:
     with freed_memory_kept():
-        assert new_pages() < PAGES / 10
+        return new_pages()
 
 
-def test_afterwards_freed_memory_goes_where_it_went_before_also_when_the_body_raises() -> None:
-    with pytest.raises(RuntimeError, match="body"), freed_memory_kept():
+def pages_after_an_error() -> int:
+    with suppress(RuntimeError), freed_memory_kept():
         raise RuntimeError("body")
-    assert new_pages() > PAGES / 2
+    return new_pages()
 
 
-def test_what_is_given_back_is_no_longer_the_process_s() -> None:
+def bytes_given_back() -> int:
     with freed_memory_kept():
         new_pages()
-        before = psutil.Process().memory_info().rss
+        before = resident()
         give_back_freed_memory()
-        assert before - psutil.Process().memory_info().rss > 2 * ENTRIES
+        return before - resident()
 
 
-def test_memory_can_be_given_back_at_once_also_by_a_trace() -> None:
+def pages_while_given_back() -> tuple[int, int, int]:
+    """Also within a trace, which would keep them, and of the next trace."""
     with freed_memory_given_back():
-        assert new_pages() > PAGES / 2
+        alone = new_pages()
         with freed_memory_kept():
-            assert new_pages() > PAGES / 2, "the first one decides"
+            within = new_pages()
     with freed_memory_kept(), freed_memory_kept():
         pass
-    with freed_memory_kept():
-        assert new_pages() < PAGES / 10
+    return alone, within, pages_while_kept()
 
 
-def test_where_two_threads_keep_memory_it_is_kept_until_the_second_ends() -> None:
+def pages_and_bytes_with_two_threads() -> tuple[int, int]:
+    """New pages when the first of two has ended, and what is given back when both have."""
     first_is_in, first_may_end = threading.Event(), threading.Event()
 
     def first() -> None:
@@ -74,8 +93,33 @@ def test_where_two_threads_keep_memory_it_is_kept_until_the_second_ends() -> Non
     with freed_memory_kept():
         first_may_end.set()
         thread.join()
-        assert new_pages() < PAGES / 10
-    assert new_pages() > PAGES / 2
+        pages, before = new_pages(), resident()
+    return pages, before - resident()
+
+
+def test_the_next_tensor_takes_the_memory_of_the_last_one(fresh) -> None:
+    assert fresh.submit(pages_while_kept).result() < PAGES / 10
+
+
+def test_afterwards_freed_memory_goes_where_it_went_before_also_when_the_body_raises(fresh) -> None:
+    assert fresh.submit(pages_after_an_error).result() > PAGES / 2
+
+
+def test_what_is_given_back_is_no_longer_the_process_s(fresh) -> None:
+    assert fresh.submit(bytes_given_back).result() > 2 * ENTRIES
+
+
+def test_memory_can_be_given_back_at_once_also_by_a_trace(fresh) -> None:
+    alone, within, afterwards = fresh.submit(pages_while_given_back).result()
+    assert alone > PAGES / 2
+    assert within > PAGES / 2, "the first one decides"
+    assert afterwards < PAGES / 10
+
+
+def test_where_two_threads_keep_memory_it_is_kept_until_the_second_ends(fresh) -> None:
+    pages, given_back = fresh.submit(pages_and_bytes_with_two_threads).result()
+    assert pages < PAGES / 10
+    assert given_back > 2 * ENTRIES
 
 
 def test_loading_a_model_asks_nothing_of_the_allocator_and_a_trace_only_while_it_lasts(tmp_path, monkeypatch) -> None:
