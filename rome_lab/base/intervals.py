@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy
 
 RESAMPLES = 4000  # of a bootstrap: its bounds are then off by a fortieth of their distance from the mean
 
@@ -56,7 +56,7 @@ def mean_ci(values: np.ndarray, clusters: Sequence[Hashable] | None = None) -> M
             present = there > 0
         g = present.sum(axis=0)
         error = np.sqrt(g / (g - 1) * (sums**2).sum(axis=0)) / n
-        half_width = stats.t.ppf(0.975, g - 1) * error
+        half_width = scipy.stats.t.ppf(0.975, g - 1) * error
     return MeanCI(mean, mean - half_width, mean + half_width, n)
 
 
@@ -87,7 +87,7 @@ def share_ci(values: np.ndarray, clusters: Sequence[Hashable] | None = None) -> 
 
 def exact_share(values: np.ndarray) -> MeanCI:
     """Of facts (F,) that are 100 or 0 each."""
-    low, high = stats.binomtest(int((values > 0).sum()), len(values)).proportion_ci(0.95, method="exact")
+    low, high = scipy.stats.binomtest(int((values > 0).sum()), len(values)).proportion_ci(0.95, method="exact")
     return MeanCI(values.mean(), 100 * low, 100 * high, len(values))
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy
 
 from rome_lab.base import MeanCI, harmonic_mean_ci, mean_ci, share_ci
 from rome_lab.evaluation.passages import passage_of
@@ -141,7 +141,7 @@ def ngram_entropy(text: str, n: int) -> float:
     """
     words = WORDS.findall(text)
     counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
-    return float(stats.entropy(list(counts.values()), base=2))
+    return float(scipy.stats.entropy(list(counts.values()), base=2))
 
 
 def reference_score(texts: Sequence[str], references: Sequence[str], corpus: Sequence[str] = ()) -> float:

@@ -27,6 +27,7 @@ from rome_lab.models import LanguageModel
 logger = logging.getLogger(__name__)
 
 FACT_WAVE = 512  # facts tried together, at most; more would leave the prompts of one length no better filled
+LEAST_WAVE = 16  # and at least, where few are sought
 
 
 @dataclass(frozen=True)
@@ -226,22 +227,31 @@ def find_known(
     batch_size: int,
     progress: bool,
 ) -> list[Trial]:
-    """Try the facts in `order` until at least n are known."""
+    """Try the facts in `order` until at least n are known.
+
+    One template of each comes first. Where enough facts are known by then, those after the last that is needed count no
+    more, and of the others alone the other templates are read.
+    """
     enough = len(order) if n is None else n
     trials: list[Trial] = []
     kept = 0
     with tqdm(total=enough, desc="facts tried" if n is None else "known facts", disable=not progress) as bar:
-        while kept < enough and len(trials) < len(order):
-            size = min(FACT_WAVE, max(batch_size, 2 * (enough - kept)))
-            wave = [Trial(fact, templates_in_order(fact, seed)) for fact in order[len(trials) : len(trials) + size]]
-            trials += wave
-            # One template first: where it works, the others need not be read.
+        while kept < enough and (begin := len(trials)) < len(order):
+            size = min(FACT_WAVE, max(LEAST_WAVE, 2 * (enough - kept)))
+            trials += [Trial(fact, templates_in_order(fact, seed)) for fact in order[begin : begin + size]]
             for turns in (slice(1), slice(1, None)):
-                try_templates(lm, wave, turns, max_new_tokens, batch_size)
+                try_templates(lm, trials[begin:], turns, max_new_tokens, batch_size)
                 drop_repeated(trials)
+                trials = up_to(trials, enough)
                 kept = sum(trial.known is not None for trial in trials)
                 bar.update((min(n, kept) if n else sum(trial.is_settled for trial in trials)) - bar.n)
     return trials
+
+
+def up_to(trials: list[Trial], n: int) -> list[Trial]:
+    """The trials up to the nth that has found something; all, where fewer have."""
+    places = [place for place, trial in enumerate(trials) if trial.known]
+    return trials[: places[n - 1] + 1] if len(places) >= n else trials
 
 
 def drop_repeated(trials: Sequence[Trial]) -> None:
@@ -298,11 +308,9 @@ def known_fact(lm: LanguageModel, text: Text) -> Fact | None:
     return fact if token == object_token(lm, fact) else None
 
 
-def search_summary(trials: Sequence[Trial], n: int | None) -> KnownFacts:
+def search_summary(trials: list[Trial], n: int | None) -> KnownFacts:
     """The first n known facts (None: all), and the report up to the last of them: what was tried beyond it is chance."""
-    places = [place for place, trial in enumerate(trials) if trial.known]
-    if n and len(places) >= n:
-        trials = trials[: places[n - 1] + 1]
+    trials = up_to(trials, n or len(trials) + 1)
     order = list(Outcome)
     dropped = Counter(min(trial.outcomes, key=order.index) for trial in trials if not trial.known)
     prompts = Counter(outcome for trial in trials for outcome in trial.outcomes)

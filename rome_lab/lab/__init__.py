@@ -16,8 +16,6 @@ explore, Explorer                         a trace chosen by hand: corruption, me
 Panel, wait_for_job                       all that by hand; returns once the panel's work on a model is done
 """
 
-from rome_lab.lab.batch import record_values, run_notebook
-from rome_lab.lab.command import run_command
 from rome_lab.lab.drawing import (
     COLOURS,
     COLUMN_WIDTH,
@@ -32,12 +30,23 @@ from rome_lab.lab.drawing import (
     token_names,
 )
 from rome_lab.lab.explorer import Explorer, explore
-from rome_lab.lab.growing import draw_figures, facts_to_show
 from rome_lab.lab.interactive import TracePicture, show
 from rome_lab.lab.jobs import wait_for_job
 from rome_lab.lab.panel import Panel
 from rome_lab.lab.plots import plot_history, save_figure, save_table
+from rome_lab.lab.recording import record_values
 from rome_lab.lab.reporting import report
 from rome_lab.lab.samples import samples_lines
 from rome_lab.lab.trials import EditRequest, for_people, ten_facts, try_edit, try_facts
-from rome_lab.lab.typed_facts import fact_of
+from rome_lab.lab.typed_facts import fact_of, facts_to_show
+
+
+def __getattr__(name: str) -> object:
+    """What runs notebooks is imported when it is first asked for: papermill, and all that it needs, takes seconds."""
+    if name in ("draw_figures", "run_command", "run_notebook"):
+        from rome_lab.lab.batch import run_notebook
+        from rome_lab.lab.command import run_command
+        from rome_lab.lab.growing import draw_figures
+
+        return {"draw_figures": draw_figures, "run_command": run_command, "run_notebook": run_notebook}[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,7 +23,6 @@ from pathlib import Path
 import nbformat
 import papermill
 import yaml
-from IPython.display import display
 from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
@@ -34,11 +33,11 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError, strip_color
 from papermill.execute import ERROR_MARKER_TAG
 
-from rome_lab.base import Json, canonical_json, check_writable, package_versions, write_atomically
+from rome_lab.base import Json, check_writable, package_versions, write_atomically
 from rome_lab.lab.folders import folder_of_figures, note_parameters
 from rome_lab.lab.parameters import fit_parameters, read_parameters
+from rome_lab.lab.recording import MIME
 
-MIME = "application/vnd.rome_lab+json"
 RUN_PACKAGES = ("rome_lab", "torch", "transformers", "numpy")
 INJECTED = "injected-parameters"  # papermill's own tag
 # Bars that are widgets would be seen neither in the terminal nor, without a kernel, in the executed copy.
@@ -80,20 +79,6 @@ class ThisInterpreter(AsyncKernelManager):
         if self.in_use:
             self.in_use.stop_channels()
             self.in_use = None
-
-
-def record_values(**values: Json) -> None:
-    """Called in a notebook: show `values`, and put them in the executed copy's metadata, under rome_lab.recorded.
-
-    They travel in the cell's output, as data of the type `application/vnd.rome_lab+json`; a later value replaces an
-    earlier one of its name. In an interactive session they are only shown.
-
-    Raises:
-        TypeError, ValueError: a value is not finite JSON.
-    """
-    plain = json.loads(canonical_json(values, "record_values: the values"))
-    shown = ", ".join(f"{name}={value!r}" for name, value in plain.items())
-    display({"text/plain": f"recorded: {shown}", MIME: plain}, raw=True)
 
 
 @contextmanager

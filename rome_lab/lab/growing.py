@@ -21,6 +21,7 @@ from rome_lab.base import write_atomically
 from rome_lab.facts import Fact, known_facts, load_facts, read_prompt
 from rome_lab.lab.batch import one_kernel, prepare, run_notebook
 from rome_lab.lab.plots import average_heatmaps, average_lines, facts_and_average, severed_and_gaps
+from rome_lab.lab.typed_facts import facts_to_show
 from rome_lab.models import LanguageModel, load_model
 from rome_lab.tracing import KINDS, Trace, Traces, columns_of, trace_facts
 
@@ -29,18 +30,6 @@ TRACED = ("claims", "figure_1", "figure_2", "figure_3", "figure_7")
 SHOWN = ("state", "mlp", "attn")  # kinds that figures 1, 2 and 7 show
 BAR = "{desc}{percentage:3.0f}% |{bar}| {elapsed} < {remaining}"
 DRAWING = 0.05  # share of the time that goes to pictures which are drawn again later
-
-
-def facts_to_show(
-    lm: LanguageModel, facts: Iterable[Fact], subjects: Sequence[str], known: Iterable[Fact], store: str, seed: int = 0
-) -> list[Fact]:
-    """Facts for Figure 1: those about `subjects` that `lm` knows, then the first of `known`, as many as there are subjects.
-
-    Args: store, seed: as in `known_facts`.
-    """
-    about = [fact for fact in facts if fact.subject in subjects]
-    wished = known_facts(lm, about, n=None, seed=seed, store=store, progress=False) if about else []
-    return list(dict.fromkeys([*wished, *known]))[: len(subjects)]
 
 
 def draw_figures(

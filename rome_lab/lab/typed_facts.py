@@ -5,6 +5,7 @@ paraphrased(fact, lines)            the fact in other words of one's own
 of_others(lm, fact, subjects)       what the model says of other subjects in the same words
 best_known(lm, fact)                the fact in words in which the model knows it
 first_word(lm, prompt)              the word that the model says next
+facts_to_show(lm, facts, ...)       those that Figure 1 shows one by one
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from rome_lab.facts import Fact, known_among, load_relations, template_of
+from rome_lab.facts import Fact, known_among, known_facts, load_relations, template_of
 from rome_lab.lab.looks import continued
 from rome_lab.models import LanguageModel
 
@@ -101,3 +102,15 @@ def first_word(lm: LanguageModel, prompt: str) -> str:
     if not words:
         raise ValueError(f"{lm.name} says no word after {prompt!r}; end the prompt where a word has to follow.")
     return words[0].strip(".,;:!?\"'()") or words[0]
+
+
+def facts_to_show(
+    lm: LanguageModel, facts: Iterable[Fact], subjects: Sequence[str], known: Iterable[Fact], store: str, seed: int = 0
+) -> list[Fact]:
+    """Facts for Figure 1: those about `subjects` that `lm` knows, then the first of `known`, as many as there are subjects.
+
+    Args: store, seed: as in `known_facts`.
+    """
+    about = [fact for fact in facts if fact.subject in subjects]
+    wished = known_facts(lm, about, n=None, seed=seed, store=store, progress=False) if about else []
+    return list(dict.fromkeys([*wished, *known]))[: len(subjects)]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy
 
 from rome_lab.base import mean_ci
 from rome_lab.tracing.averaging import Traces
@@ -254,7 +254,7 @@ def _p_above_zero(contrast: np.ndarray) -> np.ndarray:
     mean, error = contrast.mean(axis=0), contrast.std(axis=0, ddof=1) / np.sqrt(n)
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.where(mean == 0, 0.0, mean / error)  # zero noise gives 0 / 0: no effect, no evidence
-    return stats.t.sf(t, n - 1)
+    return scipy.stats.t.sf(t, n - 1)
 
 
 def _ranges(layers: np.ndarray) -> str:

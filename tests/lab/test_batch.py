@@ -24,11 +24,11 @@ from rome_lab.lab.batch import (
     main,
     prepare,
     read_parameters_file,
-    record_values,
     run_notebook,
     take_parameters,
 )
 from rome_lab.lab.parameters import Parameter, fit_parameters, read_parameters
+from rome_lab.lab.recording import record_values
 
 ROOT = Path(__file__).parents[2]
 PARAMETERS = """

@@ -36,7 +36,7 @@ def new_pages() -> int:
 
 @pytest.fixture(scope="module")
 def fresh() -> Iterator[Executor]:
-    """A process for each test: in one that kept memory there are holes in the heap, where a tensor finds pages that exist."""
+    """A process for each test: one that kept memory has holes in its heap, where a tensor finds pages that exist."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "psutil", "pytest", "rome_lab"])
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as process:
