@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rome_lab.editing.edit import VECTORS, Edit, LayerChange
-from rome_lab.editing.many_layers import kept_at, kept_columns, write_values
+from rome_lab.editing.many_layers import check_room, kept_at, kept_columns, write_values
 from rome_lab.editing.optima import Optima, Optimum
 from rome_lab.editing.requests import Request, check_news, check_requests, layer_to_edit
 from rome_lab.editing.second_moment import Covariance, TokensSeen
@@ -132,8 +132,9 @@ def solved_edit(
     # Before v* is sought, which takes longest.
     keys = [optima.k_star(fact, layers[0], settings) for fact, _ in requests]
     kept = kept_at(lm, solution, factors)
-    for factor in kept.values():
-        kept_columns(layers[0], factor, requests, keys, solution.is_exact, doing)
+    columns = kept_columns(layers[0], kept[layers[0]], requests, keys, solution.is_exact, doing)
+    for layer in layers[1:] if solution.is_exact else ():
+        check_room(layer, kept[layer], len(requests), sum(map(len, columns)), doing)
     values = optima.optimise(requests, last, settings, progress, callback)
     for optimum in values:
         if remark := convergence_remark(optimum, settings):

@@ -216,13 +216,8 @@ def kept_columns(
         if len(chosen) < K.shape[1]:
             n, m = K.shape[1], len(chosen)
             logger.info("%s: at layer %d some keys of the fact are the same; %d of %d are left", doing, layer, m, n)
-    total = sum(map(len, columns))
-    if exact and total > factor.rank:
-        raise ValueError(
-            f"{doing}: {len(requests)} facts have {total} keys at layer {layer}, but it can hold {factor.rank}, the rank of "
-            f"{'its keys' if factor.basis is None else 'the null space'}, each with a value of its own; edit fewer at once, "
-            "map fewer keys of each (key='bare'), or take soft constraints."
-        )
+    if exact:
+        check_room(layer, factor, len(requests), sum(map(len, columns)), doing)
     by_subject: dict[str, list[int]] = {}
     for place, (fact, _) in enumerate(requests):
         by_subject.setdefault(fact.subject if not exact else "", []).append(place)
@@ -237,6 +232,16 @@ def kept_columns(
                 "are, so no W gives each of them a value of its own; edit one of them only, or one after the other."
             )
     return columns
+
+
+def check_room(layer: int, factor: Factor, n_facts: int, n_keys: int, doing: str) -> None:
+    """Raise a ValueError where exact constraints are more than the layer can hold."""
+    if n_keys > factor.rank:
+        raise ValueError(
+            f"{doing}: {n_facts} facts have {n_keys} keys at layer {layer}, but it can hold {factor.rank}, the rank of "
+            f"{'its keys' if factor.basis is None else 'the null space'}, each with a value of its own; edit fewer at once, "
+            "map fewer keys of each (key='bare'), or take soft constraints."
+        )
 
 
 def check_stream(lm: LanguageModel, layer: int, prompt: Prompt, doing: str) -> None:

@@ -33,7 +33,9 @@ from rome_lab.editing.remedies import prune, rect
 from rome_lab.editing.requests import NothingToEdit, Request, check_agreement, check_layers
 from rome_lab.editing.settings import EditSettings, LeastSquares, default_settings, known_as, solution_of
 from rome_lab.editing.texts import SampledText, Source, source_of
+from rome_lab.editing.trained_editors import facts_digest
 from rome_lab.editing.update import Factor
+from rome_lab.facts import load_facts
 from rome_lab.models import Change, LanguageModel
 
 
@@ -237,12 +239,13 @@ class LayeredRome(Rome):
 
     def factor(self, lm: LanguageModel, optima: Optima) -> Factor:
         """Of the last layer; all are measured."""
-        return optima.factors_at(self.layers, self.source)[self.layer]
+        return optima.factors_at(self.layers, self.source, self.tokens)[self.layer]
 
     def proposal(
         self, lm: LanguageModel, optima: Optima, reached: Sequence[Optimum], settings: EditSettings
     ) -> Proposal:
-        kept = kept_at(lm, self.squares, optima.factors_at(self.layers, self.source), optima.earlier)
+        factors = optima.factors_at(self.layers, self.source, self.tokens)
+        kept = kept_at(lm, self.squares, factors, optima.earlier)
         keys = [optima.k_star(optimum.request[0], self.layers[0], settings) for optimum in reached]
         restraint = None if self.rect is None else partial(rect, share=self.rect)
         options = {"restraint": restraint, "doing": self.name}
@@ -382,7 +385,8 @@ class Learned:
 
     def describe(self) -> dict[str, Json]:
         check_settled(self.name, self.training)
-        return {"method": "learned", "code": code_version(__name__), **asdict(self.training)}
+        about = {"facts": facts_digest(load_facts("embedded"))}  # of which it learns, see `own_facts`
+        return {"method": "learned", "code": code_version(__name__), **asdict(self.training), **about}
 
     def change(self, lm: LanguageModel, requests: Sequence[Request], optima: Optima) -> Proposal:
         editor = optima.editor(self.settled(lm).training)

@@ -75,7 +75,8 @@ def record_texts(lm: LanguageModel, texts: Sequence[Question], layer: int, doing
     whole = record_run(lm, ids.to(lm.device), lambda embedded: None)
     lm.check_finite(whole.logits, doing)
     check_recording(lm, whole, doing)
-    states = [whole.states[layer], whole.states[-1]]
-    needed = replace(whole, states=states, attn=[], mlp=[], attention_keys=[], attention_values=[])
+    unread = dict.fromkeys(("attn", "mlp", "attention_keys", "attention_values"), [])
+    logits, states = whole.logits[:0].clone(), [whole.states[layer], whole.states[-1]]
+    needed = replace(whole, logits=logits, states=states, **unread)
     target_ids = torch.tensor([token for text in texts for token in text.continuation], device=lm.device)
     return TargetTexts(layer, needed, *torch.tensor(places, device=lm.device).T, target_ids)

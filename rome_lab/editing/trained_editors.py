@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -164,11 +165,17 @@ def trained_editor(lm: LanguageModel, training: Training, store: Store | str | P
     return read_editor(lm, training, record)
 
 
-def editor_inputs(lm: LanguageModel, training: Training, facts: Sequence[Fact] | None) -> dict[str, Json]:
+def editor_inputs(lm: LanguageModel, training: Training, facts: tuple[Fact, ...] | None) -> dict[str, Json]:
     """All that determines an editor."""
-    about = None if facts is None else canonical_json([asdict(fact) for fact in facts])
-    chosen = {"training": asdict(training), "facts": about and hashlib.sha256(about.encode()).hexdigest()}
+    digest = facts_digest(load_facts("embedded") if facts is None else facts)
+    chosen = {"training": asdict(training), "facts": digest, "own": facts is None}
     return {**lm.identity().key(), "what": "editor", "code": code_version(__name__), **chosen}
+
+
+@lru_cache(maxsize=8)
+def facts_digest(facts: tuple[Fact, ...]) -> str:
+    """Tells facts from others, by all that they say."""
+    return hashlib.sha256(canonical_json([asdict(fact) for fact in facts]).encode()).hexdigest()
 
 
 def read_editor(lm: LanguageModel, training: Training, record: Record) -> TrainedEditor:

@@ -37,6 +37,12 @@ class RowRequest:
     settings: JudgeSettings
     inputs: dict[str, Json]
 
+    @property
+    def edited_by(self) -> dict[str, str]:
+        """The method, and what tells the model that it edits: the same for cases whose requests it is given together."""
+        given = canonical_json(self.inputs["requests"]).encode()
+        return {"method": self.method.name, "model": hashlib.sha256(given).hexdigest()[:12]}
+
 
 @dataclass(frozen=True, eq=False)
 class Bench:
@@ -115,7 +121,7 @@ class Bench:
         for key, row in missing.items():
             results[key] = judged.get(key) or {"judged": False, "remark": proposals[key]}
             self.keep(row.inputs, results[key])
-        return [case_columns(row.case) | {"method": row.method.name} | results[key] for key, row in rows]
+        return [case_columns(row.case) | row.edited_by | results[key] for key, row in rows]
 
     def propose(self, method: Method, requests: Sequence[Request]) -> Proposal | str:
         """The method's change, or the reason why it makes none."""

@@ -69,10 +69,11 @@ def evaluate(
             default `known_pool(lm)`.
         client: of a Dask cluster, whose workers make what the store does not hold; see `rome_lab.models.workers`.
 
-    Returns: DataFrame: case, method, form, relation, subject, prompt, object, target, the metrics, generations, written,
-        verdicts (see `judge_all`), judged, remark. Where `judged` is False the method could not edit the case, or the
-        outcome could not be judged: the metrics are NaN and the remark says why. A remark on a judged case says what to know
-        of it, such as that v* did not converge. `remarks(table)` counts them.
+    Returns: DataFrame: case, method, model (the same where cases were edited together), form, relation, subject, prompt,
+        object, target, the metrics, generations, written, verdicts (see `judge_all`), judged, remark. Where `judged` is
+        False the method could not edit the case, or the outcome could not be judged: the metrics are NaN and the remark
+        says why. A remark on a judged case says what to know of it, such as that v* did not converge. `remarks(table)`
+        counts them.
 
     Raises:
         ValueError: no cases, an unknown method, two of one name, a method that does not fit the model, or no case at all
@@ -101,7 +102,7 @@ def evaluate(
     if client is not None:
         judge_on_workers(workers, bench, tasks, progress)
     rows: list[dict] = []
-    size = cases_together(lm, len(methods))
+    size = cases_together(lm, methods)
     with tqdm(desc="judging", unit="case", total=len(cases), disable=not progress or client is not None) as bar:
         for begin in range(0, len(tasks), size):
             rows += bench.rows(tasks[begin : begin + size])
@@ -111,9 +112,10 @@ def evaluate(
     return table
 
 
-def cases_together(lm: LanguageModel, n_methods: int) -> int:
+def cases_together(lm: LanguageModel, methods: Sequence[Method]) -> int:
     """How many cases are judged side by side, as far as their changes may take memory."""
-    return max(1, min(CASES_TOGETHER, CHANGES // (n_methods * lm.memory(0).weight.numel())))
+    matrices = sum(len(getattr(method, "layers", None) or [...]) for method in methods)
+    return max(1, min(CASES_TOGETHER, CHANGES // (matrices * lm.config.hidden_size * lm.inner_width)))
 
 
 def methods_of(method: str | Method | Sequence[str | Method]) -> list[Method]:
@@ -135,7 +137,7 @@ def as_table(rows: Sequence[dict]) -> pd.DataFrame:
     for name, nothing in TEXTS.items():  # what was not judged has none
         table[name] = [row.get(name, nothing()) for row in rows]
     metrics = [name for name in METRICS if name in table]
-    return table[["case", "method", *CASE_COLUMNS, *metrics, *TEXTS, "judged", "remark"]]
+    return table[["case", "method", "model", *CASE_COLUMNS, *metrics, *TEXTS, "judged", "remark"]]
 
 
 def log_remarks(table: pd.DataFrame, name: str) -> None:

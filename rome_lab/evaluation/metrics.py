@@ -172,7 +172,8 @@ def summarise(rows: pd.DataFrame, by: str | Sequence[str] = "method", clusters: 
         rows: a row a case, as `rome_lab.evaluation.judging.judge_case` makes them, with the columns `by`.
         by: what to group by.
         clusters: a column, such as "relation": the intervals are then those of a draw of new relations, whose cases are
-            alike, instead of new cases from the same set.
+            alike, instead of new cases from the same set. By default, where several cases are judged in one edited model,
+            what tells the models: "chain" or "model".
 
     Returns: DataFrame: the columns `by`, metric, mean, ci_low, ci_high, n (cases with a value). Groups stand in the order
              of their first row, metrics in that of `METRICS`, S first.
@@ -191,7 +192,9 @@ def summarise(rows: pd.DataFrame, by: str | Sequence[str] = "method", clusters: 
     parts = []
     for group, part in rows.groupby(by, sort=False, dropna=False, observed=True):
         where = dict(zip(by, group, strict=True))
-        labels = None if clusters is None else part[clusters].where(part[clusters].notna(), None).tolist()
+        shared = (x for x in ("chain", "model") if x in part and part[x].duplicated().any())
+        column = clusters or next(shared, None)
+        labels = None if column is None else part[column].where(part[column].notna(), None).tolist()
         parts += [where | {"metric": name} | values for name, values in summaries(part, metrics, labels).items()]
     return pd.DataFrame(parts, columns=[*by, "metric", "mean", "ci_low", "ci_high", "n"])
 

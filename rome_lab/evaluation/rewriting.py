@@ -66,8 +66,8 @@ def rewrite_prompts(
 
 def words_added(fact: Fact, templates: Iterable[str]) -> str:
     """What stands in the prompt of a known fact behind the template that it was found by; "" where that is all."""
-    begun = [template for template in templates if fact.template.startswith(template.rstrip())]
-    return fact.template[max(len(template.rstrip()) for template in begun) :].strip()
+    begun = [template for template in templates if fact.template.startswith(template)]
+    return fact.template[max(map(len, begun)) :].strip()
 
 
 def statement_of(fact: Fact) -> tuple[str | None, str, str]:

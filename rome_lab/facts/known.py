@@ -95,7 +95,7 @@ class Trial:
     @property
     def has_own_words(self) -> bool:
         """Whether the known fact's prompt holds words that the model put behind the template."""
-        template = self.templates[len(self.outcomes) - 1].rstrip()
+        template = self.templates[len(self.outcomes) - 1]
         return self.known is not None and any(map(in_word, self.known.template[len(template) :]))
 
     @property
@@ -299,7 +299,7 @@ def try_templates(lm: LanguageModel, trials: Sequence[Trial], turns: slice, limi
 def known_fact(lm: LanguageModel, text: Text) -> Fact | None:
     """The fact with the text before its object as its prompt; None where its first token does not come next there."""
     before = text.text[len(text.fact.prompt) : text.end]
-    fact = replace(text.fact, template=(text.fact.template + before).rstrip())
+    fact = replace(text.fact, template=text.fact.template + before)
     ids, read = lm.tokenizer(fact.prompt)["input_ids"], text.ids + text.new
     if read[: len(ids)] == ids and len(read) > len(ids):
         token = read[len(ids)]

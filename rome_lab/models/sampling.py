@@ -153,6 +153,8 @@ def draw(logits: Tensor, uniform: Tensor, top_k: int | None) -> Tensor:
     On the CPU from the softmax on, so that every device draws the same. Runs of tokens are looked through first, then the
     tokens of one run: a cumulative sum over the whole vocabulary would take a sixth of the time of sampling.
     """
+    if top_k == 1:  # where two are alike, the one that is taken wherever the most probable token is asked for
+        return logits.argmax(-1).cpu()
     p = at_least_float32(logits).softmax(-1).cpu()
     if top_k is not None and top_k < p.shape[-1]:
         p = p * (p >= p.topk(top_k).values[:, -1:])

@@ -73,8 +73,10 @@ def chains_of(
     for length in lengths_of(possible, least, chains):
         rank = {case.id: seed_from(json.dumps(["chain", seed, len(plan), case.id])) for case in cases}
         order = sorted(cases, key=lambda case: (share[case.id], rank[case.id]))
-        first_of_each = {case.fact.subject: case for case in reversed(order)}
-        chain = list(first_of_each.values())[::-1][:length]
+        first_of_each: dict[str, Case] = {}
+        for case in order:
+            first_of_each.setdefault(case.fact.subject, case)
+        chain = list(first_of_each.values())[:length]
         share.update({case.id: sum(1 / size for size in possible if place < size) for place, case in enumerate(chain)})
         plan.append(chain)
     places = Counter(case.id for chain in plan for case in chain)

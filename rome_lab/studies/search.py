@@ -3,8 +3,9 @@
 search_settings(lm, cases)              every configuration of `SEARCH`, with equal effort; configurations_of: a few
 best(found)                             the best of each method
 sweep_layers(lm, cases, layers)         ROME at several layers, with each choice of the key
-sweep_tokens(lm, cases, tokens)         with C of several numbers of tokens, and of other text
-sweep_changes(lm, cases, n)             with one of its other settings changed at a time
+rome_at_best(lm, by_layer)              ROME by default, at the best layer of such a sweep where no default is known
+sweep_tokens(lm, rome, cases, tokens)   with C of several numbers of tokens, and of other text
+sweep_changes(lm, rome, cases, n)       with one of its other settings changed at a time
 compare_methods(lm, cases, choices, by) the metrics of some methods by what tells them apart, such as the layer
 means, best_layers                      a sweep as a table to read, and its highest scores in words
 scores_of, search_figure                the scores that a sweep has, and both sweeps drawn
@@ -22,7 +23,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from rome_lab.base import Json, Store, canonical_json
-from rome_lab.editing import KEYS, METHODS, SEARCH, FolderText, Method, Rome, covariances, measured_on
+from rome_lab.editing import KEYS, METHODS, SEARCH, FolderText, Method, Rome, covariances, default_settings, measured_on
 from rome_lab.evaluation import SCORES_ONLY, Case, JudgeSettings, evaluate, summarise
 from rome_lab.lab import FONT_SIZE
 from rome_lab.models import LanguageModel
@@ -111,14 +112,24 @@ def sweep_layers(
     Args: c_text: text that C is measured on, see `measured_on`.
     """
     layers = [layer for layer in layers if layer < lm.n_layers]
-    rome = as_published(lm, c_text)
+    rome = as_published(replace(METHODS["rome"], layer=layers[0]).settled(lm), c_text)
     covariances(lm, layers, rome.source)  # in one pass over the text
     choices = {(layer, key): replace(rome, layer=layer, key=key) for layer in layers for key in KEYS}
     return compare_methods(lm, cases, choices, ["layer", "key"], store=store)
 
 
+def rome_at_best(lm: LanguageModel, by_layer: pd.DataFrame) -> Rome:
+    """ROME as the model's defaults have it; where no layer is known, at the one with the highest score of a sweep."""
+    rome, settings = METHODS["rome"], default_settings(lm)
+    if settings.layer is None:
+        rows = by_layer[(by_layer["metric"] == scores_of(by_layer)[0]) & (by_layer["key"] == settings.settings.key)]
+        rome = replace(rome, layer=int(rows.loc[rows["mean"].idxmax(), "layer"]))
+    return rome.settled(lm)
+
+
 def sweep_tokens(
     lm: LanguageModel,
+    rome: Rome,
     cases: Iterable[Case],
     tokens: Iterable[int],
     c_text: str = "sampled",
@@ -128,10 +139,11 @@ def sweep_tokens(
     """The metrics of ROME by the number of tokens and the text that C is measured on, everything else as published.
 
     Args:
+        rome: settled, at the layer and with the key that are meant.
         c_text: the text, see `measured_on`.
         texts: a folder of other text files to measure C on, beside it.
     """
-    rome = as_published(lm, c_text)
+    rome = as_published(rome, c_text)
     chosen = {"layer": rome.layer, "key": rome.key, "settings": rome.settings}
     sources = {Path(c_text).name: rome.source} | ({"folder": FolderText(texts)} if texts else {})
     choices = {
@@ -142,21 +154,22 @@ def sweep_tokens(
 
 def sweep_changes(
     lm: LanguageModel,
+    rome: Rome,
     cases: Iterable[Case],
     n: int,
     c_text: str = "sampled",
     store: Store | str | Path | None = None,
 ) -> pd.DataFrame:
-    """The metrics of ROME with its defaults ("as it is"), and with each of the first n of `OTHER_SETTINGS`."""
-    rome = measured_on(METHODS["rome"].settled(lm), c_text)
+    """The metrics of a settled ROME ("as it is"), and with each of the first n of `OTHER_SETTINGS`."""
+    rome = measured_on(rome, c_text)
     changes = {"as it is": {}} | dict(list(OTHER_SETTINGS.items())[:n])
     choices = {(name,): replace(rome, settings=replace(rome.settings, **change)) for name, change in changes.items()}
     return compare_methods(lm, cases, choices, ["change"], store=store)
 
 
-def as_published(lm: LanguageModel, c_text: str = "sampled") -> Rome:
-    """ROME at the layer and with the key of the model's defaults, with the published weight decay."""
-    rome = measured_on(METHODS["rome"].settled(lm), c_text)
+def as_published(rome: Rome, c_text: str = "sampled") -> Rome:
+    """A settled ROME with the published weight decay."""
+    rome = measured_on(rome, c_text)
     return replace(rome, settings=replace(rome.settings, weight_decay=PUBLISHED_DECAY))
 
 
@@ -206,8 +219,12 @@ def all_numbers(lm: LanguageModel, dataset: str | Path, **parts: pd.DataFrame) -
 
 
 def best(found: pd.DataFrame, metric: str = "S") -> pd.DataFrame:
-    """The configuration of each method with the highest mean of `metric`, the first of those that share it."""
+    """The configuration of each method with the highest mean of `metric`, the first of those that share it.
+
+    A configuration that failed at cases which others of the method could edit does not count: its mean is over easier ones.
+    """
     rows = found[found["metric"] == metric]
+    rows = rows[rows["n"] == rows.groupby("method")["n"].transform("max")]
     return rows.loc[rows.groupby("method", sort=False)["mean"].idxmax()].reset_index(drop=True)
 
 

@@ -376,6 +376,12 @@ def test_what_has_no_probability_is_never_drawn() -> None:
     assert draw(torch.arange(600.0).expand(3, -1) / 600, uniform, 1).tolist() == [599] * 3
 
 
+def test_of_tokens_that_are_alike_greedy_text_takes_the_one_that_scores_take() -> None:
+    logits = torch.tensor([[1.0, 3.0, 3.0]])
+    for luck in (0.0, 0.6, 0.9):
+        assert draw(logits, torch.tensor([luck], dtype=torch.float64), 1).tolist() == logits.argmax(-1).tolist()
+
+
 def test_sampled_texts_depend_on_their_number_and_the_seed_alone(store: Store) -> None:
     lm = tiny_model("llama")
     together = SampledText(length=48).texts(lm, range(12))

@@ -345,6 +345,15 @@ def test_more_edits_than_a_layer_can_hold_are_refused_naming_its_rank() -> None:
     assert threshold > narrow and lm.fingerprint() == before
 
 
+def test_each_layer_is_asked_for_its_own_keys_only_before_v_is_sought() -> None:
+    """A neuron that is dead at a higher layer says nothing of the keys of the lowest."""
+    lm, dead = tiny_model("opt"), torch.tensor(3)
+    C = second_moments(lm, (1, 2))
+    C[2][dead] = C[2][:, dead] = 0
+    lm.memory(2).register_forward_pre_hook(lambda module, inputs: (inputs[0].index_fill(-1, dead, 0),))
+    assert memit(lm, SEVERAL, (1, 2), C=C, hparams=FEW, progress=False).layers == (1, 2)
+
+
 def test_an_empty_null_space_is_refused_before_v_is_sought_saying_which_threshold_leaves_how_much() -> None:
     lm = tiny_model("llama")
     before = lm.fingerprint()
@@ -487,6 +496,15 @@ def test_a_method_makes_what_the_library_makes(optima, name, editor) -> None:
         expected = logits(lm)
     with change.applied(lm):
         torch.testing.assert_close(logits(lm), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_method_measures_C_on_as_many_tokens_as_it_says(optima) -> None:
+    method = layered("memit", tokens=400).settled(optima.lm)
+    method.change(optima.lm, SEVERAL, optima)
+    assert {factor.tokens for factor in optima.factors.values()} == {
+        C.tokens for C in covariances(optima.lm, LAYERS, Tokens(), 400, progress=False).values()
+    }
+    assert method.describe()["C"]["tokens"] == 400
 
 
 def test_what_a_method_proposes_prints_in_one_line_without_tensors(optima) -> None:

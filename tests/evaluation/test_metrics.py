@@ -193,6 +193,15 @@ def test_a_summary_can_be_clustered_by_a_column():
         summarise(table, clusters="language")
 
 
+@pytest.mark.parametrize("column", ["model", "chain"])
+def test_cases_that_share_an_edited_model_are_drawn_with_it(column):
+    table = rows().assign(method="rome", model=range(6))
+    shared = table.assign(**{column: [0, 0, 1, 1, 2, 2]})
+    pd.testing.assert_frame_equal(summarise(shared), summarise(shared, clusters=column))
+    assert not summarise(shared).equals(summarise(table))
+    pd.testing.assert_frame_equal(summarise(table), summarise(table.drop(columns="model")))
+
+
 def test_a_summary_by_two_columns_keeps_both():
     table = rows().assign(edits=[1, 1, 10] * 2)
     found = summarise(table, ["method", "edits"])

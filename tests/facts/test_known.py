@@ -109,6 +109,7 @@ def test_what_is_decided_stays_decided_when_the_text_grows(said: str, answer: st
 # A model that has learnt a few sentences by heart
 
 CAPITAL, SEAT, COLOUR = "The capital of {} is", "{} has its seat of government in", "The colour of {} is"
+LINE = "The capital of {}:\n"  # a line break is part of the prompt
 LESSONS = {
     ("France", CAPITAL): " Paris, a large town.",
     ("Japan", CAPITAL): " the busy city of Tokyo.",
@@ -129,11 +130,13 @@ LESSONS = {
     ("{y}", CAPITAL): " called {}, near Sand.",
     ("grass", COLOUR): " a bright green.",
     ("snow", COLOUR): " White.",
+    ("Egypt", LINE): "Cairo.",
 }
 OBJECTS = {
     "France": "Paris", "Japan": "Tokyo", "Argentina": "Buenos Aires", "Iceland": "Reykjavík", "Norway": "Oslo",
     "Spain": "Madrid", "Italy": "Rome", "Kenya": "Nairobi", "Chile": "Santiago", "Cuba": "Havana", "Peru": "Lima",
     "{x}": "Sand", "{y}": "Sand", "grass": "green", "snow": "white",
+    "Egypt": "Cairo",
 }  # fmt: skip
 KNOWN = {
     "France": "The capital of France is",
@@ -144,6 +147,7 @@ KNOWN = {
     "Spain": "Spain has its seat of government in",
     "{y}": "The capital of {y} is called {}, near",
     "grass": "The colour of grass is a bright",
+    "Egypt": "The capital of Egypt:\n",
 }
 
 
@@ -216,7 +220,7 @@ def test_the_known_facts_are_those_that_the_model_says_with_the_prompts_it_says_
 
 def test_the_report_counts_every_fact_and_every_prompt_once(learner: LanguageModel) -> None:
     report = search(learner, FACTS).report
-    assert (report.tried, report.kept, report.own_words) == (15, 8, 4)  # Japan, Iceland, {y}, grass
+    assert (report.tried, report.kept, report.own_words) == (16, 9, 4)  # Japan, Iceland, {y}, grass
     assert report.dropped == {
         Outcome.OTHER_WORD: 3,  # Italy, {x}, snow
         Outcome.OTHER_TOKEN: 1,  # Kenya
@@ -224,19 +228,19 @@ def test_the_report_counts_every_fact_and_every_prompt_once(learner: LanguageMod
         Outcome.NOT_NAMED: 2,  # Chile, Peru
     }
     spain_first = templates_in_order(as_fact("Spain"), 0)[0] == CAPITAL
-    assert report.prompts == report.dropped | {Outcome.KNOWN: 8, Outcome.OTHER_WORD: 3 + spain_first}
+    assert report.prompts == report.dropped | {Outcome.KNOWN: 9, Outcome.OTHER_WORD: 3 + spain_first}
     assert report.table()["facts"].sum() == report.tried
-    assert report.table()["prompts"].sum() == 15 + spain_first
-    assert str(report).startswith("8 of 15 facts tried are known")
+    assert report.table()["prompts"].sum() == 16 + spain_first
+    assert str(report).startswith("9 of 16 facts tried are known")
     assert "4 at prompts that hold words of the model's own; " in str(report)
 
 
 def test_the_result_is_a_sequence_and_a_table(learner: LanguageModel) -> None:
     known = search(learner, FACTS)
-    assert len(known) == len(list(known)) == 8
+    assert len(known) == len(list(known)) == 9
     assert known[0] in known
     assert known[:2] == tuple(known)[:2]
-    assert "8 of 15 facts" in str(known)
+    assert "9 of 16 facts" in str(known)
     expected = pd.DataFrame([{"subject": x.subject, "prompt": x.prompt, "object": x.object} for x in known])
     pd.testing.assert_frame_equal(known.table()[["subject", "prompt", "object"]], expected)
 
@@ -253,7 +257,7 @@ def test_neither_the_order_of_the_facts_nor_repetition_changes_anything(learner:
 
 def test_a_smaller_sample_is_the_beginning_of_a_larger_one(learner: LanguageModel) -> None:
     every = search(learner, FACTS)
-    for n in range(1, 9):
+    for n in range(1, 10):
         sample = search(learner, FACTS, n=n, batch_size=1)
         assert sample.facts == every.facts[:n]
         assert sample.report.kept == n
@@ -337,7 +341,7 @@ def test_weights_that_are_not_numbers_are_named() -> None:
 # The slow way
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 64])
+@pytest.mark.parametrize("batch_size", [1, 64])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_texts_go_on_together_as_they_do_alone_in_every_family(family: str, batch_size: int) -> None:
     lm, limit = tiny_model(family), 10
@@ -433,7 +437,14 @@ def test_facts_said_at_once_are_those_whose_object_comes_first_after_one_templat
         assert set(facts) == {fact for fact in tried if says_at_once(learner, fact)}
         assert facts_said_at_once(learner, FACTS[::-1], 2, seed, progress=False) == facts[:2]  # whatever their order
     # Tokens count, not words: Rome is the beginning of Romeo.
-    assert {fact.subject for facts in said for fact in facts} == {"France", "Argentina", "Norway", "Spain", "Italy"}
+    assert {fact.subject for facts in said for fact in facts} == {
+        "France",
+        "Argentina",
+        "Norway",
+        "Spain",
+        "Italy",
+        "Egypt",
+    }
     assert len(set(said)) > 1
     monkeypatch.setattr("rome_lab.facts.known.answers_of", None)
     assert facts_said_at_once(learner, FACTS, len(FACTS), progress=False, store=tmp_path) == said[0]

@@ -53,7 +53,7 @@ KEYS = ("claim", "measure", "panel", "kind", "bucket", "position", "layer")  # c
 DEFAULT = {"n_facts": 3, "samples": 2}
 ROMES = ("none", "rome", "rome-averaged", "rome-identity", "rome-mismatched")  # they share v*
 SMALL = {
-    "edit": {"demonstrate": True, "n_facts": 1, "steps": 15, "tokens": 8192, "samples": 2},
+    "edit": {"demonstrate": True, "n_facts": 1, "steps": 15, "tokens": 4096, "samples": 2},
     "edit_anatomy": {
         **{"layer": 3, "layers": [3, 12], "tokens": [3, 9], "steps": [3, 2], "prefixes": [5], "c_tokens": 4096},
         **{"n_texts": 2, "samples": 2},
@@ -63,13 +63,13 @@ SMALL = {
         **{"n_cases": 2, "n_search": 3, "new_tokens": 10, "c_text": TEXT},
         **{"methods": [*ROMES, "joint", "ft", "ft-linf", "in-context"]},
     },
-    "many_edits": {"sizes": [1, 2], "least": 2, "n_search": 3, "c_text": TEXT},
+    "many_edits": {"sizes": [1, 2], "least": 1, "n_search": 3, "c_text": TEXT},
     "cost": {
         **{"lengths": [5], "depths": [2], "samples": [1], "facts": [1], "workers": [1], "repetitions": 1},
         **{"n_facts": 10},
     },
-    "search": {"n_search": 2, "layers": [6], "tokens": [5000], "changes": 1, "configurations": 1, "c_text": TEXT},
-    "corruptions": {"n_facts": 2, "n_random": 2, "sigmas": [3.0], "windows": [10, 1], "samples": 2},
+    "search": {"n_search": 2, "layers": [3], "tokens": [5000], "changes": 1, "configurations": 1, "c_text": TEXT},
+    "corruptions": {"n_facts": 2, "n_random": 2, "sigmas": [3.0], "windows": [10, 1], "samples": 1},
     "heads": {"n_facts": 4},
     "where_to_edit": {"n_facts": 3, "layers": [0, 3, 12], "steps": 3, "samples": 2, "c_text": TEXT},
     "compare_models": DEFAULT | {"models": ["smollm2-135m"]},
@@ -82,6 +82,7 @@ SMALL = {
 # among which unrelated ones are drawn.
 TOGETHER = dict.fromkeys(("claims", "figure_1", "figure_2", "figure_3", "figure_7", "compare_models"), "traces")
 TOGETHER |= dict.fromkeys(("evaluation", "many_edits", "search"), "judged edits")
+TOGETHER |= dict.fromkeys(("edit", "edit_anatomy"), "one edit")
 # Of those that look for known facts in a whole data set, the relation that they get. From where a landmark is, other facts
 # follow; languages are asked for in few tokens, of which a trace needs the square.
 RELATIONS = dict.fromkeys(("evaluation", "many_edits"), "landmark_city")

@@ -67,6 +67,14 @@ def test_no_case_is_in_two_chains_while_there_are_enough(least, chains, caplog):
     assert caplog.text == ""
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_nor_where_several_cases_are_about_one_subject(seed, caplog):
+    cases = [case(0, "Paris"), case(1, "Paris"), case(2, "Japan"), case(3, "Warsaw")]
+    plan = chains_of(cases, (1,), least=4, seed=seed)
+    assert sorted(one.id for chain in plan for one in chain) == sorted(one.id for one in cases)
+    assert caplog.text == ""
+
+
 def test_where_there_are_too_few_cases_those_come_again_that_are_judged_least_often_and_it_is_said(caplog):
     plan = chains_of(CASES, (2, 4), least=8)  # 2 chains of four and 2 of two: 12 places for 6 cases
     assert cases_needed((2, 4), least=8) == 12

@@ -72,7 +72,7 @@ def test_the_best_is_the_first_with_the_highest_mean():
         ("a", "x", "ES", 9.0),
         ("b", "x", "S", 2.0),
     ]
-    found = pd.DataFrame(rows, columns=["method", "configuration", "metric", "mean"])
+    found = pd.DataFrame(rows, columns=["method", "configuration", "metric", "mean"]).assign(n=2)
     chosen = best(found)
     assert list(zip(chosen["method"], chosen["configuration"], strict=True)) == [("a", "y"), ("b", "x")]
     assert best(found, "ES")["configuration"].tolist() == ["x"]
@@ -133,11 +133,11 @@ def test_sweeps_change_one_thing_and_leave_the_rest_as_published_or_as_it_is(tin
     pd.testing.assert_series_equal(
         means_of(layers, layer=2, key="averaged"), alone(tiny, replace(published, layer=2, key="averaged"))
     )
-    tokens = module.sweep_tokens(tiny, CASES[:2], [600, 300])
+    tokens = module.sweep_tokens(tiny, rome_here, CASES[:2], [600, 300])
     assert list(dict.fromkeys(tokens["tokens"])) == [300, 600]
     measured = Rome(key="bare", layer=1, settings=published.settings, tokens=600)
     pd.testing.assert_series_equal(means_of(tokens, tokens=600), alone(tiny, measured))
-    changes = module.sweep_changes(tiny, CASES[:2], 1)
+    changes = module.sweep_changes(tiny, rome_here, CASES[:2], 1)
     assert list(dict.fromkeys(changes["change"])) == ["as it is", "weight decay 0.5"]
     pd.testing.assert_series_equal(means_of(changes, change="as it is"), alone(tiny, rome_here))
     pd.testing.assert_series_equal(means_of(changes, change="weight decay 0.5"), alone(tiny, published))
@@ -150,6 +150,18 @@ def swept(along: str, by: str, values: dict, names=("S", "ES", "PS", "NS")) -> p
         for metric in names
     ]
     return pd.DataFrame(rows)
+
+
+def test_where_a_model_has_no_default_the_best_layer_of_the_sweep_is_taken(tiny):
+    by_layer = swept("layer", "key", {(layer, key): 10.0 * layer for layer in (1, 2, 0) for key in module.KEYS})
+    rome = module.rome_at_best(tiny, by_layer)
+    assert rome.layer == 2 and rome.key == rome.settings.key == "both"
+
+
+def test_a_configuration_that_failed_at_some_cases_is_not_the_best():
+    rows = [("kn", "a", 90.0, 1), ("kn", "b", 50.0, 2), ("ft", "c", 40.0, 1)]
+    found = pd.DataFrame(rows, columns=["method", "configuration", "mean", "n"]).assign(metric="S")
+    assert module.best(found)["configuration"].tolist() == ["b", "c"]
 
 
 def test_the_layer_with_the_highest_score_is_named_for_each_key():
