@@ -136,7 +136,7 @@ def plain_known_fact(lm: LanguageModel, fact: Fact, seed: int, limit: int) -> Fa
         if outcome is not Outcome.KNOWN:
             continue
         more = (asked.prompt + said)[len(asked.prompt) : place]
-        kept = replace(asked, template=(template + more).rstrip())
+        kept = replace(asked, template=(template + more).rstrip(" "))
         ids = lm.tokenizer(kept.prompt, return_tensors="pt")["input_ids"].to(lm.device)
         with torch.no_grad():
             token = int(lm.model(ids).logits[0, -1].argmax())

@@ -183,16 +183,17 @@ def facts_said_at_once(
         if record := store.load(inputs):
             return tuple(Fact(**fact) for fact in record.meta["facts"])
     knows: list[Fact] = []
+    tried = 0
     with tqdm(total=n, desc="facts said at once", disable=not progress) as bar:
-        for begin in range(0, len(order), FACT_WAVE):
-            wave = [replace(x, template=templates_in_order(x, seed)[0]) for x in order[begin : begin + FACT_WAVE]]
+        while len(knows) < n and tried < len(order):
+            several = order[tried : tried + wave_size(n - len(knows))]
+            tried += len(several)
+            wave = [replace(x, template=templates_in_order(x, seed)[0]) for x in several]
             questions = {fact: question(lm, 0, fact.prompt, fact.object) for fact in wave}
             fitting = {fact: x for fact, x in questions.items() if len(x.text) <= lm.context_length}
             answers = answers_of(lm, list(fitting.values()), "known_facts")
             knows += [fact for fact, answer in zip(fitting, answers, strict=True) if answer.greedy.all()]
             bar.update(min(n, len(knows)) - bar.n)
-            if len(knows) >= n:
-                break
     if store:
         store.save(inputs, {}, {"facts": [asdict(fact) for fact in knows[:n]]})
     return tuple(knows[:n])
@@ -237,8 +238,8 @@ def find_known(
     kept = 0
     with tqdm(total=enough, desc="facts tried" if n is None else "known facts", disable=not progress) as bar:
         while kept < enough and (begin := len(trials)) < len(order):
-            size = min(FACT_WAVE, max(LEAST_WAVE, 2 * (enough - kept)))
-            trials += [Trial(fact, templates_in_order(fact, seed)) for fact in order[begin : begin + size]]
+            wave = order[begin : begin + wave_size(enough - kept)]
+            trials += [Trial(fact, templates_in_order(fact, seed)) for fact in wave]
             for turns in (slice(1), slice(1, None)):
                 try_templates(lm, trials[begin:], turns, max_new_tokens, batch_size)
                 drop_repeated(trials)
@@ -246,6 +247,11 @@ def find_known(
                 kept = sum(trial.known is not None for trial in trials)
                 bar.update((min(n, kept) if n else sum(trial.is_settled for trial in trials)) - bar.n)
     return trials
+
+
+def wave_size(n: int) -> int:
+    """How many facts are tried together where n more are sought: of those that are tried, half are known at best."""
+    return min(FACT_WAVE, max(LEAST_WAVE, 2 * n))
 
 
 def up_to(trials: list[Trial], n: int) -> list[Trial]:

@@ -44,12 +44,19 @@ INJECTED = "injected-parameters"  # papermill's own tag
 PLAIN_BARS = "import tqdm.auto, tqdm.std; tqdm.auto.tqdm, tqdm.auto.trange = tqdm.std.tqdm, tqdm.std.trange; del tqdm"
 
 
-# What a notebook leaves behind in its kernel, beside what it holds in memory.
+# What a notebook leaves behind in its kernel, beside what it holds in memory. Without its `__spec__` the main module could
+# start no processes.
 FRESH = """
 import matplotlib.pyplot as plt, pandas as pd
+
+def begin_anew(shell, main):
+    spec = main.__spec__
+    shell.reset(new_session=True)
+    main.__spec__ = spec
+
 plt.close("all")
 pd.reset_option("^display")
-get_ipython().reset(new_session=True)
+begin_anew(get_ipython(), __import__("__main__"))
 __import__("gc").collect()
 """
 

@@ -32,7 +32,11 @@ def outputs(path):
 
 def test_notebooks_of_one_kernel_share_a_process_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    seen = 'import os, pandas\nprint(os.getpid(), "left" in globals(), pandas.options.display.max_rows)'
+    starts = (
+        "import multiprocessing, os, pandas\nchild = multiprocessing.get_context('spawn').Process(target=os.getpid)"
+    )
+    seen = f"{starts}\nchild.start(); child.join()\n"
+    seen += "print(os.getpid(), 'left' in globals(), pandas.options.display.max_rows, child.exitcode)"
     one = notebook(tmp_path / "one.ipynb", seen, "left = 1; pandas.options.display.max_rows = 7")
     two = notebook(tmp_path / "two.ipynb", seen)
     with one_kernel() as kernel:
@@ -40,7 +44,7 @@ def test_notebooks_of_one_kernel_share_a_process_and_nothing_else(tmp_path, monk
     alone = outputs(run_notebook(two, progress=False))
     # What the first cell after the parameters saw: the same process, and nothing that the first notebook left.
     assert first[1].split() == second[1].split()
-    assert second[1].split()[1:] == alone[1].split()[1:] == ["False", "60"]
+    assert second[1].split()[1:] == alone[1].split()[1:] == ["False", "60", "0"]
     assert alone[1].split()[0] != second[1].split()[0]
     counts = [cell.execution_count for cell in nbformat.read("runs/two.ipynb", as_version=4).cells]
     assert counts == [1, 2]
