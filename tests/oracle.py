@@ -140,6 +140,7 @@ def plain_known_fact(lm: LanguageModel, fact: Fact, seed: int, limit: int) -> Fa
         ids = lm.tokenizer(kept.prompt, return_tensors="pt")["input_ids"].to(lm.device)
         with torch.no_grad():
             token = int(lm.model(ids).logits[0, -1].argmax())
-        if token == lm.tokenizer(" " + fact.object, add_special_tokens=False)["input_ids"][0]:
+        written = ("" if kept.prompt.endswith("\n") else " ") + fact.object
+        if token == lm.tokenizer(written, add_special_tokens=False)["input_ids"][0]:
             return kept
     return None
