@@ -341,7 +341,7 @@ def test_weights_that_are_not_numbers_are_named() -> None:
 # The slow way
 
 
-@pytest.mark.parametrize("batch_size", [1, 64])
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_texts_go_on_together_as_they_do_alone_in_every_family(family: str, batch_size: int) -> None:
     lm, limit = tiny_model(family), 10
