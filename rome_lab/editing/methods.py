@@ -33,9 +33,8 @@ from rome_lab.editing.remedies import prune, rect
 from rome_lab.editing.requests import NothingToEdit, Request, check_agreement, check_layers
 from rome_lab.editing.settings import EditSettings, LeastSquares, default_settings, known_as, solution_of
 from rome_lab.editing.texts import SampledText, Source, source_of
-from rome_lab.editing.trained_editors import facts_digest
 from rome_lab.editing.update import Factor
-from rome_lab.facts import load_facts
+from rome_lab.facts import facts_digest, load_facts
 from rome_lab.models import Change, LanguageModel
 
 

@@ -8,12 +8,10 @@ TrainedEditor                     the network, and what its training came to
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +36,16 @@ from rome_lab.base import (
 from rome_lab.editing.hypernetworks import LEAST_TAUGHT, Slopes, Training, network_of, request_ids, slopes_of
 from rome_lab.editing.requests import Request
 from rome_lab.editing.target_texts import TargetTexts, record_texts
-from rome_lab.facts import Case, Fact, build_cases, known_facts, load_facts, question, shares_first_token
+from rome_lab.facts import (
+    Case,
+    Fact,
+    build_cases,
+    facts_digest,
+    known_facts,
+    load_facts,
+    question,
+    shares_first_token,
+)
 from rome_lab.models import Change, LanguageModel
 
 LOCAL = 2  # neighbours of each example that should stay as they are, besides one fact of another relation
@@ -170,12 +177,6 @@ def editor_inputs(lm: LanguageModel, training: Training, facts: tuple[Fact, ...]
     digest = facts_digest(load_facts("embedded") if facts is None else facts)
     chosen = {"training": asdict(training), "facts": digest, "own": facts is None}
     return {**lm.identity().key(), "what": "editor", "code": code_version(__name__), **chosen}
-
-
-@lru_cache(maxsize=8)
-def facts_digest(facts: tuple[Fact, ...]) -> str:
-    """Tells facts from others, by all that they say."""
-    return hashlib.sha256(canonical_json([asdict(fact) for fact in facts]).encode()).hexdigest()
 
 
 def read_editor(lm: LanguageModel, training: Training, record: Record) -> TrainedEditor:

@@ -1,6 +1,6 @@
 """Facts, where they come from, their prompts, and which of them a model knows.
 
-Fact                            what is asked of a model
+Fact                            what is asked of a model; facts_digest tells several from others
 load_facts, load_relations      the embedded set, published sets and files
 known_facts                     a random sample of the facts that a model completes (B.1)
 facts_said_at_once              the same of those whose object comes first to it, which are quicker to find
@@ -25,7 +25,7 @@ from rome_lab.facts.built_questions import build_questions
 from rome_lab.facts.case import Case, Cases, Unusable, shares_first_token, success
 from rome_lab.facts.completion import answers_to, completions, known_among, names_first, object_token
 from rome_lab.facts.dependents import with_dependents
-from rome_lab.facts.fact import Fact
+from rome_lab.facts.fact import Fact, facts_digest
 from rome_lab.facts.known import facts_said_at_once, known_facts
 from rome_lab.facts.prompts import Prompt, continuation_ids, question, read_prompt
 from rome_lab.facts.records import Parsed, text_at

@@ -1,8 +1,11 @@
-"""`Fact`: one fact and the prompt that asks for it."""
+"""`Fact`: one fact and the prompt that asks for it; `facts_digest` tells several from others."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 
 from rome_lab.base import check_text, without_end
 
@@ -52,3 +55,9 @@ class Fact:
         """(begin, end) of the subject in the prompt, in characters, end excluded."""
         begin = self.template.index("{}")
         return begin, begin + len(self.subject)
+
+
+@lru_cache(maxsize=8)
+def facts_digest(facts: tuple[Fact, ...]) -> str:
+    """Tells facts from others, by all that they say and their order."""
+    return hashlib.sha256(json.dumps([asdict(fact) for fact in facts]).encode()).hexdigest()

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from rome_lab.base import Json, Store, code_version, opened
 from rome_lab.facts.completion import Outcome, Text, answers_of, go_on, in_word, next_tokens, object_token
-from rome_lab.facts.fact import Fact
+from rome_lab.facts.fact import Fact, facts_digest
 from rome_lab.facts.prompts import question
 from rome_lab.models import LanguageModel
 
@@ -206,8 +206,7 @@ def in_order(facts: Iterable[Fact], seed: int) -> list[Fact]:
 
 def search_inputs(lm: LanguageModel, order: Sequence[Fact], settings: Mapping[str, Json]) -> dict[str, Json]:
     """All that determines a search among facts in their order."""
-    digest = hashlib.sha256(json.dumps([asdict(fact) for fact in order]).encode()).hexdigest()
-    return lm.identity().key() | settings | {"facts": digest, "code": code_version(__name__)}
+    return lm.identity().key() | settings | {"facts": facts_digest(tuple(order)), "code": code_version(__name__)}
 
 
 def from_meta(meta: Mapping[str, Json]) -> KnownFacts:
