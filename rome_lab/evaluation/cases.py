@@ -340,5 +340,5 @@ def set_apart(
             f"set_apart: all {len(cases)} cases would go to the search; give n_search less than {n_search}."
         )
     if len(left) < n_cases:
-        logger.warning("set_apart: %d cases were to be reported, but there are only %d", n_cases, len(left))
+        logger.warning("set_apart: there are %d cases besides those of the search, not %d", len(left), n_cases)
     return with_dependents(lm, Cases(apart)), with_dependents(lm, Cases(left[:n_cases], cases.dropped))

@@ -111,6 +111,10 @@ class Cases(Sequence[Case]):
     def __repr__(self) -> str:
         return f"Cases({self})"
 
+    def first(self, n: int) -> Cases:
+        """The first n, with the same counts of what was dropped."""
+        return Cases(self.cases[:n], self.dropped)
+
     def reasons(self) -> str:
         """What was dropped, most first, as the end of a sentence."""
         most_first = sorted(self.dropped.items(), key=lambda item: -item[1])

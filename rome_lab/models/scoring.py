@@ -7,21 +7,27 @@ log_p_of(lm, states, tokens)             of given next tokens, where gradients p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import Cache
 
 from rome_lab.models.batching import Batching, rows_at_once, text_bytes
 from rome_lab.models.blocks import at_least_float32, output_changed
 from rome_lab.models.changes import Change, side_by_side
 from rome_lab.models.language_model import LanguageModel
 
-PADDING = 8  # most tokens that a row is padded by
+Row: TypeAlias = tuple[int, tuple[int, ...]]
+"""A change's place, and token ids that are read under it."""
+PASS = 32  # tokens that take about as long as a pass takes besides: what a pass is spent on, or saved by, is worth more
 READ = 256  # places whose logits are in memory at once, fewer where the vocabulary is large
 
 
@@ -79,7 +85,8 @@ def score(
 ) -> list[Score]:
     """Log probabilities of every question's continuation under its own change, by whole texts (teacher forcing).
 
-    Questions of one change whose texts are the same, or the beginning of another's, share a row.
+    Questions of one change whose texts are the same, or the beginning of another's, share a row; a context that goes on in
+    several ways is read once, and its keys and values serve all of them.
 
     Args:
         changes: `Change()` leaves the model as it is.
@@ -98,19 +105,21 @@ def score(
     for number, row in enumerate(row_of):
         numbers_of.setdefault(row, []).append(number)
 
-    def score_part(part: Sequence[int]) -> dict[int, Score]:
+    def score_part(part: Sequence[int], shared: int) -> dict[int, Score]:
         numbers = [number for row in part for number in numbers_of[row]]
-        states = last_states(lm, changes, [rows[row] for row in part])
+        states = last_states(lm, changes, [rows[row] for row in part], shared)
         place_of = {row: place for place, row in enumerate(part)}
         places = [(place_of[row_of[number]], questions[number]) for number in numbers]
         answers = read_scores(lm, states, places, following)
         return dict(zip(numbers, answers, strict=True))
 
     scores: dict[int, Score] = {}
-    for alike in of_one_length(rows):
-        together = Batching(lm, doing, text_bytes(lm, max(len(rows[row][1]) for row in alike)))
-        for answers in together.over(alike, score_part):
-            scores |= answers
+    for shared, some in by_shared_length(rows, shared_contexts(questions, row_of)).items():
+        for alike in of_one_length(rows, some):
+            longest = max(len(rows[row][1]) for row in alike)
+            together = Batching(lm, doing, text_bytes(lm, longest, cached=shared > 0))
+            for answers in together.over(alike, partial(score_part, shared=shared)):
+                scores |= answers
     for number, answer in scores.items():
         if np.isnan(answer.log_p).any():
             owner = questions[number].owner
@@ -119,11 +128,11 @@ def score(
     return [scores[number] for number in range(len(questions))]
 
 
-def shared_rows(questions: Sequence[Question]) -> tuple[list[tuple[int, tuple[int, ...]]], list[int]]:
+def shared_rows(questions: Sequence[Question]) -> tuple[list[Row], list[int]]:
     """Rows (owner, text) that hold every question's text at their beginning, and the row of each question."""
     texts = sorted({(x.owner, x.text) for x in questions})
-    rows: list[tuple[int, tuple[int, ...]]] = []
-    held: dict[tuple[int, tuple[int, ...]], int] = {}
+    rows: list[Row] = []
+    held: dict[Row, int] = {}
     for owner, text in reversed(texts):  # what begins another text comes right before one that it begins
         if not (rows and rows[-1][0] == owner and rows[-1][1][: len(text)] == text):
             rows.append((owner, text))
@@ -131,26 +140,68 @@ def shared_rows(questions: Sequence[Question]) -> tuple[list[tuple[int, tuple[in
     return rows, [held[x.owner, x.text] for x in questions]
 
 
-def of_one_length(rows: Sequence[tuple[int, tuple[int, ...]]]) -> Iterator[list[int]]:
-    """The places of `rows` in groups of nearly one length, the rows of a change side by side."""
-    longest_first = sorted(range(len(rows)), key=lambda row: -len(rows[row][1]))
-    begin = 0
-    while begin < len(rows):
-        length = len(rows[longest_first[begin]][1])
-        part = [row for row in longest_first[begin:] if len(rows[row][1]) >= length - PADDING]
-        yield sorted(part, key=lambda row: rows[row][0])
-        begin += len(part)
+def shared_contexts(questions: Sequence[Question], row_of: Sequence[int]) -> dict[int, int]:
+    """By row, the length of the longest context at its beginning that begins another row of the same change, too."""
+    contexts = {(row, x.owner, x.context) for x, row in zip(questions, row_of, strict=True)}
+    rows_with = Counter((owner, context) for _, owner, context in contexts)
+    shared = sorted((row, len(context)) for row, owner, context in contexts if rows_with[owner, context] > 1)
+    return dict(shared)
 
 
-def last_states(lm: LanguageModel, changes: Sequence[Change], rows: Sequence[tuple[int, tuple[int, ...]]]) -> Tensor:
-    """(B, T, D) outputs of the last block, each row run under its own change."""
-    length = max(len(text) for _, text in rows)
-    # Padded at the right, where no token before it sees it: the causal mask is all that is needed.
-    ids = torch.tensor([text + text[-1:] * (length - len(text)) for _, text in rows], device=lm.device)
+def by_shared_length(rows: Sequence[Row], shared: Mapping[int, int]) -> dict[int, list[int]]:
+    """The places of `rows` by how many tokens are read before they part; 0 where that would save less than a pass."""
+    groups: dict[int, list[int]] = {}
+    for row in range(len(rows)):
+        groups.setdefault(shared.get(row, 0), []).append(row)
+    for length, some in list(groups.items()):
+        beginnings = {(owner, text[:length]) for owner, text in map(rows.__getitem__, some)}
+        if length and length * (len(some) - len(beginnings)) <= PASS:
+            groups[0] = sorted(groups.get(0, []) + groups.pop(length))
+    return groups
+
+
+def of_one_length(rows: Sequence[Row], some: Sequence[int]) -> Iterator[list[int]]:
+    """Some places of `rows` in groups of nearly one length, the rows of a change side by side."""
+    part: list[int] = []
+    padding = 0
+    for row in sorted(some, key=lambda row: -len(rows[row][1])):
+        padding += len(rows[part[0]][1]) - len(rows[row][1]) if part else 0
+        if padding > PASS:
+            yield sorted(part, key=lambda row: rows[row])
+            part, padding = [], 0
+        part.append(row)
+    if part:
+        yield sorted(part, key=lambda row: rows[row])
+
+
+def last_states(lm: LanguageModel, changes: Sequence[Change], rows: Sequence[Row], shared: int = 0) -> Tensor:
+    """(B, T, D) outputs of the last block, each row run under its own change.
+
+    Args: shared: how many tokens of every row are read in a pass before the others, once for all rows that begin alike.
+    """
+    beginnings = {(owner, text[:shared]): None for owner, text in rows} if shared else {}
+    longest = max(len(text) for _, text in rows)
     states: list[Tensor] = []
-    with side_by_side(lm, changes, [owner for owner, _ in rows]), output_changed(lm.blocks[-1], states.append):
-        lm.model.base_model(input_ids=ids, use_cache=False)
-    return states[0].to(lm.device)
+
+    def read(part: Sequence[Row], cache: Cache | None = None) -> Cache | None:
+        ids = torch.tensor([text for _, text in part], device=lm.device)
+        with side_by_side(lm, changes, [owner for owner, _ in part]), output_changed(lm.blocks[-1], states.append):
+            output = lm.model.base_model(input_ids=ids, past_key_values=cache, use_cache=shared > 0)
+        return output.past_key_values if shared else None
+
+    # Padded at the right, where no token before it sees it: the causal mask is all that is needed.
+    rest = [(owner, text[shared:] + text[-1:] * (longest - len(text))) for owner, text in rows]
+    if not shared:
+        read(rest)
+        return states[0].to(lm.device)
+    cache = read(list(beginnings))
+    place_of = {beginning: place for place, beginning in enumerate(beginnings)}
+    places = torch.tensor([place_of[owner, text[:shared]] for owner, text in rows])
+    # On the CPU, whose indices pick from the keys of layers on any device.
+    cache.batch_select_indices(places)
+    read(rest, cache)
+    before, after = (part.to(lm.device) for part in states)
+    return torch.cat([before[places], after], 1)
 
 
 def read_scores(

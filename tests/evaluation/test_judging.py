@@ -99,10 +99,12 @@ def test_the_batch_is_split_where_memory_is_short_and_the_scores_stay(monkeypatc
     whole = judge_case(lm, TINY, changes_of(lm), SETTINGS)
     calls = []
     run = scoring.last_states
-    monkeypatch.setattr(scoring, "text_bytes", lambda lm, length: 1)
+    monkeypatch.setattr(scoring, "text_bytes", lambda lm, length, cached: 1)
     Batching.learned[lm] = 3
     monkeypatch.setattr(
-        scoring, "last_states", lambda lm, changes, rows: calls.append(len(rows)) or run(lm, changes, rows)
+        scoring,
+        "last_states",
+        lambda lm, changes, rows, *rest: calls.append(len(rows)) or run(lm, changes, rows, *rest),
     )
     monkeypatch.setattr(scoring, "READ", 2)
     for split, together in zip(judge_case(lm, TINY, changes_of(lm), SETTINGS), whole, strict=True):

@@ -66,7 +66,7 @@ def test_a_search_on_fewer_cases_than_the_defaults_were_found_on_is_warned_of(
 
 def test_too_few_cases_are_told_or_refused(tiny, file, caplog):
     _, reported = set_apart(tiny, file, 2, 40, known_only=False)
-    assert f"40 cases were to be reported, but there are only {len(reported)}" in caplog.text
+    assert f"there are {len(reported)} cases besides those of the search, not 40" in caplog.text
     with pytest.raises(ValueError, match="all 24 cases would go to the search"):
         set_apart(tiny, file, 24, 1, known_only=False)
 

@@ -13,10 +13,19 @@ from tiny import FAMILIES, SIZE, known, talkative_model, tiny_model, tokenizer
 
 from rome_lab.facts.completion import completions, known_among, object_token
 from rome_lab.facts.fact import Fact
+from rome_lab.models import scoring
 from rome_lab.models.changes import Change
 from rome_lab.models.language_model import LanguageModel
 from rome_lab.models.sampling import generate
-from rome_lab.models.scoring import Question, score
+from rome_lab.models.scoring import (
+    PASS,
+    Question,
+    by_shared_length,
+    of_one_length,
+    score,
+    shared_contexts,
+    shared_rows,
+)
 
 PAIRS = [
     ("The Eiffel Tower is in", "Paris"),
@@ -48,6 +57,58 @@ def test_completions_are_those_of_the_model_s_own_forward(family: str) -> None:
         np.testing.assert_array_equal(answer.greedy, plain.argmax(-1) == torch.tensor(question.continuation))
         torch.testing.assert_close(answer.following, plain[0], atol=2e-4, rtol=1e-5)
         assert answer.p == pytest.approx(float(wanted.sum().exp()), rel=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_contexts_that_go_on_in_several_ways_are_read_once_and_scored_as_the_model_s_own_forward_has_it(
+    family: str, monkeypatch
+) -> None:
+    lm = tiny_model(family)
+    torch.manual_seed(1)
+    contexts = [tuple(range(3, 3 + length)) for length in (2, 9, 9, 12)]
+    contexts[2] = contexts[2][::-1]
+    endings = [(5,), (5, 6), (5, 7, 8), (9, 3, 4, 6), (9,), (4, 4)]
+    questions = [Question(owner, context, end) for owner in (0, 1) for context in contexts for end in endings]
+    questions.append(Question(0, contexts[3][:4], contexts[3][4:6]))  # within what others share
+    passes, run = [], scoring.last_states
+    monkeypatch.setattr(scoring, "last_states", lambda *args: passes.append(args[3]) or run(*args))
+    changes = [Change(), Change(1, 0.1 * torch.randn(lm.weight(1).shape))]
+    answers = score(lm, changes, questions, following=True)
+    assert {9, 12} <= set(passes) and 0 in passes  # what is read once, and what would not be worth it
+    for question, answer in zip(questions, answers, strict=True):
+        with changes[question.owner].applied(lm) as changed:
+            plain = by_forward(changed, question)
+        expected = plain[range(len(question.continuation)), list(question.continuation)]
+        np.testing.assert_allclose(answer.log_p, expected, atol=2e-4, rtol=1e-5)
+        np.testing.assert_array_equal(answer.greedy, plain.argmax(-1) == torch.tensor(question.continuation))
+        torch.testing.assert_close(answer.following, plain[0], atol=2e-4, rtol=1e-5)
+
+
+def test_contexts_are_read_apart_only_where_that_saves_more_than_a_pass_costs() -> None:
+    long, short = tuple(range(PASS)), (1, 2)
+    questions = [
+        Question(owner, context, end) for owner in (0, 1) for context in (long, short) for end in ((7, 8), (9, 8))
+    ]
+    questions += [Question(1, long + (3,), (4,)), Question(1, long[:-3], long[-3:])]
+    rows, row_of = shared_rows(questions)
+    shared = shared_contexts(questions, row_of)
+    assert {rows[row][1][:length] for row, length in shared.items()} == {long, short}
+    groups = by_shared_length(rows, shared)
+    assert sorted(row for some in groups.values() for row in some) == list(range(len(rows)))
+    assert {rows[row] for row in groups[PASS]} == {(owner, long + (end,)) for owner in (0, 1) for end in (7, 9)}
+    assert PASS in groups and len(short) not in groups
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_hold_every_row_once_and_little_padding(seed: int) -> None:
+    lengths = np.random.default_rng(seed).integers(1, 200, 40)
+    rows = [(number % 3, (number,) * int(length)) for number, length in enumerate(lengths)]
+    groups = list(of_one_length(rows, range(0, 40, 2)))
+    assert sorted(row for group in groups for row in group) == list(range(0, 40, 2))
+    for group in groups:
+        texts = [len(rows[row][1]) for row in group]
+        assert sum(max(texts) - length for length in texts) <= PASS
+        assert [rows[row][0] for row in group] == sorted(rows[row][0] for row in group)
 
 
 @pytest.mark.parametrize("most", [1, 2])
