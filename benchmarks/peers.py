@@ -255,11 +255,11 @@ def compared(asked: Question, ways: dict[str, Way], kinds: Sequence[str], layers
         ours = next(iter(ways))
         for name, taken in times.items():
             whole = taken if name == ours else [share * x for x in taken]
-            rows.append(row(kind, f"{name}, all {asked.lm.n_layers} layers", whole, "s"))
+            rows.append(row(kind, f"{kind}: {name}, all {asked.lm.n_layers} layers", whole, "s"))
             if name != ours:
-                rows.append(row(kind, f"{name} / {ours}", ratios(whole, times[ours]), "times"))
+                rows.append(row(kind, f"{kind}: {name} / {ours}", ratios(whole, times[ours]), "times"))
                 apart = float(np.abs(tables[name] - tables[ours]).max())
-                rows.append(row(kind, f"largest difference of {name}", [apart], "probability"))
+                rows.append(row(kind, f"{kind}: largest difference of {name}", [apart], "probability"))
     return rows
 
 

@@ -65,6 +65,8 @@ def generate(
 
     def write(part: range) -> list[list[int]]:
         prompt_ids = [starts[row] for row in part]
+        if not new_tokens:
+            return prompt_ids
         draws = torch.zeros(len(part), max(map(len, prompt_ids)) + new_tokens, dtype=torch.float64)
         for row, ids in zip(part, prompt_ids, strict=True):
             draws[row - part.start, len(ids) : len(ids) + new_tokens] = luck[row]

@@ -146,7 +146,7 @@ class Trace:
     @property
     def peak(self) -> tuple[int, int]:
         """Token and layer, or layer and head, of the largest effect towards what restoring everything does."""
-        towards = -self.effect if self.direction == "noise" else self.effect
+        towards = self.effect * np.copysign(1.0, self.whole)
         row, layer = np.unravel_index(np.nan_to_num(towards, nan=-np.inf).argmax(), towards.shape)
         return int(row), int(layer)
 

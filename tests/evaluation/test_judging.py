@@ -335,6 +335,11 @@ def test_a_text_that_is_whole_ends_there_and_leaves_the_others_as_they_are(famil
     assert ended[2] == whole[2]
 
 
+def test_no_new_tokens_leave_prompts_of_any_length_as_they_are():
+    prompts = ("Marie Curie was", "The capital of France is Paris. The", "In")
+    assert generate(tiny_model("gpt2"), [Change()], prompts, new_tokens=0) == [list(prompts)]
+
+
 def test_changes_that_do_the_same_meet_the_same_draws_and_other_seeds_other_ones():
     lm = tiny_model("llama")
     one = random_change(lm, 1, 0, size=0.0)

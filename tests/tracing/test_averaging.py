@@ -298,6 +298,15 @@ def test_a_trace_of_one_token_is_told_by_the_token_that_was_restored():
     assert "-0.100 at ' t3' in layer 1" in repr(make_trace(0, "severed-mlp", effect))
 
 
+def test_where_corruption_raises_the_metric_the_strongest_cell_is_the_one_that_lowers_it_most():
+    effect = np.zeros((7, 2))
+    effect[2, 1], effect[4, 0] = 0.3, -0.4
+    assert make_trace(effect=effect).peak == (2, 1)
+    raised = make_trace(effect=effect, p_clean=0.1, p_corrupted=0.6)
+    assert raised.peak == (4, 0)
+    assert replace(raised, direction="noise", p_restored=raised.p_clean + effect).peak == (2, 1)
+
+
 def test_traces_are_told_in_one_line_and_a_row_a_kind():
     traces = Traces([make_trace(i, label, np.full((7, 2), 0.2)) for i in range(30) for label in ("state", "mlp")])
     assert repr(traces) == "Traces(60 traces of 30 facts: state, mlp)"
