@@ -38,6 +38,11 @@ class RowRequest:
     inputs: dict[str, Json]
 
     @property
+    def change_key(self) -> str:
+        """What the method and its requests determine: the change."""
+        return canonical_json({name: self.inputs[name] for name in ("method", "requests")})
+
+    @property
     def edited_by(self) -> dict[str, str]:
         """The method, and what tells the model that it edits: the same for cases whose requests it is given together."""
         given = canonical_json(self.inputs["requests"]).encode()
@@ -114,7 +119,11 @@ class Bench:
         results = {key: result for key, row in distinct.items() if (result := self.stored(row.inputs)) is not None}
         missing = {key: row for key, row in distinct.items() if key not in results}
         self.optima.prepare(v_stars_of((row.method, row.requests) for row in missing.values()))
-        proposals = {key: self.propose(row.method, row.requests) for key, row in missing.items()}
+        proposed: dict[str, Proposal | str] = {}  # each once: cases that are edited together share their model
+        for row in missing.values():
+            if row.change_key not in proposed:
+                proposed[row.change_key] = self.propose(row.method, row.requests)
+        proposals = {key: proposed[row.change_key] for key, row in missing.items()}
         changes = {key: proposal for key, proposal in proposals.items() if isinstance(proposal, Proposal)}
         sheets = [(missing[key].judged, missing[key].settings, proposal) for key, proposal in changes.items()]
         judged = dict(zip(changes, judged_or_why(self.lm, sheets), strict=True))
