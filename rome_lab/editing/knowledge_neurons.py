@@ -18,7 +18,7 @@ from rome_lab.base import check_whole
 from rome_lab.editing.keys import run_to_keys
 from rome_lab.editing.requests import Request
 from rome_lab.facts import Fact, continuation_ids, object_token, read_prompt
-from rome_lab.models import LanguageModel, at_least_float32, input_changed, record_run, run_block, run_blocks
+from rome_lab.models import LanguageModel, at_least_float32, input_changed, log_p_of, record_run, run_block, run_blocks
 
 
 @dataclass(frozen=True)
@@ -71,26 +71,31 @@ def knowledge_attributions(
 
     Returns: these, and the activations themselves, (L, H) float32 at least, on the CPU.
     """
-    ids = torch.tensor([list(prompt_ids)] * steps, device=lm.device)
+    ids = torch.tensor([list(prompt_ids)], device=lm.device)
     lm.check_length(ids.shape[1], "kn")
     keys: dict[int, Tensor] = {}
     with torch.no_grad():
-        run_to_keys(
-            lm, ids[:1], range(lm.n_layers), lambda layer, k: keys.update({layer: k.view(ids.shape[1], -1)[-1]})
-        )
+        run_to_keys(lm, ids, range(lm.n_layers), lambda layer, k: keys.update({layer: k.view(ids.shape[1], -1)[-1]}))
     recording = record_run(lm, ids, lambda embedded: None)
     lm.check_finite(recording.logits, "kn")
     along = (torch.arange(steps) + 0.5)[:, None] / steps
-    rows = []
-    for layer, k in keys.items():
-        with torch.enable_grad():
-            path = (along.to(k) * k).requires_grad_()  # (m, H)
+    paths: list[Tensor] = []  # of each layer (m, H)
+    hidden: Tensor | None = None  # (layers so far * m, 1, D): the m texts of each join those of the layers below
+    one = torch.zeros(lm.n_layers * steps, dtype=torch.long)  # all of them continue the one text
+    with torch.enable_grad():
+        for layer, k in keys.items():
+            paths.append(path := (along.to(k) * k).requires_grad_())
+            begin = recording.states[layer][:, -1:].expand(steps, -1, -1)
             with input_changed(lm.memory(layer), lambda given, path=path: path.view(given.shape)):
-                hidden = run_block(lm, layer, recording.states[layer][:, -1:], recording)
-            hidden = run_blocks(lm, range(layer + 1, lm.n_layers), hidden, recording)
-            p = at_least_float32(lm.logits(hidden[:, -1].to(lm.device))).softmax(-1)[:, token]
-            (gradient,) = torch.autograd.grad(p.sum(), [path])
-        rows.append((at_least_float32(k) * at_least_float32(gradient).mean(0)).cpu())
+                own = run_block(lm, layer, begin, recording, one[:steps])
+            if hidden is not None:
+                below = run_blocks(lm, range(layer, layer + 1), hidden, recording, one[: len(hidden)])
+                own = torch.cat([below, own])
+            hidden = own
+        log_p, _ = log_p_of(lm, hidden[:, -1].to(lm.device), torch.full((len(hidden),), token, device=lm.device))
+        gradients = torch.autograd.grad(log_p.exp().sum(), paths)
+    pairs = zip(keys.values(), gradients, strict=True)
+    rows = [(at_least_float32(k) * at_least_float32(gradient).mean(0)).cpu() for k, gradient in pairs]
     return torch.stack(rows), torch.stack([at_least_float32(k).cpu() for k in keys.values()])
 
 

@@ -199,7 +199,9 @@ def check_blocks(lm: LanguageModel, recording: Recording, doing: str) -> None:
         logger.warning("%s: routers of %s nearly tie in layers %s, where rounding decides.", doing, lm.name, wrong)
 
 
-def run_blocks(lm: LanguageModel, layers: range, hidden: torch.Tensor, recording: Recording) -> torch.Tensor:
+def run_blocks(
+    lm: LanguageModel, layers: range, hidden: torch.Tensor, recording: Recording, rows: torch.Tensor | None = None
+) -> torch.Tensor:
     """Run several blocks, one after the other, as `run_block` does each.
 
     For a gradient, a block whose weights are offloaded is run once more when the gradient comes back to it: otherwise
@@ -208,9 +210,9 @@ def run_blocks(lm: LanguageModel, layers: range, hidden: torch.Tensor, recording
     for layer in layers:
         if hidden.requires_grad and is_offloaded(lm.blocks[layer]):
             again = {"use_reentrant": False, "preserve_rng_state": False}
-            hidden = checkpoint(run_block, lm, layer, hidden, recording, **again)
+            hidden = checkpoint(run_block, lm, layer, hidden, recording, rows, **again)
         else:
-            hidden = run_block(lm, layer, hidden, recording)
+            hidden = run_block(lm, layer, hidden, recording, rows)
     return hidden
 
 
