@@ -81,15 +81,15 @@ def knowledge_attributions(
     along = (torch.arange(steps) + 0.5)[:, None] / steps
     paths: list[Tensor] = []  # of each layer (m, H)
     hidden: Tensor | None = None  # (layers so far * m, 1, D): the m texts of each join those of the layers below
-    one = torch.zeros(lm.n_layers * steps, dtype=torch.long)  # all of them continue the one text
+    text = torch.zeros(lm.n_layers * steps, dtype=torch.long)  # all of them continue the one text
     with torch.enable_grad():
         for layer, k in keys.items():
             paths.append(path := (along.to(k) * k).requires_grad_())
             begin = recording.states[layer][:, -1:].expand(steps, -1, -1)
             with input_changed(lm.memory(layer), lambda given, path=path: path.view(given.shape)):
-                own = run_block(lm, layer, begin, recording, one[:steps])
+                own = run_block(lm, layer, begin, recording, text[:steps])
             if hidden is not None:
-                below = run_blocks(lm, range(layer, layer + 1), hidden, recording, one[: len(hidden)])
+                below = run_blocks(lm, range(layer, layer + 1), hidden, recording, text[: len(hidden)])
                 own = torch.cat([below, own])
             hidden = own
         log_p, _ = log_p_of(lm, hidden[:, -1].to(lm.device), torch.full((len(hidden),), token, device=lm.device))

@@ -25,7 +25,7 @@ from rome_lab.models.blocks import at_least_float32, output_changed
 from rome_lab.models.changes import Change, side_by_side
 from rome_lab.models.language_model import LanguageModel
 
-Row: TypeAlias = tuple[int, tuple[int, ...]]
+OwnedText: TypeAlias = tuple[int, tuple[int, ...]]
 """A change's place, and token ids that are read under it."""
 PASS = 32  # tokens that take about as long as a pass takes besides: what a pass is spent on, or saved by, is worth more
 READ = 256  # places whose logits are in memory at once, fewer where the vocabulary is large
@@ -128,11 +128,11 @@ def score(
     return [scores[number] for number in range(len(questions))]
 
 
-def shared_rows(questions: Sequence[Question]) -> tuple[list[Row], list[int]]:
+def shared_rows(questions: Sequence[Question]) -> tuple[list[OwnedText], list[int]]:
     """Rows (owner, text) that hold every question's text at their beginning, and the row of each question."""
     texts = sorted({(x.owner, x.text) for x in questions})
-    rows: list[Row] = []
-    held: dict[Row, int] = {}
+    rows: list[OwnedText] = []
+    held: dict[OwnedText, int] = {}
     for owner, text in reversed(texts):  # what begins another text comes right before one that it begins
         if not (rows and rows[-1][0] == owner and rows[-1][1][: len(text)] == text):
             rows.append((owner, text))
@@ -148,7 +148,7 @@ def shared_contexts(questions: Sequence[Question], row_of: Sequence[int]) -> dic
     return dict(shared)
 
 
-def by_shared_length(rows: Sequence[Row], shared: Mapping[int, int]) -> dict[int, list[int]]:
+def by_shared_length(rows: Sequence[OwnedText], shared: Mapping[int, int]) -> dict[int, list[int]]:
     """The places of `rows` by how many tokens are read before they part; 0 where that would save less than a pass."""
     groups: dict[int, list[int]] = {}
     for row in range(len(rows)):
@@ -160,7 +160,7 @@ def by_shared_length(rows: Sequence[Row], shared: Mapping[int, int]) -> dict[int
     return groups
 
 
-def of_one_length(rows: Sequence[Row], some: Sequence[int]) -> Iterator[list[int]]:
+def of_one_length(rows: Sequence[OwnedText], some: Sequence[int]) -> Iterator[list[int]]:
     """Some places of `rows` in groups of nearly one length, the rows of a change side by side."""
     part: list[int] = []
     padding = 0
@@ -174,7 +174,7 @@ def of_one_length(rows: Sequence[Row], some: Sequence[int]) -> Iterator[list[int
         yield sorted(part, key=lambda row: rows[row])
 
 
-def last_states(lm: LanguageModel, changes: Sequence[Change], rows: Sequence[Row], shared: int = 0) -> Tensor:
+def last_states(lm: LanguageModel, changes: Sequence[Change], rows: Sequence[OwnedText], shared: int = 0) -> Tensor:
     """(B, T, D) outputs of the last block, each row run under its own change.
 
     Args: shared: how many tokens of every row are read in a pass before the others, once for all rows that begin alike.
@@ -183,7 +183,7 @@ def last_states(lm: LanguageModel, changes: Sequence[Change], rows: Sequence[Row
     longest = max(len(text) for _, text in rows)
     states: list[Tensor] = []
 
-    def read(part: Sequence[Row], cache: Cache | None = None) -> Cache | None:
+    def read(part: Sequence[OwnedText], cache: Cache | None = None) -> Cache | None:
         ids = torch.tensor([text for _, text in part], device=lm.device)
         with side_by_side(lm, changes, [owner for owner, _ in part]), output_changed(lm.blocks[-1], states.append):
             output = lm.model.base_model(input_ids=ids, past_key_values=cache, use_cache=shared > 0)
