@@ -18,6 +18,8 @@ N_CASES_EACH ?= 10
 CHAINS ?= 1
 # Left empty: each notebook's own.
 C_TEXT ?=
+# Left empty: all; else names, such as METHODS="rome memit ft".
+METHODS ?=
 # The paper judges all cases of its two data sets, known or not.
 KNOWN_ONLY ?= $(if $(filter counterfact zsre,$(DATASET)),false,true)
 SEED ?= 0
@@ -38,12 +40,13 @@ p = $(if $(strip $(2)),-p $(1) $(call quoted,$(2)))
 COMMON := $(call p,model,$(MODEL)) $(call p,dataset,$(DATASET)) $(call p,seed,$(SEED)) $(call p,figures,$(FIGURES))
 PARAMETERS_figures := $(COMMON) $(call p,dtype,$(DTYPE)) $(call p,n_facts,$(N_FACTS))
 JUDGED := $(COMMON) $(call p,known_only,$(KNOWN_ONLY)) $(call p,n_search,$(N_SEARCH)) $(call p,c_text,$(C_TEXT))
-PARAMETERS_evaluation := $(JUDGED) $(call p,n_cases,$(N_CASES))
+listed = $(if $(strip $(1)),[$(subst $(space),$(comma),$(strip $(subst $(comma), ,$(1))))])
+PARAMETERS_evaluation := $(JUDGED) $(call p,n_cases,$(N_CASES)) $(call p,methods,$(call listed,$(METHODS)))
 PARAMETERS_many_edits := $(JUDGED) $(call p,sizes,[$(EDITS)]) $(call p,least,$(N_CASES_EACH)) $(call p,chains,$(CHAINS))
 PARAMETERS_edit_anatomy := $(call p,model,$(MODEL)) $(call p,seed,$(SEED)) $(call p,figures,$(FIGURES))
 PARAMETERS_cost := $(PARAMETERS_edit_anatomy) $(call p,dtype,$(DTYPE))
 PARAMETERS_search := $(JUDGED) $(call p,configurations,$(CONFIGURATIONS))
-PARAMETERS_compare_models := $(call p,models,[$(subst $(space),$(comma),$(MODELS))]) $(call p,dataset,$(DATASET)) $(call p,seed,$(SEED))
+PARAMETERS_compare_models := $(call p,models,$(call listed,$(MODELS))) $(call p,dataset,$(DATASET)) $(call p,seed,$(SEED))
 PARAMETERS_compare_models += $(call p,figures,$(FIGURES)) $(call p,n_facts,$(N_FACTS))
 PARAMETERS_corruptions := $(COMMON) $(call p,dtype,$(DTYPE))
 PARAMETERS_heads := $(PARAMETERS_corruptions)
@@ -60,7 +63,7 @@ help: ## list the targets
 	@echo '                              make evaluate MODEL=gpt2-xl DATASET=counterfact N_CASES=7500 C_TEXT=wikipedia'
 
 SETTINGS = Settings, with their defaults: MODEL=$(MODEL) DATASET=$(DATASET) SEED=$(SEED) FIGURES=$(FIGURES)
-SETTINGS_figures = $(empty)  of figures: N_FACTS=$(N_FACTS) DTYPE=$(DTYPE); of evaluate: N_CASES=$(N_CASES) KNOWN_ONLY=$(KNOWN_ONLY) EDITS=$(EDITS) N_CASES_EACH=$(N_CASES_EACH) CHAINS=$(CHAINS) C_TEXT=$(C_TEXT)
+SETTINGS_figures = $(empty)  of figures: N_FACTS=$(N_FACTS) DTYPE=$(DTYPE); of evaluate: N_CASES=$(N_CASES) METHODS=$(METHODS) KNOWN_ONLY=$(KNOWN_ONLY) EDITS=$(EDITS) N_CASES_EACH=$(N_CASES_EACH) CHAINS=$(CHAINS) C_TEXT=$(C_TEXT)
 SETTINGS_search = $(empty)  of search: N_SEARCH=$(N_SEARCH), also set apart from evaluate; CONFIGURATIONS=$(CONFIGURATIONS)
 
 # What a target needs: the environment, and a model that is installed only where it is asked for.

@@ -57,6 +57,12 @@ def test_settings_reach_the_notebooks_as_they_are(folder, target) -> None:
         assert given.get("sizes", "[1,3]") == "[1,3]"
 
 
+@pytest.mark.parametrize("names", ["rome memit", "rome,memit", " rome,  memit "])
+def test_methods_are_names_with_blanks_or_commas_between_them_and_all_where_none_is_given(folder, names) -> None:
+    assert "-p methods '[rome,memit]'" in make(folder, "-n", "evaluate", METHODS=names).stdout
+    assert "-p methods" not in make(folder, "-n", "evaluate").stdout
+
+
 @pytest.mark.parametrize("target", ["setup", "figures", "evaluate", "search", "gemma"])
 def test_a_model_under_terms_is_installed_only_where_it_is_asked_for_after_its_terms_are_shown(folder, target) -> None:
     lines = make(folder, "-n", target, MODEL="gemma3-270m").stdout.splitlines()
