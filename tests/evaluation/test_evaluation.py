@@ -37,6 +37,7 @@ from rome_lab.facts.sources import load_facts
 from rome_lab.models.changes import Change
 from rome_lab.studies.evaluation import drawings as evaluation_plots
 from rome_lab.studies.evaluation import paper
+from rome_lab.studies.evaluation.differences import pseudo_values
 
 SUBJECTS = ("Paris", "Japan", "Warsaw", "France")
 CASES = [case(i, subject) for i, subject in enumerate(SUBJECTS)]
@@ -426,11 +427,11 @@ def test_fewer_than_three_cases_tell_nothing_and_cases_of_one_method_only_do_not
 
 def test_pseudo_values_of_one_score_in_three_columns_are_the_scores_and_their_mean_is_near_s():
     scores = np.array([10.0, 50.0, 90.0, 70.0])
-    np.testing.assert_allclose(paper.pseudo_values(np.stack([scores] * 3, axis=1)), scores)
+    np.testing.assert_allclose(pseudo_values(np.stack([scores] * 3, axis=1)), scores)
     values = np.random.default_rng(0).uniform(60, 100, (400, 3))
-    assert paper.pseudo_values(values).mean() == pytest.approx(hmean(values.mean(axis=0)), abs=0.05)
+    assert pseudo_values(values).mean() == pytest.approx(hmean(values.mean(axis=0)), abs=0.05)
     interval = summarise(pd.DataFrame(values, columns=["ES", "PS", "NS"]).assign(method="x")).iloc[0]
-    spread = 1.966 * paper.pseudo_values(values).std(ddof=1) / 20
+    spread = 1.966 * pseudo_values(values).std(ddof=1) / 20
     assert interval["ci_high"] - interval["mean"] == pytest.approx(spread, rel=0.02)
 
 

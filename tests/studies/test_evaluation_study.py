@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from rome_lab.base import mean_ci
 from rome_lab.evaluation import METRICS, summarise
 from rome_lab.studies import evaluation as study
 
@@ -101,3 +102,34 @@ def test_scorings_stand_side_by_side_in_a_table_and_a_figure() -> None:
     figure = study.scorings_figure(summary, "a model")
     assert [ax.get_title() for ax in figure.axes] == ["rewrite", "paraphrases", "neighbours"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["score", "argmax", "choice", "written"]
+
+
+def test_differences_are_paired_and_their_intervals_over_cases_models_and_relations() -> None:
+    scores = {"rome": [(100, 80, 60), (100, 90, 70), (100, 70, 50), (100, 60, 40)]}
+    scores["joint"] = [(es, ps - 10, ns + 2 * number) for number, (es, ps, ns) in enumerate(scores["rome"])]
+    table = judged(scores).assign(nll=2.0, model="a", relation=list("xxyy") * 2)
+    table["model"] = [*"1234", *"ppqq"]
+    found = study.differences_to(table).set_index("metric")
+    assert set(found["method"]) == {"joint"} and set(found["minus"]) == {"rome"} and set(found["n"]) == {4}
+    assert found.loc["PS", ["difference", "ci_low", "ci_high"]].tolist() == [-10, -10, -10]
+    assert found.loc["nll", "difference"] == 0
+    ns = np.array([0.0, 2.0, 4.0, 6.0])
+    over_models = mean_ci(ns, [1, 1, 2, 2])
+    for column, expected in zip(["difference", "ci_low", "ci_high"], over_models, strict=False):
+        assert found.loc["NS", column] == pytest.approx(float(expected))
+    assert found.loc["NS", "relations_low"] == pytest.approx(
+        float(over_models.ci_low)
+    )  # relations are as the models here
+    one_each = study.differences_to(table.assign(model=table["case"])).set_index("metric")
+    assert one_each.loc["NS", "ci_low"] == pytest.approx(float(mean_ci(ns).ci_low))
+    S = summarise(table).query("metric == 'S'").set_index("method")["mean"]
+    assert found.loc["S", "difference"] == pytest.approx(S["joint"] - S["rome"], abs=0.5)
+    readable = study.table_of_differences(found.reset_index())
+    assert readable.loc["joint", "PS"] == "-10.00 (-10.00, -10.00) *"
+    assert readable.loc["joint", "ES"] == "+0.00 (+0.00, +0.00)" and "*" not in readable.loc["joint", "NS"]
+
+
+def test_without_the_reference_or_another_method_there_are_no_differences() -> None:
+    table = judged({"ft": [(100, 80, 60)] * 3}).assign(model="a", relation=None)
+    for some in table, table.assign(method="rome"):
+        assert study.differences_to(some).empty and study.table_of_differences(study.differences_to(some)).empty

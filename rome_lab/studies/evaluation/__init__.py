@@ -5,11 +5,13 @@ table_of_scorings, scorings_figure        four ways to say whether an edit holds
 dots, dot_table, curves, curve_panels     a summary in, Axes or a Figure out; UNITS of metrics, PAGE_WIDTH
 methods_figure, plotted_numbers           the notebook's figure, and the numbers that are written beside it
 paper_numbers, agreement_with_paper       the paper's means, and whether ours say the same; verdicts_in_words
+differences_to, table_of_differences      every method less ROME, paired within the case
 aims_in_words                             whether ROME reaches the marks that this project has set itself
 case_scores, worst_first                  by which single cases are told good from bad, and the cases in that order
 paraphrase_scores, by_opening             paraphrases one by one: where does an edit not generalise? failures_in_words
 """
 
+from rome_lab.studies.evaluation.differences import differences_to, table_of_differences
 from rome_lab.studies.evaluation.drawings import (
     PAGE_WIDTH,
     UNITS,

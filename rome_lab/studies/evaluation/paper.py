@@ -15,6 +15,7 @@ from scipy import stats
 
 from rome_lab.base import mean_ci
 from rome_lab.evaluation import S_OF
+from rome_lab.studies.evaluation.differences import paired
 
 # Meng et al. (2022), the table of quantitative editing results: S, ES, PS, NS, GE, RS. GE is printed in hundredths of bits.
 METRICS_PRINTED = ("S", "ES", "PS", "NS", "GE", "RS")
@@ -42,8 +43,7 @@ def paper_numbers() -> pd.DataFrame:
 def agreement_with_paper(table: pd.DataFrame, method: str = "rome") -> pd.DataFrame:
     """Whether a method is above or below the others of the paper, one row a metric and other method.
 
-    Our difference is paired within the case, over the cases that have both. That of S, which no single case has, is over
-    jackknife pseudo-values: n S - (n - 1) S without the case. The verdict, with a margin of 1 as the paper prints it:
+    Our difference is that of `paired`. The verdict, with a margin of 1 as the paper prints it:
 
         "agrees"      both differences are above the margin, or both below minus it, or both within; ours with its
                       whole interval
@@ -62,30 +62,11 @@ def agreement_with_paper(table: pd.DataFrame, method: str = "rome") -> pd.DataFr
             pairs = paired(table, metric, method, other)
             if len(pairs):
                 theirs = paper.loc[method, metric] - paper.loc[other, metric]
-                mean, low, high, n = mean_ci(pairs)
+                mean, low, high, n = mean_ci(pairs.to_numpy())
                 outcome = verdict(theirs, low, high, MARGINS.get(metric, 1.0), n)
                 rows.append((metric, method, other, theirs, float(mean), float(low), float(high), len(pairs), outcome))
     columns = ["metric", "method", "minus", "paper", "difference", "ci_low", "ci_high", "n", "verdict"]
     return pd.DataFrame(rows, columns=columns)
-
-
-def paired(table: pd.DataFrame, metric: str, method: str, other: str) -> np.ndarray:
-    """(F,) differences of two methods over the cases that have both; of S, those of its pseudo-values."""
-    needed = list(S_OF) if metric == "S" else [metric]
-    if not set(needed) <= set(table):
-        return np.zeros(0)
-    both = table[table["method"].isin([method, other])].pivot(index="case", columns="method", values=needed).dropna()
-    ours, theirs = (both.xs(name, axis=1, level="method")[needed].to_numpy(float) for name in (method, other))
-    if metric == "S":
-        return pseudo_values(ours) - pseudo_values(theirs) if len(both) > 1 else np.zeros(0)
-    return (ours - theirs)[:, 0]
-
-
-def pseudo_values(values: np.ndarray) -> np.ndarray:
-    """(F,) jackknife pseudo-values of S from the (F, 3) values of ES, PS and NS; n is at least 2."""
-    n = len(values)
-    without = (values.sum(axis=0) - values) / (n - 1)
-    return n * stats.hmean(values.mean(axis=0)) - (n - 1) * stats.hmean(without, axis=-1)
 
 
 def verdict(paper: float, ci_low: float, ci_high: float, margin: float, n: int) -> str:
