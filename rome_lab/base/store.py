@@ -17,6 +17,7 @@ themselves and a digest of the whole record; a file that fails either check is r
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -147,7 +148,8 @@ class Basket(Store):
         self.records: dict[Path, tuple[Mapping[str, Json], Record]] = {}
 
     def load(self, inputs: Mapping[str, Json]) -> Record | None:
-        return self.records.get(self.path(inputs), (inputs, None))[1]
+        record = self.records.get(self.path(inputs), (inputs, None))[1]
+        return copy.deepcopy(record)  # each reader has its own to change
 
     def save(
         self, inputs: Mapping[str, Json], arrays: Mapping[str, np.ndarray], meta: Mapping[str, Json] | None = None

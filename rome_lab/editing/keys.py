@@ -34,6 +34,7 @@ class _HighestReached(Exception):
 @torch.no_grad()
 def run_to_keys(lm: LanguageModel, ids: Tensor, layers: Sequence[int], receive: Callable[[int, Tensor], None]) -> None:
     """Run `lm` on ids (B, T) up to the highest of `layers`, giving `receive` each layer's keys; no further."""
+    lm.check_mode()
     highest = max(layers)
 
     def watch(layer: int) -> Callable[[torch.nn.Module, tuple], None]:

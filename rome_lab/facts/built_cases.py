@@ -124,7 +124,13 @@ def build_case(fact: Fact, background: Background, seed: int) -> Case:
     target = choose_target(fact, group, also_true, seed)
     if mentions(fact.prompt, target):
         raise Unusable("the target stands in the rewrite prompt")
-    spared = replace(group, facts=tuple(x for x in group.facts if (x.relation, x.subject, target) not in also_true))
+    own = {x.subject for x in group.facts if x.object == target}  # the target is true of them, too
+    spared = replace(
+        group,
+        facts=tuple(
+            x for x in group.facts if x.subject not in own and (x.relation, x.subject, target) not in also_true
+        ),
+    )
     neighbours = choose_neighbours(fact, spared, seed)
     return Case(
         id=f"{fact.relation}/{fact.subject}/{fact.object}",

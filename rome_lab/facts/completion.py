@@ -248,6 +248,7 @@ def merge(batches: Sequence[GrowingTexts], batch_size: int) -> list[GrowingTexts
 
 def next_tokens(lm: LanguageModel, ids: torch.Tensor, cache: Cache | None = None) -> tuple[torch.Tensor, Cache]:
     """The most probable next token (B,) after `ids` (B, T), which follow what is in the cache; and the cache."""
+    lm.check_mode()
     output = lm.model(ids, past_key_values=cache, use_cache=True, **last_logits_only(lm.model))
     logits = output.logits[:, -1]
     lm.check_finite(logits, "known_facts")

@@ -123,7 +123,7 @@ def known_facts(
     Args:
         n: number of facts; None for all that are known. Where fewer are known, all of them are returned, with a warning.
         seed: decides, with nothing else but each fact itself, the order of the facts and of each fact's templates.
-        max_new_tokens: tokens within which the object must be named.
+        max_new_tokens: tokens within which the object must be named, and the one behind it that shows where it ends.
         batch_size: most prompts in one forward; says nothing about the result.
         store: folder of results, in which the search is kept and found again.
 
@@ -144,15 +144,16 @@ def known_facts(
     if store:
         store.check_writable()
         inputs = search_inputs(lm, order, {"what": "known", "n": n, "seed": seed, "max_new_tokens": max_new_tokens})
-        if record := store.load(inputs):
-            return from_meta(record.meta)
-    known = search_summary(find_known(lm, order, n, seed, max_new_tokens, batch_size, progress), n)
+    if record := store.load(inputs) if store else None:
+        known = from_meta(record.meta)
+    else:
+        known = search_summary(find_known(lm, order, n, seed, max_new_tokens, batch_size, progress), n)
     if len(known) < (n or 1):
         logger.warning(
             "known_facts: %s facts were asked for, but of the %d given %s knows %d; using all of these",
             *(n or "all", len(order), lm.name, len(known)),
         )
-    if store:
+    if store and not record:
         store.save(inputs, {}, asdict(known))
     return known
 

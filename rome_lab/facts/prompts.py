@@ -70,8 +70,11 @@ def read_prompt(lm: LanguageModel, prompt: str | Fact, subject: str | None = Non
         raise ValueError(
             f"the tokenizer of {lm.name} drops the subject {subject!r}; choose a subject that it can write."
         )
-    ids = torch.tensor(encoded["input_ids"], device=lm.device)
-    return Prompt(prefix + text, subject, ids, (inside[0], inside[-1] + 1))
+    ids = encoded["input_ids"]
+    # SentencePiece puts a blank of its own before a text, and says that it stands where the first letter does.
+    while len(inside) > 1 and lm.tokenizer.convert_ids_to_tokens(ids[inside[0]]) == "\u2581":
+        inside.pop(0)
+    return Prompt(prefix + text, subject, torch.tensor(ids, device=lm.device), (inside[0], inside[-1] + 1))
 
 
 def find_subject(text: str, subject: str | None) -> int:
@@ -115,5 +118,9 @@ def continuation_ids(lm: LanguageModel, prompt: str, continuation: str) -> list[
 def question(lm: LanguageModel, owner: int, prompt: str, continuation: str) -> Question:
     """How a text should go on, in tokens, for the change of that place."""
     ids = tuple(lm.tokenizer(without_end(prompt))["input_ids"])
+    if not ids:
+        raise ValueError(
+            f"the prompt {prompt!r} has no tokens for {lm.name}, so nothing can follow; write its beginning."
+        )
     lm.check_ids(ids)
     return Question(owner, ids, tuple(continuation_ids(lm, prompt, continuation)))

@@ -48,6 +48,8 @@ def parse_json(text: str, source: str) -> list[Parsed]:
             if all(type(record) is dict for record in lines):
                 return lines
         raise ValueError(f"load_facts: {source} is not valid JSON: {error}; expected a list of objects.") from None
+    if type(records) is dict and source.lower().endswith((".jsonl", ".ndjson")):
+        records = [records]  # one line
     if type(records) is not list:
         raise ValueError(f"load_facts: {source} holds a JSON {type(records).__name__}; expected a list of objects.")
     if re.search(r"\\u[dD][89a-fA-F]", text):  # an escape of half a character: both halves stand there, or one alone

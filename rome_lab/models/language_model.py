@@ -208,6 +208,18 @@ class LanguageModel:
             getattr(self.config, "intermediate_size", None) or getattr(self.config, "ffn_dim", None) or 4 * width
         )
 
+    def check_mode(self) -> None:
+        """Raise a ValueError where a run would not give the model's own numbers: in training mode, or under autocast."""
+        if self.model.training:
+            raise ValueError(
+                f"{self.name} is in training mode, in which no two runs are alike; call lm.model.eval() first."
+            )
+        if torch.is_autocast_enabled(self.device.type):
+            raise ValueError(
+                f"torch.autocast is on, so {self.name} would be run in another precision than {self.dtype}; leave it, or "
+                'load the model with dtype="bfloat16".'
+            )
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token logits (..., V) of last-block outputs (..., D), as and where the model's own forward makes them."""
         return self.readout(hidden)

@@ -173,7 +173,8 @@ def quickest_products() -> str:
     """
     global suited
     seconds = {}
-    A, B = torch.randn(2, TIMED_SIZE, TIMED_SIZE, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    A, B = torch.randn(2, TIMED_SIZE, TIMED_SIZE, generator=generator, dtype=torch.float32)
     product = partial(torch.nn.functional.linear, A, B)
     suited += 1  # meanwhile other threads are told of the default
     try:
@@ -203,6 +204,7 @@ def set_precisions(precisions: tuple[str, str]) -> None:
     Raises:
         RuntimeError: another thread traces, whose products would change under it.
     """
+    precisions = tuple(precisions)  # a list where it comes from a file or another process
     with changing:
         if suited and precisions != PRODUCTS["default"]:
             raise RuntimeError("choose_products: a trace is being made in another thread; wait until it is done.")
@@ -217,7 +219,7 @@ def put_in_force(precisions: tuple[str, str]) -> None:
 def product_error(device: torch.device | str, size: int = 256) -> float:
     """|AB - (AB in float64)| / |AB| of two random float32 matrices (size, size), Frobenius norms, as products are now."""
     generator = torch.Generator().manual_seed(0)
-    A, B = torch.randn(2, size, size, generator=generator)
+    A, B = torch.randn(2, size, size, generator=generator, dtype=torch.float32)
     exact = A.double() @ B.double()
     product = (A.to(device) @ B.to(device)).cpu().double()
     return float((product - exact).norm() / exact.norm())

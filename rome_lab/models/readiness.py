@@ -59,6 +59,11 @@ def check_model(model: nn.Module) -> None:
             f"LanguageModel: {name} is set to return tuples, with which transformers runs few models; set "
             "model.config.return_dict = True."
         )
+    if getattr(model.config.get_text_config(), "use_bidirectional_attention", None) is True:
+        raise ValueError(
+            f"LanguageModel: {name} reads in both directions (use_bidirectional_attention), so that tokens see those behind "
+            "them; a trace and an edit need a decoder."
+        )
     if model.get_output_embeddings() is None:
         raise ValueError(
             f"LanguageModel: {name} has no output embeddings, so it gives no logits (texts, tokens, vocabulary) of next "

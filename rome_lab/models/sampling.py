@@ -116,6 +116,7 @@ def continue_randomly(
         is_whole: called with a text's place and tokens after each that is written; True ends the text.
         keep: called with the rows of the batch that stay in it, where others leave.
     """
+    lm.check_mode()
     lm.check_length(draws.shape[1], "continue_randomly")
     texts = [prompt[:] for prompt in prompts]
     going, stops = list(range(len(texts))), lm.stops  # the text of each row

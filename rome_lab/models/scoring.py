@@ -179,6 +179,7 @@ def last_states(lm: LanguageModel, changes: Sequence[Change], rows: Sequence[Own
 
     Args: shared: how many tokens of every row are read in a pass before the others, once for all rows that begin alike.
     """
+    lm.check_mode()
     beginnings = {(owner, text[:shared]): None for owner, text in rows} if shared else {}
     longest = max(len(text) for _, text in rows)
     states: list[Tensor] = []

@@ -354,6 +354,11 @@ def _check_alike(traces: Sequence[Trace]) -> None:
         raise ValueError(
             f"averaging: traces have different metrics, directions or corruptions: {listed}; average those of one."
         )
+    windows = {x.window for x in traces if x.kind in ("mlp", "attn")}
+    if len(windows) > 1:
+        raise ValueError(f"averaging: traces restore runs of {sorted(windows)} layers; average those of one length.")
+    if len({x.token == len(x.tokens) - 1 for x in traces if x.token is not None}) > 1:
+        raise ValueError("averaging: heads were restored at the last token in some traces and at another in others.")
     seen: set[tuple[object, ...]] = set()
     for trace in traces:
         key = (trace.label, _fact_of(trace))

@@ -67,7 +67,7 @@ class GaussianNoise:
     def noise(self, lm: LanguageModel, shape: tuple[int, int, int], key: str) -> torch.Tensor:
         # Drawn on the CPU in float32, so that every device and dtype sees the same noise.
         generator = torch.Generator().manual_seed(seed_from(key))
-        return torch.randn(shape, generator=generator) * self.std(lm)
+        return torch.randn(shape, generator=generator, dtype=torch.float32) * self.std(lm)
 
     def describe(self, lm: LanguageModel) -> dict[str, object]:
         return {"gaussian": self.std(lm)}

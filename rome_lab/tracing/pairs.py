@@ -94,7 +94,7 @@ def swap_pairs(
             partner = partner_of(lm, fact, given, seed)
             pairs |= {fact: partner} if partner else {}
             alone += [] if partner else [fact]
-        if len(pairs) == n:
+        if len(pairs) == n or (size is not None and len(known) < size):  # of all facts, no more are known
             break
     tried = len(pairs) + len(alone)
     if not pairs:

@@ -22,7 +22,8 @@ from rome_lab.tracing.averaging import Traces
 from rome_lab.tracing.trace import Trace
 
 Site = tuple[str, str]
-"""Kind and bucket, or, for the bucket, "subject_other": the mean of the subject's first and middle tokens."""
+"""Kind and bucket, or, for the bucket, "subject_other": the mean of what the subject's first token shows and of what its
+middle tokens show on average."""
 MIN_FACTS = 3
 SIGNIFICANCE = 0.05
 

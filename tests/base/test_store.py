@@ -506,6 +506,9 @@ def test_the_store_in_the_users_cache_follows_the_environment(monkeypatch, tmp_p
 def test_a_store_in_memory_gives_what_a_folder_gives_and_writes_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     basket, store = Basket(), Store(tmp_path / "results")
+    basket.save({"what": "own"}, {"x": np.zeros(2)})
+    basket.load({"what": "own"}).arrays["x"][0] = 1.0
+    assert basket.load({"what": "own"}).arrays["x"][0] == 0.0  # each reader has its own
     assert basket.load(INPUTS) is None
     for kept in (basket, store):
         kept.check_writable()

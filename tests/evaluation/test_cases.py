@@ -66,6 +66,17 @@ def test_a_target_is_another_object_of_the_relation_that_is_not_true_of_the_subj
         assert not has_word(fact.prompt, case.target)
 
 
+def test_no_neighbour_has_the_target_as_another_of_its_objects() -> None:
+    templates = ("{} is spoken with", "People of {} speak")
+    spoken = {f"Land{i}": ["French", "German"][: 1 + (i >= 2)] for i in range(8)} | {
+        f"Reich{i}": ["German"] for i in range(4)
+    }
+    facts = [Fact(x, templates[0], y, "lang", templates) for x, languages in spoken.items() for y in languages]
+    built = build_cases(facts, facts)
+    assert built or sum(built.dropped.values()) == len(facts)
+    assert not [x for case in built for x in case.neighbour_subjects if case.target in spoken[x]]
+
+
 def test_targets_are_spread_over_the_objects_of_a_relation(cases: Cases) -> None:
     targets: dict[str, Counter[str]] = {}
     for case in cases:

@@ -37,7 +37,7 @@ from rome_lab.facts.sources import load_facts
 from rome_lab.models.changes import Change
 from rome_lab.studies.evaluation import drawings as evaluation_plots
 from rome_lab.studies.evaluation import paper
-from rome_lab.studies.evaluation.differences import pseudo_values
+from rome_lab.studies.evaluation.paired_differences import pseudo_values
 
 SUBJECTS = ("Paris", "Japan", "Warsaw", "France")
 CASES = [case(i, subject) for i, subject in enumerate(SUBJECTS)]

@@ -455,6 +455,11 @@ def test_json_lines_are_read(tmp_path: Path, name: str) -> None:
     assert [[x.subject, x.object, x.template] for x in load_facts(tmp_path / name)] == ROWS
 
 
+def test_a_single_line_is_a_record_too(tmp_path: Path) -> None:
+    (tmp_path / "facts.jsonl").write_text(json.dumps({"subject": "Louvre", "object": "Paris", "template": "{} is in"}))
+    assert load_facts(tmp_path / "facts.jsonl") == (Fact("Louvre", "{} is in", "Paris"),)
+
+
 @pytest.mark.parametrize(
     "record",
     [

@@ -6,6 +6,7 @@ import json
 import logging
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -301,12 +302,14 @@ def test_a_prompt_that_leaves_no_room_to_go_on_is_dropped_with_the_reason(learne
 
 
 def test_asking_for_more_than_is_known_gives_all_and_says_so(
-    learner: LanguageModel, caplog: pytest.LogCaptureFixture
+    learner: LanguageModel, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    with caplog.at_level(logging.WARNING):
-        known = search(learner, FACTS, n=50)
-    assert known == search(learner, FACTS)
-    assert "50 facts were asked for, but of the 16 given learner knows 9" in caplog.text
+    for _ in ("searched", "found in the store"):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            known = search(learner, FACTS, n=50, store=tmp_path)
+        assert known == search(learner, FACTS)
+        assert "50 facts were asked for, but of the 16 given learner knows 9" in caplog.text
 
 
 def test_a_model_that_knows_nothing_gives_an_empty_result_and_says_so(

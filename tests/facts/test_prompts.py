@@ -7,6 +7,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from tiny import tiny_model
+from tokenizers import Tokenizer, normalizers, trainers
+from tokenizers import models as tokenizer_models
+from transformers import PreTrainedTokenizerFast
 
 from rome_lab import Fact
 from rome_lab.facts.prompts import continuation_ids, find_subject, question, read_prompt
@@ -120,3 +123,22 @@ def test_a_prompt_goes_on_as_it_would_be_written(prompt, target, text):
     lm = tiny_model("llama")
     asked = question(lm, 0, prompt, target)
     assert lm.tokenizer.decode([*asked.context, *asked.continuation]) == text
+
+
+def test_a_blank_that_the_tokenizer_puts_before_a_text_is_no_token_of_its_subject() -> None:
+    raw = Tokenizer(tokenizer_models.BPE(byte_fallback=True, unk_token="<unk>"))
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<unk>", "<s>"], show_progress=False)
+    raw.train_from_iterator(["Paris is a city in France", "a\u5317x a\u4eacx"], trainer)
+    lm = tiny_model("llama")
+    lm.tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+    subject = "\u5317\u4eac"
+    prompts = [read_prompt(lm, text, subject) for text in (f"{subject} is a", f"a city {subject} is")]
+    parts = [lm.tokenizer.convert_ids_to_tokens(x.ids.tolist())[slice(*x.subject_range)] for x in prompts]
+    assert parts[0][0] != "\u2581" and "".join(parts[0]) == subject
+    assert "".join(parts[1]).replace("\u2581", "") == subject
+
+
+def test_a_prompt_without_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="the prompt '' has no tokens for tiny-llama"):
+        question(tiny_model("llama"), 0, "", "Paris")

@@ -32,7 +32,7 @@ def test_pytorchs_own_choice_is_in_force_until_another_is_made() -> None:
 
 
 def test_a_context_puts_back_what_was_there_also_when_its_body_raises() -> None:
-    set_precisions(("ieee", "tf32"))
+    set_precisions(["ieee", "tf32"])  # as it comes from a file
     with pytest.raises(RuntimeError, match="body"), products("fast"):
         assert precisions() == ("bf16", "tf32")
         raise RuntimeError("body")

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, normalizers, processors
 from torch import nn
 
 from rome_lab import EditSettings, Fact, GaussianNoise, LanguageModel, causal_trace, known_facts, load_model, rome
-from rome_lab.models import Change, Question, record_run, score
+from rome_lab.models import Change, Question, generate, product_error, record_run, score
 
 PROMPT = ("The Eiffel Tower is located in the city of", "Eiffel Tower")
 FACT = Fact("Eiffel Tower", "The {} is located in the city of", "Paris")
@@ -278,3 +278,62 @@ def test_stored_results_know_where_the_parts_are_and_hooks_of_the_users_own_are_
     lm.model.model.norm.register_forward_hook(lambda *args: None)
     lm.identity()
     assert "The hook on model.norm takes no part" in caplog.text
+
+
+RUNS = {
+    "trace": trace_of,
+    "edit": edit_of,
+    "score": lambda lm: score(lm, [Change()], [Question(0, (1, 2), (3,))]),
+    "generate": lambda lm: generate(lm, [Change()], [["In"]], 3),
+    "known": lambda lm: known_facts(lm, [FACT], progress=False),
+}
+
+
+@pytest.mark.parametrize("what", RUNS)
+def test_a_model_in_training_mode_is_refused_until_it_is_put_back(what) -> None:
+    lm = LanguageModel(llama(), tokenizer(), name="trained")
+    lm.model.train()
+    with pytest.raises(ValueError, match=r"trained is in training mode.*call lm\.model\.eval\(\) first"):
+        RUNS[what](lm)
+    lm.model.eval()
+    RUNS[what](lm)
+
+
+@pytest.mark.parametrize("what", RUNS)
+def test_under_autocast_nothing_is_run(what) -> None:
+    lm = LanguageModel(llama(), tokenizer(), name="cast")
+    with torch.autocast("cpu"), pytest.raises(ValueError, match=r"torch\.autocast is on, so cast would be run"):
+        RUNS[what](lm)
+
+
+def test_the_noise_does_not_depend_on_the_default_dtype() -> None:
+    lm = LanguageModel(llama(), tokenizer(), name="plain")
+    noise = GaussianNoise(std=1.0).noise(lm, (2, 3, 4), "key")
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.testing.assert_close(GaussianNoise(std=1.0).noise(lm, (2, 3, 4), "key"), noise, atol=0, rtol=0)
+        assert product_error("cpu", 64) > 1e-9
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class Shifted(tf.models.llama.modeling_llama.LlamaDecoderLayer):
+    """A block that is given a share of the token before, too, as short convolutions do."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        before = torch.nn.functional.pad(hidden_states, (0, 0, 1, 0))[:, :-1]
+        return super().forward(hidden_states + 0.5 * before, *args, **kwargs)
+
+
+def test_a_known_family_whose_blocks_are_of_the_users_own_is_looked_at_all_the_same() -> None:
+    model = llama()
+    for block in model.model.layers:
+        block.__class__ = Shifted
+    with pytest.raises(ValueError, match="makes something else of the last tokens of a text alone"):
+        trace_of(LanguageModel(model, tokenizer(), name="shifted"))
+
+
+def test_a_model_that_reads_in_both_directions_is_refused() -> None:
+    config = tf.Gemma3TextConfig(**LLAMA | {"head_dim": 12}, use_bidirectional_attention=True)
+    with pytest.raises(ValueError, match="reads in both directions"):
+        LanguageModel(tf.Gemma3ForCausalLM(config), tokenizer())

@@ -363,6 +363,15 @@ def test_what_differs_or_comes_twice_is_averaged_in_no_way(changed):
             way()
 
 
+def test_runs_of_different_lengths_and_heads_at_different_tokens_are_not_averaged():
+    with pytest.raises(ValueError, match=r"runs of \[1, 10\] layers; average those of one length"):
+        Traces([make_trace(0, "mlp"), replace(make_trace(1, "mlp"), window=1)]).average()
+    Traces([make_trace(0, "mlp"), replace(make_trace(1), window=1)]).average()  # a state is of one layer in any case
+    at_last = [replace(of_head(fact), token=token) for fact, token in ((0, 6), (1, 3))]
+    with pytest.raises(ValueError, match="heads were restored at the last token in some traces"):
+        Traces(at_last).average_heads()
+
+
 @pytest.mark.parametrize(("kind", "layer"), [("head", 0), ("state", 2), ("state", -1)])
 def test_the_spread_is_of_layers_and_buckets_that_there_are(kind, layer):
     traces = Traces(x for fact in range(2) for x in (make_trace(fact), of_head(fact)))

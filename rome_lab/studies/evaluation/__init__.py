@@ -11,7 +11,6 @@ case_scores, worst_first                  by which single cases are told good fr
 paraphrase_scores, by_opening             paraphrases one by one: where does an edit not generalise? failures_in_words
 """
 
-from rome_lab.studies.evaluation.differences import differences_to, table_of_differences
 from rome_lab.studies.evaluation.drawings import (
     PAGE_WIDTH,
     UNITS,
@@ -23,6 +22,7 @@ from rome_lab.studies.evaluation.drawings import (
     plotted_numbers,
     scorings_figure,
 )
+from rome_lab.studies.evaluation.paired_differences import differences_to, table_of_differences
 from rome_lab.studies.evaluation.paper import (
     agreement_with_paper,
     aims_in_words,

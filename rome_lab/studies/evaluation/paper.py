@@ -15,7 +15,7 @@ from scipy import stats
 
 from rome_lab.base import mean_ci
 from rome_lab.evaluation import S_OF
-from rome_lab.studies.evaluation.differences import paired
+from rome_lab.studies.evaluation.paired_differences import paired
 
 # Meng et al. (2022), the table of quantitative editing results: S, ES, PS, NS, GE, RS. GE is printed in hundredths of bits.
 METRICS_PRINTED = ("S", "ES", "PS", "NS", "GE", "RS")
