@@ -2,7 +2,7 @@
 
 user_cache()                    the user's cache folder
 write_atomically(path, write)   a file, whole or not at all
-check_writable(folder)          find out now, not after hours of work
+check_writable(folder)          find out now, not after hours of work; check_file the same for a file
 with explained(folder)          errors of the disk say what to do
 """
 
@@ -53,6 +53,20 @@ def check_writable(folder: Path) -> None:
     with _temporary(folder, ".probe") as probe:
         probe.write_bytes(bytes(PROBE_BYTES))
         _flush(probe)
+
+
+def check_file(doing: str, path: Path) -> None:
+    """Raise now what writing the file `path` would raise after the work, in terms of what is being done.
+
+    Raises:
+        ValueError: it has no name.
+        OSError: a folder is in its place, or its folder cannot be written.
+    """
+    if not path.name:
+        raise ValueError(f"{doing}: {str(path)!r} is no name of a file; give one, such as mine{path.suffix}.")
+    if path.is_dir():
+        raise IsADirectoryError(f"{doing}: {path} is a folder; give the name of a file in it, such as {path / 'mine'}.")
+    check_writable(path.parent)
 
 
 ADVICE = {

@@ -148,6 +148,7 @@ def subject_keys(lm: LanguageModel, layer: int, prompts: Sequence[Prompt]) -> Fl
 @torch.no_grad()
 def subject_states(lm: LanguageModel, layer: int, prompts: Sequence[Prompt]) -> Float[Tensor, "N D"]:
     """(N, D) float64 on the CPU: what block `layer` makes of each prompt's last subject token; no block above is run."""
+    lm.check_mode()
     ids, lasts = padded(prompts)
     h: list[Tensor] = []  # (N, D)
 

@@ -18,7 +18,17 @@ from rome_lab.base import check_whole
 from rome_lab.editing.keys import run_to_keys
 from rome_lab.editing.requests import Request
 from rome_lab.facts import Fact, continuation_ids, object_token, read_prompt
-from rome_lab.models import LanguageModel, at_least_float32, input_changed, log_p_of, record_run, run_block, run_blocks
+from rome_lab.models import (
+    Batching,
+    LanguageModel,
+    at_least_float32,
+    input_changed,
+    log_p_of,
+    record_run,
+    run_block,
+    run_blocks,
+    text_bytes,
+)
 
 
 @dataclass(frozen=True)
@@ -79,21 +89,29 @@ def knowledge_attributions(
     recording = record_run(lm, ids, lambda embedded: None)
     lm.check_finite(recording.logits, "kn")
     along = (torch.arange(steps) + 0.5)[:, None] / steps
-    paths: list[Tensor] = []  # of each layer (m, H)
-    hidden: Tensor | None = None  # (layers so far * m, 1, D): the m texts of each join those of the layers below
-    text = torch.zeros(lm.n_layers * steps, dtype=torch.long)  # all of them continue the one text
-    with torch.enable_grad():
-        for layer, k in keys.items():
-            paths.append(path := (along.to(k) * k).requires_grad_())
-            begin = recording.states[layer][:, -1:].expand(steps, -1, -1)
-            with input_changed(lm.memory(layer), lambda given, path=path: path.view(given.shape)):
-                own = run_block(lm, layer, begin, recording, text[:steps])
-            if hidden is not None:
-                below = run_blocks(lm, range(layer, layer + 1), hidden, recording, text[: len(hidden)])
-                own = torch.cat([below, own])
-            hidden = own
-        log_p, _ = log_p_of(lm, hidden[:, -1].to(lm.device), torch.full((len(hidden),), token, device=lm.device))
-        gradients = torch.autograd.grad(log_p.exp().sum(), paths)
+    text = torch.zeros(lm.n_layers * steps, dtype=torch.long)  # all of the texts continue the one that was recorded
+
+    def gradients_of(layers: Sequence[int]) -> list[Tensor]:
+        """Of each of these layers (m, H): its m texts join those of the layers below it."""
+        paths: list[Tensor] = []
+        hidden = recording.states[layers[0]][:0, -1:]  # (texts, 1, D)
+        with torch.enable_grad():
+            for layer in range(layers[0], lm.n_layers):
+                parts = []
+                if len(hidden):
+                    parts.append(run_blocks(lm, range(layer, layer + 1), hidden, recording, text[: len(hidden)]))
+                if layer in layers:
+                    paths.append(path := (along.to(keys[layer]) * keys[layer]).requires_grad_())
+                    begin = recording.states[layer][:, -1:].expand(steps, -1, -1)
+                    with input_changed(lm.memory(layer), lambda given, path=path: path.view(given.shape)):
+                        parts.append(run_block(lm, layer, begin, recording, text[:steps]))
+                hidden = torch.cat(parts)
+            answers = torch.full((len(hidden),), token, device=lm.device)
+            log_p, _ = log_p_of(lm, hidden[:, -1].to(lm.device), answers)
+            return list(torch.autograd.grad(log_p.exp().sum(), paths))
+
+    together = Batching(lm, "kn", steps * text_bytes(lm, ids.shape[1], cached=True))
+    gradients = [gradient for part in together.over(range(lm.n_layers), gradients_of) for gradient in part]
     pairs = zip(keys.values(), gradients, strict=True)
     rows = [(at_least_float32(k) * at_least_float32(gradient).mean(0)).cpu() for k, gradient in pairs]
     return torch.stack(rows), torch.stack([at_least_float32(k).cpu() for k in keys.values()])

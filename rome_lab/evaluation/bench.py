@@ -119,10 +119,8 @@ class Bench:
         results = {key: result for key, row in distinct.items() if (result := self.stored(row.inputs)) is not None}
         missing = {key: row for key, row in distinct.items() if key not in results}
         self.optima.prepare(v_stars_of((row.method, row.requests) for row in missing.values()))
-        proposed: dict[str, Proposal | str] = {}  # each once: cases that are edited together share their model
-        for row in missing.values():
-            if row.change_key not in proposed:
-                proposed[row.change_key] = self.propose(row.method, row.requests)
+        needed = {row.change_key: row for row in missing.values()}  # cases that are edited together share a change
+        proposed = {key: self.propose(row.method, row.requests) for key, row in needed.items()}
         proposals = {key: proposed[row.change_key] for key, row in missing.items()}
         changes = {key: proposal for key, proposal in proposals.items() if isinstance(proposal, Proposal)}
         sheets = [(missing[key].judged, missing[key].settings, proposal) for key, proposal in changes.items()]

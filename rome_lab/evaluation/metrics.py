@@ -175,8 +175,9 @@ def summarise(rows: pd.DataFrame, by: str | Sequence[str] = "method", clusters: 
             alike, instead of new cases from the same set. By default, where several cases are judged in one edited model,
             what tells the models: "chain" or "model".
 
-    Returns: DataFrame: the columns `by`, metric, mean, ci_low, ci_high, n (cases with a value). Groups stand in the order
-             of their first row, metrics in that of `METRICS`, S first.
+    Returns: DataFrame: the columns `by`, metric, mean, ci_low, ci_high, n (cases with a value), over (what the interval is
+             a draw of: "cases", "models", "passages", "relations"). Groups stand in the order of their first row, metrics
+             in that of `METRICS`, S first.
     Raises:  ValueError: no rows, a column that is missing, or a value that is infinite.
     """
     by = [by] if isinstance(by, str) else list(by)
@@ -192,29 +193,31 @@ def summarise(rows: pd.DataFrame, by: str | Sequence[str] = "method", clusters: 
     parts = []
     for group, part in rows.groupby(by, sort=False, dropna=False, observed=True):
         where = dict(zip(by, group, strict=True))
-        shared = (x for x in ("chain", "model") if x in part and part[x].duplicated().any())
+        shared = (x for x in ("chain", "model") if x in part and part[x].notna().any() and part[x].duplicated().any())
         column = clusters or next(shared, None)
         labels = None if column is None else part[column].where(part[column].notna(), None).tolist()
-        parts += [where | {"metric": name} | values for name, values in summaries(part, metrics, labels).items()]
-    return pd.DataFrame(parts, columns=[*by, "metric", "mean", "ci_low", "ci_high", "n"])
+        over = {None: "cases", "chain": "models"}.get(column, f"{column}s")
+        parts += [where | {"metric": name} | values for name, values in summaries(part, metrics, labels, over).items()]
+    return pd.DataFrame(parts, columns=[*by, "metric", "mean", "ci_low", "ci_high", "n", "over"])
 
 
 def summaries(
-    part: pd.DataFrame, metrics: Sequence[str], labels: Sequence[Hashable] | None
-) -> dict[str, dict[str, float]]:
-    """Metric -> mean, ci_low, ci_high, n over the cases of one group; metrics that no case has are left out."""
+    part: pd.DataFrame, metrics: Sequence[str], labels: Sequence[Hashable] | None, over: str
+) -> dict[str, dict[str, float | str]]:
+    """Metric -> mean, ci_low, ci_high, n, over of the cases of one group; metrics that no case has are left out."""
     means: dict[str, MeanCI] = {}
+    by_passage = labels is None and "case" in part and "chain" not in part  # a chain reads all of them
     if set(S_OF) <= set(metrics):
         means["S"] = harmonic_mean_ci(part[list(S_OF)].to_numpy(float), labels)
     for name in metrics:
-        means[name] = ci_of(METRICS[name], part[name].to_numpy(float), labels)
+        passages = [passage_of(case) for case in part["case"]] if name == "nll" and by_passage else labels
+        means[name] = ci_of(METRICS[name], part[name].to_numpy(float), passages)
         if name == "nll":
-            if labels is None and "case" in part and "chain" not in part:  # a chain reads all of them
-                means[name] = mean_ci(part[name].to_numpy(float), [passage_of(case) for case in part["case"]])
             *nll, n = means[name]
             means["perplexity"] = MeanCI(*np.exp(nll), n)
     return {
         metric: {"mean": float(mean), "ci_low": float(low), "ci_high": float(high), "n": int(n)}
+        | {"over": "passages" if by_passage and metric in ("nll", "perplexity") else over}
         for metric, (mean, low, high, n) in means.items()
         if n > 0
     }

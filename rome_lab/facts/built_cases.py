@@ -35,6 +35,7 @@ class Group:
 
     Attributes:
         facts: each subject and object once.
+        true: (subject, object) of these, and what is true besides.
         preferred: (subject, object) of those that are preferred as neighbours, by their own prompt.
         templates: all that state the relation.
         generations: templates that invite free text about the subject.
@@ -42,6 +43,7 @@ class Group:
     """
 
     facts: tuple[Fact, ...]
+    true: frozenset[tuple[str, str]]
     preferred: frozenset[tuple[str, str]]
     templates: tuple[str, ...]
     generations: tuple[str, ...]
@@ -50,11 +52,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Background:
-    """What all cases share: the relations by name, unrelated sentences, and objects true besides the facts' own."""
+    """What all cases share: the relations by name, and unrelated sentences."""
 
     groups: dict[str, Group]
     lead_ins: tuple[str, ...]
-    also_true: frozenset[tuple[str, str, str]]
 
 
 def build_cases(facts: Iterable[Fact], pool: Iterable[Fact] | None = None, seed: int = 0) -> Cases:
@@ -96,12 +97,17 @@ def read_background(facts: Sequence[Fact], pool: Iterable[Fact] | None) -> Backg
             together.setdefault(fact.relation, []).append(fact)
     preferred = frozenset((fact.relation, fact.subject, fact.object) for fact in facts) if pool is not None else ()
     embedded = load_relations()
+    also_true: dict[str, list[tuple[str, str]]] = {}
+    for record in embedded_records("also_true.csv"):
+        relation, subject, answer = (text_at(record, name) for name in ("relation", "subject", "object"))
+        also_true.setdefault(relation, []).append((subject, answer))
     groups = {}
     for name, members in together.items():
         once = {(fact.subject, fact.object): fact for fact in reversed(members)}  # the first of several stays
         templates = dict.fromkeys(x for fact in members for x in fact.templates or (fact.template,))
         groups[name] = Group(
             facts=tuple(once.values()),
+            true=frozenset([*once, *also_true.get(name, ())]),
             preferred=frozenset((subject, answer) for relation, subject, answer in preferred if relation == name),
             templates=tuple(templates),
             # A relation of the user's own has no such templates: the model may go on from the bare subject.
@@ -109,28 +115,18 @@ def read_background(facts: Sequence[Fact], pool: Iterable[Fact] | None) -> Backg
             ending=embedded[name].ending if name in embedded else "",
         )
     lead_ins = tuple(text_at(record, "sentence") for record in embedded_records("lead_ins.csv"))
-    also_true = frozenset(
-        tuple(text_at(record, name) for name in ("relation", "subject", "object"))
-        for record in embedded_records("also_true.csv")
-    )
-    return Background(groups, lead_ins, also_true)
+    return Background(groups, lead_ins)
 
 
 def build_case(fact: Fact, background: Background, seed: int) -> Case:
     """The case of one fact; Unusable where its relation does not give one."""
     if not fact.relation:
         raise Unusable("the fact has no relation")
-    group, also_true = background.groups[fact.relation], background.also_true
-    target = choose_target(fact, group, also_true, seed)
+    group = background.groups[fact.relation]
+    target = choose_target(fact, group, seed)
     if mentions(fact.prompt, target):
         raise Unusable("the target stands in the rewrite prompt")
-    own = {x.subject for x in group.facts if x.object == target}  # the target is true of them, too
-    spared = replace(
-        group,
-        facts=tuple(
-            x for x in group.facts if x.subject not in own and (x.relation, x.subject, target) not in also_true
-        ),
-    )
+    spared = replace(group, facts=tuple(x for x in group.facts if (x.subject, target) not in group.true))
     neighbours = choose_neighbours(fact, spared, seed)
     return Case(
         id=f"{fact.relation}/{fact.subject}/{fact.object}",
@@ -142,20 +138,18 @@ def build_case(fact: Fact, background: Background, seed: int) -> Case:
         generation_prompts=tuple(fill(template, fact) for template in group.generations),
         references=choose_references(fact, target, group, seed),
         neighbour_subjects=tuple(neighbour.subject for neighbour in neighbours),
-        choices=choose_choices(fact, target, [x.subject for x in neighbours], group, also_true, seed),
+        choices=choose_choices(fact, target, [x.subject for x in neighbours], group, seed),
     )
 
 
-def choose_target(fact: Fact, group: Group, also_true: frozenset[tuple[str, str, str]], seed: int) -> str:
+def choose_target(fact: Fact, group: Group, seed: int) -> str:
     """Another object of the relation, drawn from those whose frequency is nearest to that of the true one."""
     frequency = Counter(other.object for other in group.facts)
-    true = {other.object for other in group.facts if other.subject == fact.subject}
     usable = [
         other
         for other, count in frequency.items()
         if count >= LEAST_REFERENCES
-        and other not in true
-        and (fact.relation, fact.subject, other) not in also_true
+        and (fact.subject, other) not in group.true
         and not begin_alike(other, fact.object)
         and not mentions(fact.subject, other)
     ]
@@ -218,13 +212,11 @@ def choose_choices(
     target: str,
     neighbours: Sequence[str],
     group: Group,
-    also_true: frozenset[tuple[str, str, str]],
     seed: int,
 ) -> tuple[str, ...]:
     """Further objects of the relation, which are true of none whom the case is about."""
     about = {fact.subject, *neighbours}
-    true = {x.object for x in group.facts if x.subject in about}
-    true |= {answer for relation, subject, answer in also_true if relation == fact.relation and subject in about}
+    true = {answer for subject, answer in group.true if subject in about}
     others = sorted({x.object for x in group.facts} - true - {fact.object, target})
     return tuple(in_random_order(others, seed, "choice", fact)[:CHOICES])
 

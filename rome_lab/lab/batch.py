@@ -238,11 +238,10 @@ def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(rest)
     try:
         if options.list:
-            for path in options.notebooks:
-                print(path, *read_parameters(read_notebook(path), path.name).values(), sep="\n    ")
+            list_parameters(options.notebooks)
         else:
             from_file = read_parameters_file(options.params) if options.params else {}
-            run_all(options.notebooks, from_file | given, options.runs, not options.quiet)
+            run_all([(path, from_file | given) for path in options.notebooks], options.runs, not options.quiet)
     except NotebookError as error:
         print(error, file=sys.stderr)
         return 1
@@ -266,13 +265,31 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def run_all(paths: Sequence[Path], values: Mapping[str, object], runs: Path, progress: bool) -> None:
-    if len({path.stem for path in paths}) < len(paths):
+def list_parameters(paths: Sequence[Path]) -> None:
+    """Print the parameters of notebooks, with what they are by default."""
+    for path in paths:
+        print(path, *read_parameters(read_notebook(path), path.name).values(), sep="\n    ")
+
+
+def run_all(plans: Sequence[tuple[Path, Mapping[str, object]]], runs: Path, progress: bool) -> None:
+    """Run notebooks one after the other, each with its parameters."""
+    if len({path.stem for path, _ in plans}) < len(plans):
         raise ValueError("two of the notebooks have one name, and so would their executed copies; run them apart.")
-    for path in paths:
+    for path, values in plans:
         prepare(path, values)  # what the last notebook refuses is to be known before the first one has run
-    for path in paths:
+    for path, values in plans:
         print(run_notebook(path, values, runs, progress))
+
+
+def shared_out(paths: Sequence[Path], given: Mapping[str, object]) -> list[tuple[Path, dict[str, object]]]:
+    """Each notebook with those of the given parameters that it has.
+
+    Raises: ValueError: none of them has one of that name.
+    """
+    known = {path: read_parameters(read_notebook(path), path.name) for path in paths}
+    all_names = {name: parameter for parameters in known.values() for name, parameter in parameters.items()}
+    fit_parameters(all_names, given, ", ".join(path.name for path in paths))
+    return [(path, {name: value for name, value in given.items() if name in known[path]}) for path in paths]
 
 
 def take_parameters(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -16,10 +16,18 @@ from pathlib import Path
 import pandas as pd
 from transformers.utils.logging import disable_progress_bar
 
-from rome_lab.base import package_versions
+from rome_lab.base import check_file, package_versions
 from rome_lab.editing import EDITORS, TRAINED, Training, suggest_layer, train_editor, verify
 from rome_lab.facts import Fact
-from rome_lab.lab.batch import NotebookError, main, parser, prepare, take_parameters
+from rome_lab.lab.batch import (
+    NotebookError,
+    list_parameters,
+    parser,
+    read_parameters_file,
+    run_all,
+    shared_out,
+    take_parameters,
+)
 from rome_lab.lab.growing import TRACED, draw_figures
 from rome_lab.lab.plots import cell_table, heatmap, save_figure, save_table
 from rome_lab.lab.reporting import report
@@ -29,6 +37,9 @@ from rome_lab.models import IMPOSSIBLE, WRONG, LanguageModel, load_model
 from rome_lab.tracing import KINDS, causal_trace
 
 PROMPT = '"The Eiffel Tower is located in the city of" "Eiffel Tower"'
+# The options that are parameters of notebooks, and the sizes that the commands take.
+OPTIONS = ("model", "dtype", "dataset", "seed", "figures", "n_facts", "n_cases")
+N_FACTS, N_CASES = 12, 25
 IN_BATCH = "What else is given goes to `python -m rome_lab.batch`: -p NAME VALUE for other parameters, --runs, --quiet."
 
 
@@ -67,8 +78,11 @@ def command_parser() -> argparse.ArgumentParser:
         layout = argparse.RawDescriptionHelpFormatter
         branch = commands.add_parser(name, help=about, description=about, epilog=epilog, formatter_class=layout)
         branch.set_defaults(run=run, in_batch=in_batch)
-        branch.add_argument("--model", default="smollm2-135m", help="embedded, a hub id, or a folder (%(default)s)")
-        branch.add_argument("--dtype", default="float32", help="or bfloat16, float16 (%(default)s)")
+        # In batch what is not given is left to the file of parameters, if there is one, and else to the notebooks.
+        default = argparse.SUPPRESS if in_batch else None
+        about = "embedded, a hub id, or a folder (smollm2-135m)"
+        branch.add_argument("--model", default=default or "smollm2-135m", help=about)
+        branch.add_argument("--dtype", default=default or "float32", help="or bfloat16, float16 (float32)")
         if of_prompt and not in_batch:
             branch.add_argument(
                 "prompt",
@@ -84,7 +98,7 @@ def command_parser() -> argparse.ArgumentParser:
         "--n-facts 100 --figures mine",
         True,
     )
-    add_notebook_options(branch, "n-facts", 12, "known facts to trace")
+    add_notebook_options(branch, "n-facts", N_FACTS, "known facts to trace")
 
     branch = command(
         "trace", trace_prompt, "trace one prompt; write a heatmap with its numbers", f"{PROMPT} --kind mlp"
@@ -110,10 +124,9 @@ def command_parser() -> argparse.ArgumentParser:
         "--n-cases 25 --edits 1,3,10",
         True,
     )
-    add_notebook_options(branch, "n-cases", 25, "known cases to judge")
-    branch.add_argument(
-        "--edits", default="1,3,10", help="numbers of edits in one model (%(default)s); none to leave that out"
-    )
+    add_notebook_options(branch, "n-cases", N_CASES, "known cases to judge")
+    about = "numbers of edits in one model (1,3,10); none to leave that out"
+    branch.add_argument("--edits", default=argparse.SUPPRESS, help=about)
 
     branch = command(
         "report",
@@ -142,12 +155,13 @@ def command_parser() -> argparse.ArgumentParser:
 
 def add_notebook_options(branch: argparse.ArgumentParser, number: str, default: int, about: str) -> None:
     """What the commands that run notebooks share."""
-    branch.add_argument(
-        "--dataset", default="embedded", help="known_1000, counterfact, zsre, or a CSV or JSON file (%(default)s)"
-    )
-    branch.add_argument(f"--{number}", type=int, default=default, help=f"{about} (%(default)s)")
-    branch.add_argument("--seed", type=int, default=0, help="of all that is chosen at random (%(default)s)")
-    branch.add_argument("--figures", help="folder for what is drawn; figures, or one below it where others are there")
+    left_out = {"default": argparse.SUPPRESS}
+    where = "embedded, known_1000, counterfact, zsre, or a CSV or JSON file (embedded)"
+    branch.add_argument("--dataset", **left_out, help=where)
+    branch.add_argument(f"--{number}", type=int, **left_out, help=f"{about} ({default})")
+    branch.add_argument("--seed", type=int, **left_out, help="of all that is chosen at random (0)")
+    where = "folder for what is drawn; figures, or one below it where others are there"
+    branch.add_argument("--figures", **left_out, help=where)
 
 
 def add_edit_options(branch: argparse.ArgumentParser) -> None:
@@ -172,38 +186,39 @@ def notebook_path(name: str) -> str:
     return str(path)
 
 
-def common_parameters(options: argparse.Namespace) -> dict[str, object]:
-    """The parameters that all notebooks know, of those given."""
-    values = {name: getattr(options, name) for name in ("model", "dtype", "dataset", "seed", "figures")}
-    return {name: value for name, value in values.items() if value is not None}
+def in_batch(
+    options: argparse.Namespace, names: Sequence[str], defaults: Mapping[str, object], **values: object
+) -> tuple[argparse.Namespace, dict[str, object]]:
+    """The options of the batch runner for these notebooks, and the parameters for all of them.
 
-
-def run_notebooks(options: argparse.Namespace, names: Sequence[str], **values: object) -> int:
-    """Run notebooks one after the other, with the options that all of them know and these values."""
-    parameters = common_parameters(options) | values
-    given = [part for name, value in parameters.items() for part in ("-p", name, str(value))]
-    return main([*map(notebook_path, names), *given, *options.rest])
-
-
-def trace_and_draw(options: argparse.Namespace) -> int | None:
+    What -p gives counts most; then the command's own options, and these values; then the file; then the defaults.
+    """
     given, rest = take_parameters(options.rest)
-    batch = parser().parse_args([notebook_path(TRACED[0]), *rest])
-    if batch.list or batch.params:  # what only the notebooks one by one know
-        return run_notebooks(options, TRACED, n_facts=options.n_facts)
-    parameters = common_parameters(options) | {"n_facts": options.n_facts} | given
+    batch = parser().parse_args([*map(notebook_path, names), *rest])
+    from_file = read_parameters_file(batch.params) if batch.params else {}
+    own = {name: value for name, value in vars(options).items() if name in OPTIONS}
+    return batch, {**defaults, **from_file, **own, **values, **given}
+
+
+def trace_and_draw(options: argparse.Namespace) -> None:
+    batch, parameters = in_batch(options, TRACED, {"n_facts": N_FACTS})
+    if batch.list:
+        return list_parameters(batch.notebooks)
     disable_progress_bar()  # one bar shows all
     executed = draw_figures(batch.notebooks[0].parent, parameters, batch.runs, not batch.quiet)
     print(f"The notebooks as they were run are in {executed.parent}, such as {executed}.")
 
 
-def evaluate_methods(options: argparse.Namespace) -> int:
-    plans: dict[str, dict[str, object]] = {"evaluation": {"n_cases": options.n_cases}}
-    if options.edits != "none":
-        plans["many_edits"] = {"sizes": f"[{options.edits}]", "least": 10}
-    given, _ = take_parameters(options.rest)
-    for name, values in plans.items():  # what the second refuses is to be known before the first has run for hours
-        prepare(Path(notebook_path(name)), common_parameters(options) | values | given)
-    return next((status for name in plans if (status := run_notebooks(options, [name], **plans[name]))), 0)
+def evaluate_methods(options: argparse.Namespace) -> None:
+    names, defaults, values = ["evaluation"], {"n_cases": N_CASES}, {}
+    edits = getattr(options, "edits", "")
+    if edits != "none":
+        names, defaults = [*names, "many_edits"], defaults | {"sizes": [1, 3, 10], "least": 10}
+        values = {"sizes": whole_numbers("--edits", edits)} if "edits" in options else {}
+    batch, parameters = in_batch(options, names, defaults, **values)
+    if batch.list:
+        return list_parameters(batch.notebooks)
+    run_all(shared_out(batch.notebooks, parameters), batch.runs, not batch.quiet)
 
 
 def model_and_fact(options: argparse.Namespace) -> tuple[LanguageModel, Fact]:
@@ -212,36 +227,50 @@ def model_and_fact(options: argparse.Namespace) -> tuple[LanguageModel, Fact]:
 
 
 def trace_prompt(options: argparse.Namespace) -> None:
+    stem = options.out.with_suffix("") if options.out.suffix in (".pdf", ".png", ".csv") else options.out
+    check_file("trace", stem)
     lm, fact = model_and_fact(options)
     kind, severed = KINDS[options.kind]
     trace = causal_trace(lm, fact.prompt, fact.subject, kind, samples=options.samples, severed=severed)
-    stem = options.out.with_suffix("") if options.out.suffix in (".pdf", ".png", ".csv") else options.out
+    print(trace)
     save_figure(heatmap(trace).figure, cell_table(trace), stem)
-    print(trace, *(f"{stem}.{end}" for end in ("pdf", "png", "csv")), sep="\n")
+    print(*(f"{stem}.{end}" for end in ("pdf", "png", "csv")), sep="\n")
 
 
 def edit_prompt(options: argparse.Namespace) -> None:
+    check_file("edit", options.out)
     lm, fact = model_and_fact(options)
     tried = try_edit(lm, EditRequest(fact, options.target, options.layer, tokens=options.tokens, method=options.method))
-    print(tried, tried.edit.save(options.out), sep="\n")
+    print(tried)
+    print(tried.edit.save(options.out))
 
 
 def write_report(options: argparse.Namespace) -> None:
+    check_file("report", options.out)
     lm, fact = model_and_fact(options)
     how = {"layer": options.layer, "tokens": options.tokens, "method": options.method}
     print(report(lm, fact, options.target, options.out, **how))
 
 
+def whole_numbers(option: str, text: str, least: int = 1) -> list[int]:
+    """What an option says, as numbers.
+
+    Raises: ValueError: it does not say any, or one below the least.
+    """
+    numbers = [int(x) if x.strip().isdecimal() else -1 for x in text.split(",")]
+    if min(numbers) < least:
+        raise ValueError(f"{option} is {text!r}; write numbers from {least} with commas, such as 1,3,10.")
+    return numbers
+
+
 def suggest(options: argparse.Namespace) -> None:
-    try:
-        layers = options.layers and [int(x) for x in options.layers.split(",")]
-    except ValueError:
-        raise ValueError(f"--layers is {options.layers!r}; write numbers with commas, such as 2,3,4.") from None
+    layers = None if options.layers is None else whole_numbers("--layers", options.layers, 0)
     suggestion = suggest_layer(load_model(options.model, dtype=options.dtype), layers=layers, n=options.n_facts)
     print(suggestion.for_people().to_string(index=False), suggestion, sep="\n\n")
 
 
 def train(options: argparse.Namespace) -> None:
+    check_file("train", options.out)
     trainings = [Training(name.strip()) for name in options.editors.split(",")]
     if options.steps is not None:
         trainings = [replace(training, steps=options.steps) for training in trainings]

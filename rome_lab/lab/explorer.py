@@ -12,7 +12,7 @@ from functools import partial
 import ipywidgets as w
 
 from rome_lab.facts import Fact
-from rome_lab.lab.history import History, Step
+from rome_lab.lab.history import History, Step, edits_named
 from rome_lab.lab.history_view import HistoryView
 from rome_lab.lab.jobs import Job, Stopped, check_idle, stop_when_interrupted, wait_for_job
 from rome_lab.lab.live import StatusLine, placed, row
@@ -112,7 +112,7 @@ class Explorer:
             return line.say(str(error), "error")
         for other in self.lines():
             other.say("", "busy")
-        self.line = line
+        self.line, self.in_force = line, self.lm.edits
         self.busy(True)
         Job(self.lm, action, self.ended)
 
@@ -122,11 +122,15 @@ class Explorer:
             job.stop()
 
     def ended(self, result: str | Exception, notes: list[str]) -> None:
+        if isinstance(result, Exception):
+            self.view.restore()
         self.settled()
+        now = [f"In force now: {edits_named(self.lm.edits)}."] * (self.lm.edits != self.in_force)
         if isinstance(result, Stopped):
-            self.line.say("Stopped. Nothing is half done: the edits in force are those that were.", "warning")
+            unchanged = "" if now else ": the edits in force are those that were"
+            self.line.say(f"Stopped. Nothing is half done{unchanged}.", "warning", now)
         elif isinstance(result, Exception):
-            self.line.say(sentence(result), "error")
+            self.line.say(sentence(result), "error", now)
         else:
             self.line.say(result, "done", [sentence(ValueError(note)) for note in notes])
         self.busy(False)
@@ -151,7 +155,7 @@ class Explorer:
         self.tell("Reading the fields …", 0.0)
         with self.lm.overlay.only([]):
             request = self.form.trace_request(self.lm, fact, self.samples, answer)
-        self.view.work_on(fact.prompt)
+        self.view.work_on(fact)
         complete = request.traces(self.lm, fact, partial(self.grow, len(request.kinds)))
         traces = tuple(self.view.metrics.of(complete))
         before = tuple(self.lm.edits)

@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rome_lab.base import Json, write_atomically
@@ -51,9 +51,14 @@ def free_folder(folder: Path, name: str, notebook: str, parameters: Mapping[str,
 
     Long values are cut, and signs that no folder may bear replaced, so that other parameters may have taken the name.
     """
-    names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
     ours = drawn_with(parameters)
-    return str(next(folder / x for x in names if parameters_of(folder / x).get(notebook, ours) == ours))
+    return str(next(folder / x for x in numbered(name) if parameters_of(folder / x).get(notebook, ours) == ours))
+
+
+def numbered(name: str) -> Iterator[str]:
+    """A name, and the same with numbers, from 2."""
+    yield name
+    yield from (f"{name}-{number}" for number in itertools.count(2))
 
 
 def note_parameters(notebook: str, parameters: Mapping[str, Json]) -> None:

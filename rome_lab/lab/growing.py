@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from rome_lab.base import write_atomically
 from rome_lab.facts import Fact, known_facts, load_facts, read_prompt
-from rome_lab.lab.batch import one_kernel, prepare, run_notebook
+from rome_lab.lab.batch import one_kernel, prepare, run_notebook, shared_out
 from rome_lab.lab.plots import average_heatmaps, average_lines, facts_and_average, severed_and_gaps
 from rome_lab.lab.typed_facts import facts_to_show
 from rome_lab.models import LanguageModel, load_model
@@ -39,13 +39,13 @@ def draw_figures(
 
     Args:
         notebooks: the folder that holds them.
-        parameters: as `run_notebook` takes them; every one of these notebooks must have them.
+        parameters: as `run_notebook` takes them; each notebook takes those that it has.
         runs: folder of the executed copies, and of the growing pictures.
 
     Raises: what `run_notebook` raises, `load_model` and `trace_facts`.
     """
-    paths = [Path(notebooks) / f"{name}.ipynb" for name in TRACED]
-    used = [prepare(path, parameters)[1]["parameters"] for path in paths][TRACED.index("figure_1")]
+    plans = shared_out([Path(notebooks) / f"{name}.ipynb" for name in TRACED], parameters)
+    used = [prepare(path, values)[1]["parameters"] for path, values in plans][TRACED.index("figure_1")]
     results, seed = used["results"], used["seed"]
     lm = load_model(used["model"], used["device"], used["dtype"])
     start_up = time.time() - psutil.Process().create_time()
@@ -70,10 +70,10 @@ def draw_figures(
         bar.set_description("tracing")
         trace_facts(lm, known, tuple(KINDS), each=pictures.add, **settings)
         with one_kernel() as kernel:
-            for path in paths:
+            for place, (path, values) in enumerate(plans):
                 bar.set_description(path.stem)
-                executed = run_notebook(path, parameters, runs, progress=False, kernel=kernel)
-                bar.update((bar.total - bar.n) / (len(paths) - paths.index(path)))
+                executed = run_notebook(path, values, runs, progress=False, kernel=kernel)
+                bar.update((bar.total - bar.n) / (len(plans) - place))
         bar.set_description("figures")
     return executed
 

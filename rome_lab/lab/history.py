@@ -73,9 +73,10 @@ class History:
         same = (step for step in self.steps if [edit.digest for edit in step.edits] == digests)
         return next((step.fingerprint for step in same), None)
 
-    def revise(self, number: int, **parts: object) -> None:
-        """Put other parts into a step."""
-        self.steps[number - 1] = replace(self.steps[number - 1], **parts)
+    def revise(self, number: int, **parts: object) -> Step:
+        """The step with other parts, which takes its own place."""
+        step = self.steps[number - 1] = replace(self.steps[number - 1], **parts)
+        return step
 
     def like(self, traces: Sequence[Trace], request: TraceRequest, edits: Sequence[Edit]) -> Step | None:
         """The latest step that traced the same prompt, the same being asked for, with other edits in force."""

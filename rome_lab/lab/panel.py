@@ -22,14 +22,14 @@ from rome_lab.facts import Fact
 from rome_lab.lab.explorer import Explorer, sentence
 from rome_lab.lab.first_steps import FirstSteps
 from rome_lab.lab.form import EditForm
-from rome_lab.lab.history import History, counted, edit_code, edits_named
+from rome_lab.lab.history import History, Step, counted, edit_code, edits_named
 from rome_lab.lab.history_view import HistoryView
 from rome_lab.lab.live import LiveText, StatusLine, placed, row
 from rome_lab.lab.looks import Look, Probe, look_at, probe_of
 from rome_lab.lab.page import compared_page
 from rome_lab.lab.pictured import TraceView
 from rome_lab.lab.reporting import report
-from rome_lab.lab.saved import SavedEdits
+from rome_lab.lab.saved import SavedEdits, free_path
 from rome_lab.lab.trials import EditRequest, make_edit, met_in_words
 from rome_lab.models import LanguageModel
 from rome_lab.tracing import Trace
@@ -59,6 +59,7 @@ class Panel(Explorer):
         self.probe: Probe | None = None
         self.original: Look | None = None
         self.shown_of: dict[w.Widget, tuple[str, ...]] = {}
+        self.begun_with = self.words()
         old = self.latest.get(lm, lambda: None)()
         same = old is not None and old.first_request == request
         self.history = old.history if same else History(lm)
@@ -108,13 +109,12 @@ class Panel(Explorer):
         self.mark()
 
     def busy(self, on: bool) -> None:
+        if on:
+            self.begun_with = self.words()
         super().busy(on)
         rows = [button for line in self.edits.children[1:] for button in line.children[1:]]
-        for control in (
-            self.form.relation,
-            self.form.chosen,
-            *rows,
-        ):  # the choosers ask the model, which only the job may do
+        # The choosers ask the model, which only the job may do.
+        for control in (self.form.relation, self.form.chosen, *rows):
             control.disabled = on
 
     # What the buttons do
@@ -130,41 +130,41 @@ class Panel(Explorer):
 
     def grow(self, kinds: int, complete: list[Trace], part: Trace) -> None:
         super().grow(kinds, complete, part)
-        self.shown_of[self.view.box] = self.about(self.view.box)
+        self.shown_of[self.view.box] = self.about(self.view.box, self.begun_with)
         self.mark()
 
     def run_edit(self) -> str:
         request = self.typed()
         check_requests(self.lm, [(request.fact, request.target)], request.layer)
-        self.view.work_on(request.fact.prompt)
+        self.view.work_on(request.fact)
         self.ask(request)
         before, others = self.compare(), tuple(self.lm.edits)
         edit = make_edit(self.lm, request, self.tell)
         edit.apply(self.lm)
-        self.list_edits()
-        after = self.compare()
         code = edit_code(request, edit.layers)
         self.history.know(edit, code, others)
-        title = f"edit: {request.fact.prompt} … {edit.target}"
-        self.record(title, probe=self.probe, look=after, before=others, action=f"edit = {code}")
-        p = [look.table["p_target"][0] for look in (before, after)]
+        step = self.change(f"edit: {request.fact.prompt} … {edit.target}", before=others, action=f"edit = {code}")
+        p = [look.table["p_target"][0] for look in (before, step.look)]
         started = f" (before it, with {counted(others)} in force)" if others else ""
         change = f"P[{edit.target}] {p[0]:.3f}{started} → {p[1]:.3f}"
         return f"Edited {layers_in_words(edit.layers)}: {change}; {met_in_words(edit)}."
 
     def undo(self, edit: Edit) -> str:
         edit.undo(self.lm)
-        self.list_edits()
         earlier = self.history.fingerprint_of(self.lm.edits)
-        step = self.record(f"undo: {edit.fact.prompt} … {edit.target}", probe=self.probe, look=self.compare())
-        same = earlier == step.fingerprint
+        same = earlier == self.change(f"undo: {edit.fact.prompt} … {edit.target}").fingerprint
         return "Undone." + (" The weights are bit for bit those before the edit." if same else "")
 
     def loaded(self, edit: Edit, code: str) -> None:
         """List an edit that a file brought, and ask again."""
         self.history.know(edit, code)
+        self.change(f"load: {edit.fact.prompt} … {edit.target}")
+
+    def change(self, title: str, **parts: object) -> Step:
+        """Keep a change of the edits in force as a step, then ask again; a stop meanwhile leaves it without answers."""
+        number = self.record(title, **parts).number
         self.list_edits()
-        self.record(f"load: {edit.fact.prompt} … {edit.target}", probe=self.probe, look=self.compare())
+        return self.history.revise(number, probe=self.probe, look=self.compare())
 
     def run_report(self) -> str:
         """Write the report of what the fields name, and give it to the browser."""
@@ -177,7 +177,7 @@ class Panel(Explorer):
                 "tokens": request.tokens,
                 "method": request.method,
             }
-            path = Path(self.folder).expanduser() / f"report-{name}.html"
+            path = free_path(Path(self.folder).expanduser(), f"report-{name}", ".html")
             report(self.lm, request.fact, request.target or None, path, samples=self.samples, tell=self.tell, **given)
         self.status.send_file(path.name, "text/html", path.read_bytes())
         return f"Written: {path}, of the model without the edits in force; your browser has it, too."
@@ -214,7 +214,7 @@ class Panel(Explorer):
         if edits:
             looks[f"Now, with {edits_named(edits)}"] = now
         self.result.html = compared_page(self.probe, looks, "trace")
-        self.shown_of[self.answers] = self.about(self.answers)
+        self.shown_of[self.answers] = self.about(self.answers, self.begun_with)
         return now
 
     def ask_row(self, name: str, row: str) -> None:
@@ -222,14 +222,19 @@ class Panel(Explorer):
         if self.probe and row.isdecimal() and int(row) < len(self.probe.questions):
             self.start(partial(self.run_trace, self.probe.questions[int(row)]), self.status)
 
-    def about(self, place: w.Widget) -> tuple[str, ...]:
-        """What the fields say, as far as `place` depends on it."""
-        return (*self.form.wording(), self.form.target.value.strip()) if place is self.answers else self.form.wording()
+    def words(self) -> tuple[str, ...]:
+        """What the fields say of the fact, as they are now."""
+        return (*self.form.wording(), self.form.target.value.strip())
+
+    def about(self, place: w.Widget, words: tuple[str, ...]) -> tuple[str, ...]:
+        """What `place` depends on, of such words; answers also on the edits in force, which a picture names."""
+        return (*words, *(edit.digest for edit in self.lm.edits)) if place is self.answers else words[:2]
 
     def mark(self) -> None:
-        """Grey out what belongs to another fact than the fields name."""
+        """Grey out what belongs to another fact than the fields name, or to other edits than are in force."""
+        words = self.words()
         for place, about in self.shown_of.items():
-            (place.remove_class if about == self.about(place) else place.add_class)("rl-stale")
+            (place.remove_class if about == self.about(place, words) else place.add_class)("rl-stale")
 
     def list_edits(self) -> None:
         rows = [w.HTML(f"<b>{counted(self.lm.edits).capitalize()} in force</b>")]

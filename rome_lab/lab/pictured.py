@@ -16,6 +16,7 @@ import numpy as np
 import traitlets
 
 from rome_lab.editing import Edit, default_settings
+from rome_lab.facts import Fact
 from rome_lab.lab.form import EditForm
 from rome_lab.lab.history import Step, edits_named
 from rome_lab.lab.interactive import TracePicture, figure_file
@@ -101,9 +102,9 @@ class TraceView:
         if form:
             form.layer.observe(lambda _: self.offer_peak(), "value")
 
-    def work_on(self, prompt: str) -> None:
-        """Take away what belongs to another prompt."""
-        if self.traces and self.traces[0].prompt != prompt:
+    def work_on(self, fact: Fact) -> None:
+        """Take away what belongs to another prompt, or to another subject in it."""
+        if self.traces and (self.traces[0].prompt, self.traces[0].subject) != (fact.prompt, fact.subject):
             self.traces, self.box.children = (), ()
             self.metrics.offer(())
             self.offer_peak()
@@ -129,6 +130,11 @@ class TraceView:
         self.traces = tuple(traces[len(traces) - len(self.steps[-1].traces) :])
         self.metrics.offer(traces)
         self.put(traces, [edits for _, edits in pairs])
+
+    def restore(self) -> None:
+        """Show again what was complete, where a trace has been stopped as it grew."""
+        if self.traces:
+            self.redraw()
 
     def change_metric(self) -> None:
         self.redraw()

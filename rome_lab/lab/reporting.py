@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from rome_lab.base import Tell, check_whole, check_writable, write_atomically
+from rome_lab.base import Tell, check_file, check_whole, write_atomically
 from rome_lab.editing import Edit, EditSettings, audit, check_requests
 from rome_lab.facts import Fact, known_among
 from rome_lab.lab.jobs import Job, check_idle
@@ -126,11 +126,7 @@ def check_report(lm: LanguageModel, fact: Fact, path: Path) -> None:
         )
     if Job.of(lm) is not threading.current_thread():
         check_idle(lm)
-    if path.is_dir():
-        raise IsADirectoryError(
-            f"report: {path} is a folder; give the name of a file in it, such as {path / 'report.html'}."
-        )
-    check_writable(path.parent)
+    check_file("report", path)
 
 
 def target_of(edit: Edit, fact: Fact) -> str:

@@ -9,11 +9,17 @@ from pathlib import Path
 import ipywidgets as w
 
 from rome_lab.editing import Edit, load_edit
+from rome_lab.lab.folders import numbered
 from rome_lab.lab.history import counted
 from rome_lab.lab.live import StatusLine, row
 from rome_lab.models import LanguageModel
 
 CHOOSE = "choose a saved edit …"
+
+
+def free_path(folder: Path, name: str, end: str = "") -> Path:
+    """Where nothing is yet, in the folder, by that name or with a number."""
+    return next(path for x in numbered(name) if not (path := folder / f"{x}{end}").exists())
 
 
 class SavedEdits:
@@ -49,12 +55,11 @@ class SavedEdits:
     def list_files(self, chosen: Path | None = None) -> None:
         """List the saved edits, the latest first; choose one, or keep the choice; and propose a free name for a model."""
         paths = self.folder.glob("*.safetensors") if self.folder.is_dir() else ()
-        files = sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
+        files = sorted(filter(Path.is_file, paths), key=lambda path: path.stat().st_mtime, reverse=True)
         chosen = chosen or Path(self.files.value or "")
         self.files.options = [(CHOOSE if files else f"none in {self.folder}", ""), *((x.name, str(x)) for x in files)]
         self.files.value = str(chosen) if chosen in files else ""
-        free = next(n for n in range(1, 10**6) if not (self.folder / f"model-{n}").exists())
-        self.export_folder.value = str(self.folder / f"model-{free}")
+        self.export_folder.value = str(free_path(self.folder, "model"))
 
     def save(self, edit: Edit) -> str:
         words = re.sub(r"\W+", "-", f"{edit.fact.subject} {edit.target}").strip("-").lower()
@@ -88,7 +93,10 @@ class SavedEdits:
             self.line.say(str(error), "error")
 
     def export(self) -> str:
-        folder = Path(self.export_folder.value.strip()).expanduser()
+        name = self.export_folder.value.strip()
+        if not name:
+            raise ValueError("The field 'Model to' is empty; write the name of a new folder for the model.")
+        folder = Path(name).expanduser()
         edits = counted(self.lm.edits)
         self.line.progress(f"Writing {folder} …", 0.0)
         self.lm.save_pretrained(folder)

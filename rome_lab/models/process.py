@@ -173,9 +173,7 @@ def quickest_products() -> str:
     """
     global suited
     seconds = {}
-    generator = torch.Generator().manual_seed(0)
-    A, B = torch.randn(2, TIMED_SIZE, TIMED_SIZE, generator=generator, dtype=torch.float32)
-    product = partial(torch.nn.functional.linear, A, B)
+    product = partial(torch.nn.functional.linear, *two_matrices(TIMED_SIZE))
     suited += 1  # meanwhile other threads are told of the default
     try:
         for choice in PRODUCTS:
@@ -218,8 +216,12 @@ def put_in_force(precisions: tuple[str, str]) -> None:
 
 def product_error(device: torch.device | str, size: int = 256) -> float:
     """|AB - (AB in float64)| / |AB| of two random float32 matrices (size, size), Frobenius norms, as products are now."""
-    generator = torch.Generator().manual_seed(0)
-    A, B = torch.randn(2, size, size, generator=generator, dtype=torch.float32)
+    A, B = two_matrices(size)
     exact = A.double() @ B.double()
     product = (A.to(device) @ B.to(device)).cpu().double()
     return float((product - exact).norm() / exact.norm())
+
+
+def two_matrices(size: int) -> torch.Tensor:
+    """(2, size, size) float32, random and always the same, whatever the default dtype."""
+    return torch.randn(2, size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float32)

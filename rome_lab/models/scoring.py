@@ -180,8 +180,6 @@ def last_states(lm: LanguageModel, changes: Sequence[Change], rows: Sequence[Own
     Args: shared: how many tokens of every row are read in a pass before the others, once for all rows that begin alike.
     """
     lm.check_mode()
-    beginnings = {(owner, text[:shared]): None for owner, text in rows} if shared else {}
-    longest = max(len(text) for _, text in rows)
     states: list[Tensor] = []
 
     def read(part: Sequence[OwnedText], cache: Cache | None = None) -> Cache | None:
@@ -190,16 +188,17 @@ def last_states(lm: LanguageModel, changes: Sequence[Change], rows: Sequence[Own
             output = lm.model.base_model(input_ids=ids, past_key_values=cache, use_cache=shared > 0)
         return output.past_key_values if shared else None
 
+    longest = max(len(text) for _, text in rows)
     # Padded at the right, where no token before it sees it: the causal mask is all that is needed.
     rest = [(owner, text[shared:] + text[-1:] * (longest - len(text))) for owner, text in rows]
     if not shared:
         read(rest)
         return states[0].to(lm.device)
-    cache = read(list(beginnings))
-    place_of = {beginning: place for place, beginning in enumerate(beginnings)}
-    places = torch.tensor([place_of[owner, text[:shared]] for owner, text in rows])
-    # On the CPU, whose indices pick from the keys of layers on any device.
-    cache.batch_select_indices(places)
+    begins = [(owner, text[:shared]) for owner, text in rows]
+    place_of = {begin: place for place, begin in enumerate(dict.fromkeys(begins))}
+    places = torch.tensor([place_of[begin] for begin in begins])
+    cache = read(list(place_of))
+    cache.batch_select_indices(places)  # on the CPU, whose indices pick from the keys of layers on any device
     read(rest, cache)
     before, after = (part.to(lm.device) for part in states)
     return torch.cat([before[places], after], 1)

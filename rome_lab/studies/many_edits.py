@@ -8,6 +8,7 @@
     caption(table)                   how many cases and models stand behind each number of edits
     where_it_breaks(summary)         from which number of edits on S is below half of what it was
     curve_panels, plotted_numbers    a summary along the number of edits, drawn and written; see `studies.evaluation`
+    scores_of(summary)               the scores that it has
 
 A chain is a sequence of cases whose edits come into one model. There are many short chains and few long ones, so that
 every number of edits is judged on enough cases.
@@ -44,7 +45,7 @@ from rome_lab.evaluation import (
 )
 from rome_lab.facts import Fact
 from rome_lab.models import Change, LanguageModel
-from rome_lab.studies.evaluation import curve_panels, plotted_numbers  # noqa: F401  of this room's front door
+from rome_lab.studies.evaluation import curve_panels, plotted_numbers, scores_of  # noqa: F401  of this room's front door
 
 logger = logging.getLogger(__name__)
 
@@ -155,9 +156,8 @@ def judge_chains(
     A method whose `together` is above 1 is given all requests at once; the others edit what the edits before have made.
     The scores ES to NM have a value for each case, nll and "known" one for each edited model, which stands in the row of
     the chain's first case, whether that could be judged or not. No neighbour is judged that another edit of the chain is
-    about; a case with no other has no NS and NM. `summarise(table, ["method", "edits"])` gives the means: of scores over
-    cases, of damage over models. Cases of one chain share a model, so the intervals of the scores are somewhat too narrow
-    where it breaks.
+    about; a case with no other has no NS and NM. `summarise(table, ["method", "edits"])` gives the means. Cases of one chain
+    share a model, so all intervals are over models, and there is none of one model.
 
     Args:
         sizes: numbers of edits.
@@ -341,7 +341,7 @@ def caption(table: pd.DataFrame) -> str:
     alone = [str(edits) for edits, models in counted["chain"].items() if models == 1]
     sentences = [f"Cases, and models that they are in: {', '.join(counts)}."]
     if alone:
-        sentences.append(f"One model has no interval of perplexity and known: after {', '.join(alone)}.")
+        sentences.append(f"One model has no interval: after {', '.join(alone)}.")
     lost = table[~table["judged"]].groupby(["method", "edits"], sort=False).size()
     sentences += [f"{n} cases of {method} could not be judged after {edits}." for (method, edits), n in lost.items()]
     if "nll" in table:
@@ -359,13 +359,15 @@ def where_it_breaks(summary: pd.DataFrame) -> str:
     Args: summary: what `summarise(table, ["method", "edits"])` gives of `judge_chains`; rows of no edits are passed over.
         Of zsRE, which has no S, it is efficacy.
     """
-    score = "S" if "S" in set(summary["metric"]) else "efficacy"
+    score = scores_of(summary)[0]
     rows = summary[(summary["metric"] == score) & (summary["edits"] > 0)].sort_values("edits")
     lines = []
     for method, points in rows.groupby("method", sort=False):
         first, last = points.iloc[0], points.iloc[-1]
         low, sure = (points.loc[points[bound] < first["mean"] / 2, "edits"].min() for bound in ("mean", "ci_high"))
-        since, surely = ("never" if pd.isna(edits) else str(edits) for edits in (low, sure))
+        since = "never" if pd.isna(low) else str(low)
+        untold = "never" if points["ci_high"].notna().all() else "one model does not tell"
+        surely = untold if pd.isna(sure) else str(sure)
         lines.append(
             f"{method}: {score} {first['mean']:.1f} after {first['edits']}, {last['mean']:.1f} after {last['edits']} edits; "
             f"mean below half from: {since}; whole interval from: {surely}"

@@ -27,7 +27,7 @@ from rome_lab.editing import KEYS, METHODS, SEARCH, FolderText, Method, Rome, co
 from rome_lab.evaluation import SCORES_ONLY, Case, JudgeSettings, evaluate, summarise
 from rome_lab.lab import FONT_SIZE
 from rome_lab.models import LanguageModel
-from rome_lab.studies.evaluation import PAGE_WIDTH, curves, plotted_numbers
+from rome_lab.studies.evaluation import PAGE_WIDTH, curves, plotted_numbers, scores_of
 
 PUBLISHED_DECAY = 0.5  # of v*'s weight decay, which the embedded model's defaults depart from
 OTHER_SETTINGS: Mapping[str, Mapping[str, float]] = {
@@ -171,11 +171,6 @@ def as_published(rome: Rome, c_text: str = "sampled") -> Rome:
     """A settled ROME with the published weight decay."""
     rome = measured_on(rome, c_text)
     return replace(rome, settings=replace(rome.settings, weight_decay=PUBLISHED_DECAY))
-
-
-def scores_of(swept: pd.DataFrame) -> list[str]:
-    """The scores that a sweep has: S, ES, PS and NS, or those of zsRE."""
-    return ["S", "ES", "PS", "NS"] if "S" in set(swept["metric"]) else ["efficacy", "paraphrase", "specificity"]
 
 
 def means(

@@ -11,7 +11,7 @@ from rome_lab.editing import knowledge_neurons as module
 from rome_lab.editing.knowledge_neurons import knowledge_attributions, neurons_that_matter, rewrite_neurons
 from rome_lab.editing.optima import Optima
 from rome_lab.facts import Fact, continuation_ids
-from rome_lab.models import input_changed
+from rome_lab.models import Batching, input_changed
 
 # A norm behind the MLP makes the same of activations however small; all that they do happens at once, next to 0.
 NORMED = ("gemma2", "gemma3", "olmo2")
@@ -62,6 +62,15 @@ def test_one_neuron_is_the_slope_along_its_own_activation(monkeypatch):
 
     slope = (moved(h) - moved(-h)) / (2 * h)
     assert float(found[layer, neuron]) == pytest.approx(slope * float(activations[layer, neuron]), rel=1e-5)
+
+
+def test_attributions_stay_where_memory_has_room_for_few_layers():
+    lm = tiny_model("llama")
+    ids = lm.tokenizer(FACT.prompt)["input_ids"]
+    whole, _ = knowledge_attributions(lm, ids, 7)
+    Batching.learned[lm] = 1  # byte: one layer at a time
+    apart, _ = knowledge_attributions(lm, ids, 7)
+    torch.testing.assert_close(apart, whole, atol=1e-7, rtol=1e-4)
 
 
 def test_those_count_that_are_above_the_threshold_at_enough_prompts(monkeypatch):

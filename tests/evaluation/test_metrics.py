@@ -155,11 +155,12 @@ def test_the_interval_of_perplexity_is_over_passages_and_that_of_chains_over_cha
     expected = stats.t.ppf(0.975, 7) * np.std(means, ddof=1) / 8**0.5
     assert by_passage["ci_high"] - by_passage["mean"] == pytest.approx(expected, rel=0.2)
     assert by_chain["ci_high"] - by_chain["mean"] < expected / 3
+    assert (by_passage["over"], by_chain["over"]) == ("passages", "cases")
 
 
 def test_a_summary_has_a_row_a_method_and_metric_with_means_over_the_cases_that_have_a_value():
     table = summarise(rows())
-    assert list(table) == ["method", "metric", "mean", "ci_low", "ci_high", "n"]
+    assert list(table) == ["method", "metric", "mean", "ci_low", "ci_high", "n", "over"]
     assert list(table["method"].unique()) == ["rome", "none"]
     assert list(table["metric"].unique()) == ["S", "ES", "PS", "NS", "nll", "perplexity"]
     rome = table[table["method"] == "rome"].set_index("metric")
@@ -188,6 +189,7 @@ def test_nothing_in_percent_leaves_its_range_and_magnitudes_have_theirs():
 def test_a_summary_can_be_clustered_by_a_column():
     table = rows().assign(relation=["city", "city", None] * 2)
     clustered = summarise(table, clusters="relation")
+    assert set(clustered["over"]) == {"relations"}
     assert clustered["mean"].tolist() == summarise(table)["mean"].tolist()
     with pytest.raises(ValueError, match="with method, language and metrics"):
         summarise(table, clusters="language")
@@ -199,6 +201,7 @@ def test_cases_that_share_an_edited_model_are_drawn_with_it(column):
     shared = table.assign(**{column: [0, 0, 1, 1, 2, 2]})
     pd.testing.assert_frame_equal(summarise(shared), summarise(shared, clusters=column))
     assert not summarise(shared).equals(summarise(table))
+    assert set(summarise(shared)["over"]) == {"models"}
     pd.testing.assert_frame_equal(summarise(table), summarise(table.drop(columns="model")))
 
 

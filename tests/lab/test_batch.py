@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from rome_lab.lab import command
+from rome_lab.lab import batch, command
 from rome_lab.lab.batch import (
     NotebookError,
     main,
@@ -481,9 +481,40 @@ def is_running(pid: int) -> bool:
 
 def test_evaluate_refuses_what_its_second_notebook_does_not_know_before_the_first_runs(monkeypatch, capsys) -> None:
     ran = []
-    monkeypatch.setattr(command, "main", lambda arguments: ran.append(arguments) or 0)
-    assert command.run_command(["evaluate", "--edits", "1,x"]) == 2
-    assert command.run_command(["evaluate", "-p", "n_cases", "3"]) == 2  # of the first only
+    monkeypatch.setattr(batch, "run_notebook", lambda path, values, *rest: ran.append((path.stem, values)))
+    for edits in ("1,x", "0,3", "", " "):
+        assert command.run_command(["evaluate", "--edits", edits]) == 2
+        assert "--edits is" in capsys.readouterr().err
+    assert command.run_command(["evaluate", "-p", "n_casse", "3"]) == 2
+    assert command.run_command(["evaluate", "-p", "sizes", "1,x"]) == 2
     assert not ran and "many_edits" in capsys.readouterr().err
-    assert command.run_command(["evaluate", "--n-cases", "3"]) == 0 and len(ran) == 2
-    assert command.run_command(["evaluate", "--edits", "none", "-p", "n_cases", "3"]) == 0 and len(ran) == 3
+    assert command.run_command(["evaluate", "--n-cases", "3"]) == 0
+    assert ran == [("evaluation", {"n_cases": 3}), ("many_edits", {"sizes": [1, 3, 10], "least": 10})]
+    assert command.run_command(["evaluate", "--edits", "none", "-p", "methods", "[rome]"]) == 0 and len(ran) == 3
+
+
+def test_what_a_command_is_given_counts_more_than_a_file_and_that_more_than_its_defaults(folder, monkeypatch, capsys):
+    ran = {}
+    monkeypatch.setattr(batch, "run_notebook", lambda path, values, *rest: ran.update({path.stem: values}))
+    monkeypatch.setattr(command, "draw_figures", lambda notebooks, values, *rest: ran.update(figures=values) or folder)
+    Path("mine.yml").write_text("n_facts: 77\nmodel: gpt2-xl\nwindow: 3\nexamples: [Louvre]")
+    line = "figures --params mine.yml --model tiny -p window 5"
+    assert command.run_command(line.split()) == 0
+    assert ran["figures"] == {"n_facts": "77", "model": "tiny", "window": "5", "examples": ["Louvre"]}
+    Path("mine.yml").write_text("n_cases: 7\nsizes: [1, 2]\nseed: 3")
+    assert command.run_command(["evaluate", "--params", "mine.yml", "--seed", "4"]) == 0
+    assert ran["evaluation"] == {"n_cases": "7", "seed": 4}
+    assert ran["many_edits"] == {"sizes": ["1", "2"], "seed": 4, "least": 10}
+    assert command.run_command(["figures"]) == 0 and ran["figures"] == {"n_facts": 12}
+    assert command.run_command(["figures", "--list"]) == 0 and "examples: list[str]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["trace", "edit", "report", "train"])
+def test_where_a_command_cannot_write_is_said_before_the_work(folder, monkeypatch, capsys, name) -> None:
+    monkeypatch.setattr(command, "load_model", lambda *rest, **options: pytest.fail("work was begun"))
+    words = {"train": [], "edit": ["x {}", "y", "Rome"]}.get(name, ["x {}", "y"])
+    (folder / "taken").mkdir()
+    for out, message in {"": "name of a file", "taken": "is a folder", "/proc/x/y.z": "Cannot write"}.items():
+        assert command.run_command([name, *words, "--out", out]) == 2
+        assert message in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["taken"]

@@ -293,6 +293,75 @@ def test_a_stopped_edit_leaves_the_model_as_it_was(tiny) -> None:
     assert all(not block._forward_pre_hooks for block in tiny.blocks)
 
 
+@pytest.mark.parametrize("how", ["stop", "error"])
+@pytest.mark.parametrize("what", ["edit", "undo", "load"])
+def test_a_change_after_which_nothing_could_be_asked_is_told_kept_as_a_step_and_greys_the_answers(
+    tiny, tmp_path, monkeypatch, what, how
+) -> None:
+    panel = Panel(tiny, REQUEST, folder=str(tmp_path), samples=2)
+    if what != "edit":
+        press(panel, panel.edit_button)
+    if what == "load":
+        press(panel, save_button(panel))
+        press(panel, undo_button(panel))
+    n_steps, before = len(panel.history.steps), len(tiny.edits)
+
+    def looked(lm, probe):  # the first look after the change ends the job
+        if len(lm.edits) == before:
+            return look_at(lm, probe)
+        raise Stopped if how == "stop" else MemoryError("no memory is left; close something.")
+
+    monkeypatch.setattr("rome_lab.lab.panel.look_at", looked)
+    if what == "undo":  # what is said without edits is kept, so that nothing is run
+        monkeypatch.setattr("rome_lab.lab.panel.compared_page", lambda *rest: looked(tiny, None))
+    buttons = {"edit": panel.edit_button, "load": panel.saved.load_button}
+    text = press(panel, buttons[what] if what in buttons else undo_button(panel))
+    assert len(tiny.edits) == before + (-1 if what == "undo" else 1)
+    assert (
+        "those that were" not in text and f"In force now: {'no edits' if what == 'undo' else '1 edit: Rome'}." in text
+    )
+    assert len(panel.edits.children) == 1 + len(tiny.edits) and "rl-stale" in panel.answers._dom_classes
+    step = panel.history.steps[-1]
+    assert len(panel.history.steps) == n_steps + 1 and step.title.startswith(what) and step.edits == tuple(tiny.edits)
+    assert "made outside the panel" not in panel.history.code(step)
+
+
+def test_a_trace_stopped_as_it_grows_leaves_the_picture_of_the_last_one(tiny, monkeypatch) -> None:
+    panel = Panel(tiny, REQUEST, samples=2)
+    press(panel, panel.trace_button)
+    complete, grow = panel.trace, Panel.grow
+    panel.form.restored.value = ("state",)
+
+    def stopped(*arguments):
+        monkeypatch.setattr("rome_lab.lab.pictured.BETWEEN_PICTURES", 0)
+        grow(*arguments)
+        raise Stopped
+
+    monkeypatch.setattr(Panel, "grow", stopped)
+    assert "those that were" in press(panel, panel.trace_button)
+    assert panel.view.map.traces == (complete,) and not np.isnan(panel.view.map.traces[0].p_restored).any()
+
+
+def test_what_is_greyed_is_by_what_the_fields_said_when_the_work_began(tiny, monkeypatch) -> None:
+    panel, tell = Panel(tiny, REQUEST, samples=2), Panel.tell
+    monkeypatch.setattr(Panel, "tell", lambda panel, *told: (typed(), tell(panel, *told)))
+
+    def typed():
+        if panel.shown_of:
+            panel.form.target.value = "Tokyo"
+
+    press(panel, panel.trace_button)
+    assert panel.form.target.value == "Tokyo" and "rl-stale" in panel.answers._dom_classes
+
+
+def test_a_link_to_nowhere_is_no_saved_edit_and_a_model_needs_a_name(tiny, tmp_path) -> None:
+    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nowhere")
+    panel = Panel(tiny, REQUEST, folder=str(tmp_path))
+    assert len(panel.saved.files.options) == 1
+    panel.saved.export_folder.value = " "
+    assert "is empty; write the name" in press(panel, panel.saved.export_button)
+
+
 BAD = {
     "subject": ("", "The subject is empty; write it out."),
     "prompt": ("It is in", "The subject 'Eiffel Tower' is not in the prompt 'It is in'"),
@@ -339,11 +408,11 @@ def test_an_edit_is_saved_listed_downloaded_and_loaded_and_a_model_exported(tiny
     assert base64.b64decode(file["file"]["data"]) == Path(saved.files.value).read_bytes()
     assert "Exported: " in press(panel, saved.export_button) and panel.line is saved.line
     assert saved.export_folder.value == str(tmp_path / "kept" / "model-2"), "a free name is proposed"
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "kept" / "model-1")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "kept" / "model")
     ids = torch.tensor([tiny.tokenizer(FACT.prompt)["input_ids"]])
     with torch.no_grad():
         assert torch.equal(exported(ids).logits, edited)
-    saved.export_folder.value = str(tmp_path / "kept" / "model-1")
+    saved.export_folder.value = str(tmp_path / "kept" / "model")
     assert "is not empty; name a new folder" in press(panel, saved.export_button)
     assert "is in force already" in press(panel, saved.load_button)
     press(panel, undo_button(panel))
@@ -359,9 +428,11 @@ def test_reports_of_two_questions_about_one_subject_are_two_files(tiny, tmp_path
     for target in ("Rome", "Tokyo", ""):
         panel.form.target.value = target
         assert press(panel, panel.report_button).startswith("Written: ")
+    panel.form.target.value, panel.form.layer.value = "Rome", 0
+    assert press(panel, panel.report_button).startswith("Written: "), "of another layer"
     panel.form.prompt.value = "The Eiffel Tower is made of " + "very " * 5 + "pure"
     assert press(panel, panel.report_button).startswith("Written: ")
-    assert len({*written}) == 4 and all(len(path.name) < 80 for path in written)
+    assert len({*written}) == 5 and all(len(path.name) < 80 for path in written)
 
 
 def test_a_file_that_is_no_edit_is_refused_inline(tiny, tmp_path) -> None:

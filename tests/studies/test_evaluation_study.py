@@ -75,13 +75,15 @@ def test_the_figure_has_the_papers_diamonds_where_the_metrics_are_its_own() -> N
 
 
 def test_numbers_say_over_what_their_interval_is() -> None:
-    summary = pd.DataFrame({"metric": ["ES", "nll", "nll"], "edits": [3, 3, 0], "mean": np.ones(3)})
-    numbers = study.plotted_numbers(summary, "a model", "folder/cases.json")
-    assert list(numbers["interval"]) == ["95% over cases", "95% over models", "95% over cases"]
-    assert list(numbers["unit"]) == ["%", "nats", "nats"]
-    assert set(numbers["dataset"]) == {"cases.json"}
-    single = study.plotted_numbers(summary.drop(columns="edits"), "a model", "embedded")
-    assert set(single["interval"]) == {"95% over cases"}
+    together = GOOD[GOOD["method"] == "rome"].assign(method="memit", nll=[1.0, 2.0], case=["a", "c"], model=[0, 0])
+    alone = GOOD.assign(nll=1.0, case=["a", "c"] * 2, model=[1, 2, 3, 4])
+    summary = summarise(pd.concat([alone, together]))
+    numbers = study.plotted_numbers(summary, "a model", "folder/cases.json").set_index(["method", "metric"])
+    assert numbers.loc[("rome", "PS"), "interval"] == "95% over cases" and set(numbers["dataset"]) == {"cases.json"}
+    assert numbers.loc[("rome", "nll"), ["unit", "interval"]].tolist() == ["nats", "95% over passages"]
+    assert numbers.loc["memit", "interval"].isna().all(), "there is one such model"
+    assert ", of memit over models, of perplexity over passages" in study.methods_figure(summary, "x").get_suptitle()
+    assert study.scorings_figure(summarise(alone), "x").get_suptitle() == "x; means with 95% intervals over cases"
 
 
 def test_failing_paraphrases_are_counted_with_those_that_the_subject_opens() -> None:

@@ -154,7 +154,7 @@ def test_the_model_is_left_as_it_was(tiny):
 def test_the_caption_says_of_how_many_models_each_number_is_and_which_have_no_interval(tiny):
     said = caption(run(tiny, ["ft-linf"]))
     assert "4 in 4 after 1, 4 in 2 after 2, 5 in 1 after 5." in said
-    assert "One model has no interval of perplexity and known: after 5." in said
+    assert "One model has no interval: after 5." in said
 
 
 # Resuming, and models that break
@@ -309,3 +309,5 @@ def test_a_method_breaks_where_its_mean_and_surely_where_its_interval_is_below_h
         "joint: S 80.0 after 1, 70.0 after 30 edits; mean below half from: never; whole interval from: never",
     ]
     assert where_it_breaks(summary.assign(metric="efficacy")).startswith("rome: efficacy 80.0")
+    untold = where_it_breaks(summary.assign(ci_high=float("nan")))
+    assert untold.splitlines()[1].endswith("from: never; whole interval from: one model does not tell")

@@ -36,7 +36,7 @@ def tuned(**settings) -> FineTuning:
 def test_every_configuration_has_the_metrics_that_evaluating_it_alone_gives(tiny):
     choices = {"rome": [rome_at(1), rome_at(2)], "ft": [tuned(steps=2), tuned(steps=3)]}
     found = search_settings(tiny, CASES, choices, **OPTIONS)
-    assert list(found.columns) == ["method", "configuration", "metric", "mean", "ci_low", "ci_high", "n"]
+    assert list(found.columns) == ["method", "configuration", "metric", "mean", "ci_low", "ci_high", "n", "over"]
     names = list(dict.fromkeys(zip(found["method"], found["configuration"], strict=True)))
     assert names == [("rome", "layer 1"), ("rome", "layer 2"), ("ft", "steps 2"), ("ft", "steps 3")]
     means = found.set_index(["configuration", "metric"])["mean"]
@@ -145,7 +145,7 @@ def test_sweeps_change_one_thing_and_leave_the_rest_as_published_or_as_it_is(tin
 
 def swept(along: str, by: str, values: dict, names=("S", "ES", "PS", "NS")) -> pd.DataFrame:
     rows = [
-        {along: at, by: name, "metric": metric, "mean": mean, "ci_low": mean, "ci_high": mean, "n": 2}
+        {along: at, by: name, "metric": metric, "mean": mean, "ci_low": mean, "ci_high": mean, "n": 2, "over": "cases"}
         for (at, name), mean in values.items()
         for metric in names
     ]

@@ -1,6 +1,7 @@
 """The room of evaluation.ipynb: the summary of an evaluation drawn, beside the paper, and taken apart.
 
 definitions, table_of_means               what each metric is; a summary as a table to read, means with intervals
+scores_of                                 which scores a summary has
 table_of_scorings, scorings_figure        four ways to say whether an edit holds, side by side
 dots, dot_table, curves, curve_panels     a summary in, Axes or a Figure out; UNITS of metrics, PAGE_WIDTH
 methods_figure, plotted_numbers           the notebook's figure, and the numbers that are written beside it
@@ -32,4 +33,4 @@ from rome_lab.studies.evaluation.paper import (
     worst_first,
 )
 from rome_lab.studies.evaluation.paraphrases import by_opening, failures_in_words, paraphrase_scores
-from rome_lab.studies.evaluation.tables import definitions, table_of_means, table_of_scorings
+from rome_lab.studies.evaluation.tables import definitions, scores_of, table_of_means, table_of_scorings

@@ -26,7 +26,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, MaxNLocator, NullLocat
 from rome_lab.evaluation import CASE_PARTS, METRICS, SCORINGS
 from rome_lab.lab import COLOURS, FONT_SIZE, finish, layer_ticks, new_axes
 from rome_lab.studies.evaluation.paper import paper_numbers
-from rome_lab.studies.evaluation.tables import SCORED
+from rome_lab.studies.evaluation.tables import SCORED, scores_of
 
 PAGE_WIDTH = 7.0  # inches, both columns of a page
 SCORES = ("S", "ES", "PS", "NS", "known", "efficacy", "paraphrase", "specificity")  # shares, from 0 to 100
@@ -110,11 +110,11 @@ def methods_figure(summary: pd.DataFrame, about: str) -> Figure:
     Args: about: the model and the cases, for the title.
     """
     counterfact = "ES" in set(summary["metric"])
-    scores = SCORES[:4] if counterfact else SCORES[5:]
+    scores = scores_of(summary)
     paper = paper_numbers() if counterfact else None
     figure = dot_table(summary, [*scores, "RS", "GE", "perplexity", "known"], paper=paper)
-    diamonds = "; diamonds: GPT-2 XL on CounterFact, Meng et al. (2022)" * counterfact
-    figure.suptitle(f"{about}; means with 95% intervals over cases{diamonds}", fontsize=FONT_SIZE)
+    diamonds = "\ndiamonds: GPT-2 XL on CounterFact, Meng et al. (2022)" * counterfact
+    figure.suptitle(f"{about}; means with {intervals_in_words(summary)}{diamonds}", fontsize=FONT_SIZE)
     return figure
 
 
@@ -140,20 +140,27 @@ def scorings_figure(summary: pd.DataFrame, about: str) -> Figure:
         finish(ax, FixedLocator([0, 50, 100]), frame=False)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=FONT_SIZE)
-    figure.suptitle(f"{about}; means with 95% intervals over cases", fontsize=FONT_SIZE)
+    scored = summary[summary["metric"].isin(metrics.values())]
+    figure.suptitle(f"{about}; means with {intervals_in_words(scored)}", fontsize=FONT_SIZE)
     return figure
 
 
 def plotted_numbers(summary: pd.DataFrame, model: str, dataset: str | Path) -> pd.DataFrame:
-    """A summary with the columns unit, interval, model and dataset, as it is written beside its figure.
+    """A summary with the columns unit, interval, model and dataset, as it is written beside its figure."""
+    interval = ("95% over " + summary["over"]).where(summary["ci_low"].notna(), None)
+    numbers = summary.drop(columns="over").assign(unit=summary["metric"].map(UNITS), interval=interval)
+    return numbers.assign(model=model, dataset=Path(dataset).name)
 
-    Damage by many edits has one value for each edited model, so its interval is over models, not over cases.
-    """
-    damage = summary["metric"].isin(["nll", "perplexity", "known"])
-    over_models = damage & (summary["edits"] > 0) if "edits" in summary else damage & False
-    interval = over_models.map({True: "95% over models", False: "95% over cases"})
-    units = summary["metric"].map(UNITS)
-    return summary.assign(unit=units, interval=interval, model=model, dataset=Path(dataset).name)
+
+def intervals_in_words(summary: pd.DataFrame) -> str:
+    """What the intervals of a summary are draws of, for a title."""
+    drawn = {over: list(dict.fromkeys(rows["method"])) for over, rows in summary.groupby("over", sort=False)}
+    parts = ["95% intervals over cases"]
+    if models := drawn.get("models"):
+        parts.append(f"of {', '.join(models)} over models")
+    if "passages" in drawn:
+        parts.append("of perplexity over passages")
+    return ", ".join(parts)
 
 
 def curves(

@@ -37,7 +37,7 @@ def differences_to(table: pd.DataFrame, reference: str = "rome") -> pd.DataFrame
             if pairs.empty:
                 continue
             models, relations = (cases.loc[pairs.index, name] for name in ("model", "relation"))
-            mean, low, high, n = mean_ci(pairs.to_numpy(), models.tolist() if models.duplicated().any() else None)
+            mean, low, high, n = mean_ci(pairs.to_numpy(), models.tolist())  # mostly a case has one of its own
             _, *wide, _ = mean_ci(pairs.to_numpy(), relations.where(relations.notna(), None).tolist())
             rows.append((method, reference, metric, *map(float, (mean, low, high)), int(n), *map(float, wide)))
     columns = ["method", "minus", "metric", "difference", "ci_low", "ci_high", "n", "relations_low", "relations_high"]

@@ -3,6 +3,7 @@
 definitions()                  of the metrics
 table_of_means(summary)        a column a metric
 table_of_scorings(summary)     a column a part of the case and a scoring
+scores_of(summary)             the scores that it has
 SCORED                         metric -> the two that it is of, such as ("E", "score") of ES
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from rome_lab.evaluation import CASE_PARTS, METRICS, SCORINGS, metric_of
+from rome_lab.evaluation import CASE_PARTS, METRICS, S_OF, SCORINGS, metric_of
 
 SCORED = {metric_of(part, scoring): (part, scoring) for part in CASE_PARTS for scoring in SCORINGS}
 
@@ -19,6 +20,12 @@ def definitions() -> pd.DataFrame:
     """What each metric is: definition, unit, of (whole target or per token), teacher forcing, better."""
     table = pd.DataFrame.from_dict({name: vars(metric) for name, metric in METRICS.items()}, orient="index")
     return table.rename(columns={"whole": "of", "forced": "teacher forcing"}).rename_axis("metric")
+
+
+def scores_of(summary: pd.DataFrame) -> list[str]:
+    """Those of S, ES, PS and NS that a summary has, or, where it has none, of zsRE's."""
+    kinds = (("S", *S_OF), ("efficacy", "paraphrase", "specificity"))
+    return next(filter(None, ([x for x in kind if x in set(summary["metric"])] for kind in kinds)), [])
 
 
 def table_of_means(summary: pd.DataFrame, every: bool = False) -> pd.DataFrame:
