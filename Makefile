@@ -37,18 +37,19 @@ BIN := .venv/bin
 RUN := $(BIN)/python -m rome_lab.batch --runs runs
 # Parameters for notebooks: $(call p,NAME,VALUE); an empty value leaves the notebook's own.
 p = $(if $(strip $(2)),-p $(1) $(call quoted,$(2)))
-COMMON := $(call p,model,$(MODEL)) $(call p,dataset,$(DATASET)) $(call p,seed,$(SEED)) $(call p,figures,$(FIGURES))
-PARAMETERS_figures := $(COMMON) $(call p,dtype,$(DTYPE)) $(call p,n_facts,$(N_FACTS))
+FOR_ALL := $(call p,dtype,$(DTYPE)) $(call p,seed,$(SEED)) $(call p,figures,$(FIGURES))
+COMMON := $(call p,model,$(MODEL)) $(call p,dataset,$(DATASET)) $(FOR_ALL)
+PARAMETERS_figures := $(COMMON) $(call p,n_facts,$(N_FACTS))
 JUDGED := $(COMMON) $(call p,known_only,$(KNOWN_ONLY)) $(call p,n_search,$(N_SEARCH)) $(call p,c_text,$(C_TEXT))
 listed = $(if $(strip $(1)),[$(subst $(space),$(comma),$(strip $(subst $(comma), ,$(1))))])
 PARAMETERS_evaluation := $(JUDGED) $(call p,n_cases,$(N_CASES)) $(call p,methods,$(call listed,$(METHODS)))
-PARAMETERS_many_edits := $(JUDGED) $(call p,sizes,[$(EDITS)]) $(call p,least,$(N_CASES_EACH)) $(call p,chains,$(CHAINS))
-PARAMETERS_edit_anatomy := $(call p,model,$(MODEL)) $(call p,seed,$(SEED)) $(call p,figures,$(FIGURES))
-PARAMETERS_cost := $(PARAMETERS_edit_anatomy) $(call p,dtype,$(DTYPE))
+PARAMETERS_many_edits := $(JUDGED) $(call p,sizes,$(call listed,$(EDITS))) $(call p,least,$(N_CASES_EACH)) $(call p,chains,$(CHAINS))
+PARAMETERS_edit_anatomy := $(call p,model,$(MODEL)) $(FOR_ALL)
+PARAMETERS_cost := $(PARAMETERS_edit_anatomy)
 PARAMETERS_search := $(JUDGED) $(call p,configurations,$(CONFIGURATIONS))
-PARAMETERS_compare_models := $(call p,models,$(call listed,$(MODELS))) $(call p,dataset,$(DATASET)) $(call p,seed,$(SEED))
-PARAMETERS_compare_models += $(call p,figures,$(FIGURES)) $(call p,n_facts,$(N_FACTS))
-PARAMETERS_corruptions := $(COMMON) $(call p,dtype,$(DTYPE))
+PARAMETERS_compare_models := $(call p,models,$(call listed,$(MODELS))) $(call p,dataset,$(DATASET)) $(FOR_ALL) $(call p,n_facts,$(N_FACTS))
+# The studies have sizes of their own, unless one is given.
+PARAMETERS_corruptions := $(COMMON) $(call p,n_facts,$(if $(filter file,$(origin N_FACTS)),,$(N_FACTS)))
 PARAMETERS_heads := $(PARAMETERS_corruptions)
 PARAMETERS_gradients := $(PARAMETERS_corruptions)
 PARAMETERS_where_to_edit := $(PARAMETERS_corruptions) $(call p,c_text,$(C_TEXT))
@@ -62,8 +63,8 @@ help: ## list the targets
 	@echo "The paper's own runs, online: make figures MODEL=gpt2-xl DATASET=known_1000 N_FACTS=1000"
 	@echo '                              make evaluate MODEL=gpt2-xl DATASET=counterfact N_CASES=7500 C_TEXT=wikipedia'
 
-SETTINGS = Settings, with their defaults: MODEL=$(MODEL) DATASET=$(DATASET) SEED=$(SEED) FIGURES=$(FIGURES)
-SETTINGS_figures = $(empty)  of figures: N_FACTS=$(N_FACTS) DTYPE=$(DTYPE); of evaluate: N_CASES=$(N_CASES) METHODS=$(METHODS) KNOWN_ONLY=$(KNOWN_ONLY) EDITS=$(EDITS) N_CASES_EACH=$(N_CASES_EACH) CHAINS=$(CHAINS) C_TEXT=$(C_TEXT)
+SETTINGS = Settings, with their defaults: MODEL=$(MODEL) DATASET=$(DATASET) DTYPE=$(DTYPE) SEED=$(SEED) FIGURES=$(FIGURES)
+SETTINGS_figures = $(empty)  of figures and compare (studies have their own): N_FACTS=$(N_FACTS); of evaluate: N_CASES=$(N_CASES) METHODS=$(METHODS) KNOWN_ONLY=$(KNOWN_ONLY) EDITS=$(EDITS) N_CASES_EACH=$(N_CASES_EACH) CHAINS=$(CHAINS) C_TEXT=$(C_TEXT)
 SETTINGS_search = $(empty)  of search: N_SEARCH=$(N_SEARCH), also set apart from evaluate; CONFIGURATIONS=$(CONFIGURATIONS)
 
 # What a target needs: the environment, and a model that is installed only where it is asked for.
@@ -158,7 +159,7 @@ faults: .venv/ready ## kill, fill, damage and wear out what can be, and see what
 
 # Kernels start at the top, as they do in batch, so that both share results/ and figures/.
 lab: .venv/ready ## open JupyterLab on the notebooks
-	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=notebooks --MappingKernelManager.root_dir=$(CURDIR)
+	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=notebooks --MappingKernelManager.root_dir=$(call quoted,$(CURDIR))
 
 # A worker for each core, four at most, since each may hold the embedded model; tests/conftest.py says what goes to which.
 PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
@@ -185,5 +186,6 @@ site: .venv/site ## build these pages, the notebooks as they were run last and t
 numbers: .venv/ready ## put right the numbers of the README and of docs/, from the committed tables that they name
 	$(BIN)/python docs/number_sources.py --write
 
-clean: ## remove executed notebooks, cached results and the site (not figures, not .venv)
-	rm -rf runs results site
+clean: ## remove executed notebooks, cached results and the site (not figures, not .venv, not the edits that you saved)
+	rm -rf runs site
+	if test -d results; then find results -mindepth 1 -maxdepth 1 ! -name edits -exec rm -rf {} +; fi

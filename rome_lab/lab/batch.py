@@ -34,7 +34,7 @@ from papermill.exceptions import PapermillExecutionError, strip_color
 from papermill.execute import ERROR_MARKER_TAG
 
 from rome_lab.base import Json, check_writable, package_versions, write_atomically
-from rome_lab.lab.folders import folder_of_figures, note_parameters
+from rome_lab.lab.folders import IN_BATCH, folder_of_figures, note_parameters
 from rome_lab.lab.parameters import fit_parameters, read_parameters
 from rome_lab.lab.recording import MIME
 
@@ -72,7 +72,7 @@ class ThisInterpreter(AsyncKernelManager):
     def kernel_spec(self) -> KernelSpec:
         options = ["--log-level=CRITICAL", f"--IPKernelApp.exec_lines={PLAIN_BARS}"]  # the log is about the connection
         command = [sys.executable, "-m", "ipykernel_launcher", *options, "-f", "{connection_file}"]
-        return KernelSpec(argv=command, display_name="Python 3", language="python")
+        return KernelSpec(argv=command, display_name="Python 3", language="python", env={IN_BATCH: "yes"})
 
     in_use: AsyncKernelClient | None = None
 

@@ -40,7 +40,9 @@ PROMPT = '"The Eiffel Tower is located in the city of" "Eiffel Tower"'
 # The options that are parameters of notebooks, and the sizes that the commands take.
 OPTIONS = ("model", "dtype", "dataset", "seed", "figures", "n_facts", "n_cases")
 N_FACTS, N_CASES = 12, 25
-IN_BATCH = "What else is given goes to `python -m rome_lab.batch`: -p NAME VALUE for other parameters, --runs, --quiet."
+PASSED_ON = (
+    "What else is given goes to `python -m rome_lab.batch`: -p NAME VALUE for other parameters, --runs, --quiet."
+)
 
 
 def run_command(arguments: Sequence[str] | None = None) -> int:
@@ -74,7 +76,7 @@ def command_parser() -> argparse.ArgumentParser:
     def command(
         name: str, run: object, about: str, example: str, in_batch: bool = False, of_prompt: bool = True
     ) -> argparse.ArgumentParser:
-        epilog = f"example: rome_lab {name} {example}" + (f"\n\n{IN_BATCH}" if in_batch else "")
+        epilog = f"example: rome_lab {name} {example}" + (f"\n\n{PASSED_ON}" if in_batch else "")
         layout = argparse.RawDescriptionHelpFormatter
         branch = commands.add_parser(name, help=about, description=about, epilog=epilog, formatter_class=layout)
         branch.set_defaults(run=run, in_batch=in_batch)
@@ -186,7 +188,7 @@ def notebook_path(name: str) -> str:
     return str(path)
 
 
-def in_batch(
+def batch_options(
     options: argparse.Namespace, names: Sequence[str], defaults: Mapping[str, object], **values: object
 ) -> tuple[argparse.Namespace, dict[str, object]]:
     """The options of the batch runner for these notebooks, and the parameters for all of them.
@@ -201,7 +203,7 @@ def in_batch(
 
 
 def trace_and_draw(options: argparse.Namespace) -> None:
-    batch, parameters = in_batch(options, TRACED, {"n_facts": N_FACTS})
+    batch, parameters = batch_options(options, TRACED, {"n_facts": N_FACTS})
     if batch.list:
         return list_parameters(batch.notebooks)
     disable_progress_bar()  # one bar shows all
@@ -215,7 +217,7 @@ def evaluate_methods(options: argparse.Namespace) -> None:
     if edits != "none":
         names, defaults = [*names, "many_edits"], defaults | {"sizes": [1, 3, 10], "least": 10}
         values = {"sizes": whole_numbers("--edits", edits)} if "edits" in options else {}
-    batch, parameters = in_batch(options, names, defaults, **values)
+    batch, parameters = batch_options(options, names, defaults, **values)
     if batch.list:
         return list_parameters(batch.notebooks)
     run_all(shared_out(batch.notebooks, parameters), batch.runs, not batch.quiet)

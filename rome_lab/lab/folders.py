@@ -2,7 +2,8 @@
 
 A folder of figures holds `parameters.json`: for each notebook the parameters that made what is there. A first try of another
 size, or of another model, goes to a folder below it that is named after what differs, such as figures/n_facts=12. Pictures
-that no note tells of are never drawn over either.
+that no note tells of are never drawn over either. What is drawn by hand, cell by cell or with "run all cells", goes to a
+folder by_hand below one that has a note.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 NOTE = "parameters.json"
 PICTURES = (".pdf", ".png")
+IN_BATCH = "ROME_LAB_IN_BATCH"  # set where the batch runner, which has chosen the folder, runs a notebook
+BY_HAND = "by_hand"
 PLACES = ("figures", "results", "device")  # parameters that what is drawn does not depend on
 LONGEST = 80  # characters of a folder's name
 
@@ -44,6 +48,15 @@ def folder_of_figures(notebook: str, parameters: Mapping[str, Json]) -> str:
         return str(folder)
     name = re.sub(r"[^\w.=,+-]+", "-", ",".join(words))[:LONGEST]
     return free_folder(folder, name, notebook, parameters)
+
+
+def drawn_by_hand(folder: str) -> str:
+    """The folder for what a notebook draws: as given in batch, or where no run in batch has drawn; else one below it."""
+    if os.environ.get(IN_BATCH) or not (Path(folder) / NOTE).exists():
+        return folder
+    beside = str(Path(folder) / BY_HAND)
+    print(f"{folder} holds figures of runs in batch, so what is drawn by hand goes to {beside}.")
+    return beside
 
 
 def free_folder(folder: Path, name: str, notebook: str, parameters: Mapping[str, Json]) -> str:

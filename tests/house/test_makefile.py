@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
     "MODEL": "o'hara's model", "DATASET": "my facts, é 中.csv", "FIGURES": "my o'figures", "C_TEXT": 'a "text" here',
-    "EDITS": "1,3", "SEED": "7",
+    "EDITS": " 1, 3 ", "SEED": "7", "DTYPE": "bfloat16",
 }  # fmt: skip
 
 
@@ -43,18 +43,41 @@ def make(folder: Path, *words: str, **settings: str) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=folder, env={"PATH": str(tools)}, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("target", ["figures", "evaluate", "anatomy", "search", "cost"])
+@pytest.mark.parametrize("target", ["figures", "evaluate", "anatomy", "search", "cost", "studies"])
 def test_settings_reach_the_notebooks_as_they_are(folder, target) -> None:
     result = make(folder, "-n", target, **SETTINGS)
     assert result.returncode == 0, result.stderr
     lines = [shlex.split(line) for line in result.stdout.splitlines() if "-m rome_lab" in line]
     assert lines
     names = {"MODEL": "model", "DATASET": "dataset", "FIGURES": "figures", "C_TEXT": "c_text", "SEED": "seed"}
+    names |= {"DTYPE": "dtype"}
     for words in lines:
         given = {words[i + 1]: words[i + 2] for i, word in enumerate(words) if word == "-p"}
         assert given["model"] == SETTINGS["MODEL"] and given["figures"] == SETTINGS["FIGURES"]
+        assert given["dtype"] == SETTINGS["DTYPE"]
         assert given == given | {names[x]: SETTINGS[x] for x in names if names[x] in given}
         assert given.get("sizes", "[1,3]") == "[1,3]"
+
+
+def test_studies_have_sizes_of_their_own_unless_one_is_given(folder) -> None:
+    assert "n_facts" not in make(folder, "-n", "studies").stdout
+    lines = [x for x in make(folder, "-n", "studies", N_FACTS="7").stdout.splitlines() if "-m rome_lab" in x]
+    assert len(lines) == 4 and all("-p n_facts '7'" in line for line in lines)
+
+
+def test_the_kernels_of_the_lab_start_in_this_folder_whatever_its_name(folder) -> None:
+    words = shlex.split(make(folder, "-n", "lab").stdout)
+    assert words[-1] == f"--MappingKernelManager.root_dir={folder}"
+
+
+def test_clean_leaves_the_edits_that_were_saved(folder) -> None:
+    assert make(folder, "clean").returncode == 0
+    for name in ("runs", "results/traces", "results/edits"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "x").touch()
+    assert make(folder, "clean").returncode == 0
+    assert [path.name for path in (folder / "results").iterdir()] == ["edits"] and (folder / "results/edits/x").exists()
+    assert not (folder / "runs").exists()
 
 
 @pytest.mark.parametrize("names", ["rome memit", "rome,memit", " rome,  memit "])

@@ -279,6 +279,13 @@ def test_each_parameter_says_what_it_is(name):
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
+def test_run_by_hand_it_draws_over_nothing(name):
+    code = "\n".join(cell.source for cell in code_cells(read(name)))
+    before, line, after = code.partition("figures = rl.lab.drawn_by_hand(figures)\n")
+    assert line and "{figures}" not in before and "{figures}" in after
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_cells_are_short_and_definitions_shorter(name):
     for cell in code_cells(read(name)):
         assert len(cell.source.splitlines()) <= 15, f"{cell.id} has more than 15 lines; make it a function of rome_lab"

@@ -12,7 +12,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 from tiny import known, talkative_model
 
 from rome_lab.lab.batch import one_kernel, run_notebook
-from rome_lab.lab.folders import folder_of_figures, note_parameters
+from rome_lab.lab.folders import drawn_by_hand, folder_of_figures, note_parameters
 from rome_lab.lab.growing import Growing
 from rome_lab.tracing import KINDS, trace_facts
 
@@ -74,6 +74,19 @@ def test_figures_of_other_settings_go_to_a_folder_of_their_own(tmp_path, monkeyp
     drawn = {str(file.parent): file.read_text() for file in sorted((tmp_path / "figures").rglob("drawn.txt"))}
     assert drawn == {str(tmp_path / "figures"): "3", str(tmp_path / "figures/n_facts=1"): "2"}
     assert json.loads((tmp_path / "figures/parameters.json").read_text()) == {"draws": {"n_facts": 3, "seed": 0}}
+
+
+def test_what_is_drawn_by_hand_goes_beside_what_was_drawn_in_batch(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert drawn_by_hand("figures") == "figures", "nothing is there that could be drawn over"
+    path = notebook(
+        tmp_path / "draws.ipynb", f"from rome_lab.lab import drawn_by_hand; figures = drawn_by_hand(figures)\n{WRITES}"
+    )
+    for _ in range(2):
+        run_notebook(path, progress=False)
+    assert [str(x.relative_to(tmp_path)) for x in tmp_path.rglob("drawn.txt")] == ["figures/drawn.txt"]
+    assert drawn_by_hand("figures") == "figures/by_hand" == drawn_by_hand("figures/by_hand")
+    assert capsys.readouterr().out.count("goes to figures/by_hand") == 1
 
 
 def test_a_folder_is_named_after_what_differs(tmp_path):
