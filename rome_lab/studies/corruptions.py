@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import pandas as pd
@@ -42,26 +43,28 @@ class Choice:
         sigmas: of the noise, in standard deviations of embeddings; 0 for another subject instead.
         direction: "denoise" or "noise".
         window: layers in a run.
+        kinds: that are traced: all, or those that the window matters for.
     """
 
     sigmas: float = 0.0
     direction: str = "denoise"
     window: int = 10
+    kinds: tuple[str, ...] = tuple(KINDS)
 
     def __str__(self) -> str:
         corruption = f"noise, {self.sigmas:g} sigma" if self.sigmas else "another subject"
         return f"{corruption}; {self.direction}; runs of {self.window}"
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """All kinds for the paper's window; of others those that it matters for, and what claims compare them with."""
-        return tuple(KINDS) if self.window == 10 else ("mlp", "attn")
 
+def choices_of(sigmas: Iterable[float], windows: Sequence[int]) -> list[Choice]:
+    """Another subject in both directions and all windows, and noise of each size in the paper's direction.
 
-def choices_of(sigmas: Iterable[float], windows: Iterable[int]) -> list[Choice]:
-    """Another subject in both directions and all windows, and noise of each size in the paper's direction and window."""
-    swaps = [Choice(0, direction, window) for window in windows for direction in ("denoise", "noise")]
-    return [*swaps, *(Choice(size) for size in sigmas)]
+    All kinds are traced with the first of the windows, such as the paper's 10, and with others those that it matters for.
+    """
+    main, *others = windows
+    corruptions = [(0.0, "denoise"), (0.0, "noise"), *((size, "denoise") for size in sigmas)]
+    runs = [Choice(0, direction, window, ("mlp", "attn")) for window in others for _, direction in corruptions[:2]]
+    return [*(Choice(size, direction, main) for size, direction in corruptions), *runs]
 
 
 def trace_choices(
@@ -94,7 +97,7 @@ def trace_choices(
 def choice_verdicts(traces: Mapping[Choice, Traces], clustered: bool = False) -> pd.DataFrame:
     """Each claim under each choice and metric, in shares of what there is to restore: what `claims` returns, and how.
 
-    The choices whose windows are not the paper's have runs of MLP and attention only, and are left out.
+    The choices with runs of MLP and attention only are left out.
     """
     parts = []
     for choice, chosen in traces.items():
@@ -141,7 +144,7 @@ def compare_lines(effects: pd.DataFrame, by: str, kinds: Sequence[str], note: st
     for row, (site, title) in zip(axes, SITES.items(), strict=True):
         for ax, kind in zip(row, kinds, strict=True):
             rows = effects[(effects["bucket"] == site) & (effects["kind"] == kind)]
-            for value, colour in zip(values, list(COLOURS.values())[: len(values)], strict=True):
+            for value, colour in zip(values, cycle(COLOURS.values()), strict=False):
                 part = rows[rows[by] == value].sort_values("layer")
                 line_with_band(ax, part["layer"], part, color=colour, linewidth=1.1, label=name_of(by, value))
             ax.axhline(0, color="0.6", linewidth=0.5, zorder=0)

@@ -3,6 +3,7 @@
 trace_heads, top_heads          the effect of each head at the last token, over pairs of facts; the strongest of them
 knock_out, knockout_lines       what the answer loses where the last token may not attend to some tokens, by layer
 share_of_heads                  what so many of the strongest heads bring back together, chosen on other facts
+enough_in_words                 how many of them make most of it
 heads_figure                    all three in one figure
 """
 
@@ -114,6 +115,14 @@ def share_of_heads(
     return pd.DataFrame(
         {"heads": sizes, "share": means / means[-1], "ci_low": low, "ci_high": high, "n_facts": len(effects)}
     )
+
+
+def enough_in_words(shares: pd.DataFrame, share: float = 0.8) -> str:
+    """How many of the strongest heads make such a share of what all heads restore, of the numbers that were tried."""
+    enough = shares.loc[shares["share"] >= share, "heads"].min()
+    if pd.isna(enough):
+        return "What all heads restore together is not clearly above zero, so there are no shares of it."
+    return f"{enough} of {shares['heads'].max()} heads make {share:.0%} of what all restore at the last token, or fewer do."
 
 
 def heads_figure(average: pd.DataFrame, knocked: pd.DataFrame, shares: pd.DataFrame, note: str) -> Figure:

@@ -89,7 +89,7 @@ def traced_by_layer(
     """The indirect effects at the last subject token, a row a fact and layer.
 
     Returns: DataFrame: fact, layer, state, mlp (runs of ten layers), single (MLP output of one layer), random: the `mlp` of
-             another layer of the same fact, drawn by the seed, as a control.
+             a random layer of the same fact, all layers shuffled by the seed, as a control.
     """
     facts = [case.fact for case in cases]
     settings = {"samples": samples, "seed": seed}

@@ -393,6 +393,7 @@ def test_shares_of_what_all_heads_bring_back_are_none_where_that_is_near_zero(mo
     traces = study.trace_heads(lm, pairs)
     shares = study.share_of_heads(lm, pairs, traces)
     assert shares["share"].iloc[-1] == pytest.approx(1) and shares["heads"].iloc[-1] == 16 and shares["n_facts"][0] == 3
+    assert "of 16 heads make 80% of" in study.enough_in_words(shares)
     signs = iter((1, -1, 1))
     whole = study.restore_heads
 
@@ -403,8 +404,27 @@ def test_shares_of_what_all_heads_bring_back_are_none_where_that_is_near_zero(mo
     monkeypatch.setattr(study, "restore_heads", to_and_fro)
     shares = study.share_of_heads(lm, pairs, traces)
     assert shares[["share", "ci_low", "ci_high"]].isna().all(axis=None) and "not clearly above zero" in caplog.text
+    assert study.enough_in_words(shares).endswith("so there are no shares of it.")
     with pytest.raises(ValueError, match="5 pairs and 4 traces"):
         study.share_of_heads(lm, pairs, traces[1:])
+
+
+def test_corruptions_are_compared_at_the_first_of_the_windows_whatever_it_is(monkeypatch):
+    from rome_lab.studies import corruptions as study
+    from rome_lab.tracing.pairs import SwapPair
+
+    lm, template = tiny_model("llama"), "The {} is located in the city of"
+    monkeypatch.setattr("rome_lab.tracing.runs.known_answer", lambda lm, fact, logits: int(logits.argmax()))
+    pairs = [SwapPair(Fact(SUBJECT, x, "Paris"), Fact(OTHER, x, "Rome")) for x in (template, "A {} is in")]
+    sizes = [0.5, 1, 1.5, 2, 2.5, 3, 4, 5]  # more than there are colours
+    choices = study.choices_of(sizes, [3, 1])
+    assert [x.window for x in choices] == [3] * 10 + [1, 1] and len(choices[0].kinds) > len(choices[-1].kinds)
+    traces = study.trace_choices(lm, pairs, choices, samples=1)
+    effects = study.site_effects(traces)
+    drawn = effects[(effects["window"] == 3) & (effects["metric"] == "probability")]
+    figure = study.compare_lines(drawn, "sigmas", study.SINGLE, "")
+    assert all(len(ax.lines) == 10 for ax in figure.axes), "nine choices and the zero"
+    assert set(study.choice_verdicts(traces)["choice"]) == {str(x) for x in choices[:10]}
 
 
 def test_pairs_have_partners_that_fit_and_are_drawn_by_the_seed(lm):
