@@ -76,14 +76,14 @@ def numbers_by_model(models: Sequence[ModelTraces]) -> pd.DataFrame:
     return table.rename_axis("number").sort_values("number", kind="stable").reset_index(drop=True)[columns]
 
 
-def by_depth(models: Sequence[ModelTraces], clustered: bool = False) -> pd.DataFrame:
+def by_depth(models: Sequence[ModelTraces]) -> pd.DataFrame:
     """The effects at each of `PANELS` as shares, by layer and by depth from 0, the first layer, to 1, the last.
 
     Returns: DataFrame: model, kind, bucket, layer, depth, mean, ci_low, ci_high, n_facts.
     """
     parts = []
     for model in models:
-        average = model.traces.average("normalised_effect", clustered)
+        average = model.traces.average("normalised_effect")
         there = pd.MultiIndex.from_frame(average[["kind", "bucket"]]).isin(PANELS)
         depth = average["layer"] / max(1, model.n_layers - 1)
         parts.append(average.assign(model=model.name, depth=depth)[there])

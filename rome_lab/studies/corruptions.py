@@ -119,13 +119,13 @@ def verdict_table(table: pd.DataFrame) -> pd.DataFrame:
     ]
 
 
-def site_effects(traces: Mapping[Choice, Traces], clustered: bool = False) -> pd.DataFrame:
+def site_effects(traces: Mapping[Choice, Traces]) -> pd.DataFrame:
     """Effects at the two sites as shares: choice, metric, kind, bucket, layer, mean, ci_low, ci_high, n_facts, left_out."""
     parts = []
     for choice, chosen in traces.items():
         for metric in TRACE_METRICS:
             if metric in ("probability", *chosen[0].further):
-                average = chosen.by(metric).average("normalised_effect", clustered)
+                average = chosen.by(metric).average("normalised_effect")
                 kept = average["kind"].isin(SINGLE) & average["bucket"].isin(list(SITES))
                 named = {
                     "sigmas": choice.sigmas,
