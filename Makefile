@@ -44,8 +44,8 @@ JUDGED := $(COMMON) $(call p,known_only,$(KNOWN_ONLY)) $(call p,n_search,$(N_SEA
 listed = $(if $(strip $(1)),[$(subst $(space),$(comma),$(strip $(subst $(comma), ,$(1))))])
 PARAMETERS_evaluation := $(JUDGED) $(call p,n_cases,$(N_CASES)) $(call p,methods,$(call listed,$(METHODS)))
 PARAMETERS_many_edits := $(JUDGED) $(call p,sizes,$(call listed,$(EDITS))) $(call p,least,$(N_CASES_EACH)) $(call p,chains,$(CHAINS))
-PARAMETERS_edit_anatomy := $(call p,model,$(MODEL)) $(FOR_ALL)
-PARAMETERS_cost := $(PARAMETERS_edit_anatomy)
+PARAMETERS_edit_anatomy := $(call p,model,$(MODEL)) $(call p,seed,$(SEED)) $(call p,figures,$(FIGURES))
+PARAMETERS_cost := $(PARAMETERS_edit_anatomy) $(call p,dtype,$(DTYPE))
 PARAMETERS_search := $(JUDGED) $(call p,configurations,$(CONFIGURATIONS))
 PARAMETERS_compare_models := $(call p,models,$(call listed,$(MODELS))) $(call p,dataset,$(DATASET)) $(FOR_ALL) $(call p,n_facts,$(N_FACTS))
 # The studies have sizes of their own, unless one is given.
@@ -157,7 +157,7 @@ models: .venv/ready ## verify a tiny model of every family, and write the table 
 faults: .venv/ready ## kill, fill, damage and wear out what can be, and see what comes of it (half an hour)
 	$(BIN)/python -m tests.faults
 
-# Kernels start at the top, as they do in batch, so that both share results/ and figures/.
+# Kernels start at the top, as they do in batch, so that both share results/.
 lab: .venv/ready ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --ip=127.0.0.1 --ServerApp.root_dir=notebooks --MappingKernelManager.root_dir=$(call quoted,$(CURDIR))
 
@@ -188,4 +188,4 @@ numbers: .venv/ready ## put right the numbers of the README and of docs/, from t
 
 clean: ## remove executed notebooks, cached results and the site (not figures, not .venv, not the edits that you saved)
 	rm -rf runs site
-	if test -d results; then find results -mindepth 1 -maxdepth 1 ! -name edits -exec rm -rf {} +; fi
+	if test -d results; then find results/ -mindepth 1 -maxdepth 1 ! -name edits -exec rm -rf {} +; fi

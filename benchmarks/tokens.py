@@ -91,7 +91,7 @@ def judged(
 def compared(table: pd.DataFrame) -> pd.DataFrame:
     """Means by number of tokens, and their differences to the most tokens, each with its interval; a row a metric."""
     numbers = sorted(map(int, table["method"].unique()))
-    summary = summarise(table).query("metric in @METRICS").rename(columns={"method": "tokens"})
+    summary = summarise(table).drop(columns="over").query("metric in @METRICS").rename(columns={"method": "tokens"})
     rows = []
     for row in summary.to_dict("records"):
         apart = mean_ci(paired(table, row["metric"], row["tokens"], str(numbers[-1])))

@@ -95,6 +95,8 @@ METRICS |= {
 }
 """Metric -> what it is, for one case. Summaries add S and perplexity."""
 S_OF = ("ES", "PS", "NS")
+DRAWN_ANEW = {None: "cases", "chain": "models", "model": "models", "relation": "relations"}
+"""What is drawn anew, where a column tells the clusters."""
 WORDS = re.compile(r"\w+|[^\w\s]")
 
 
@@ -176,8 +178,8 @@ def summarise(rows: pd.DataFrame, by: str | Sequence[str] = "method", clusters: 
             what tells the models: "chain" or "model".
 
     Returns: DataFrame: the columns `by`, metric, mean, ci_low, ci_high, n (cases with a value), over (what the interval is
-             a draw of: "cases", "models", "passages", "relations"). Groups stand in the order of their first row, metrics
-             in that of `METRICS`, S first.
+             a draw of, such as "cases", "models", "passages" or "relations"). Groups stand in the order of their first row,
+             metrics in that of `METRICS`, S first.
     Raises:  ValueError: no rows, a column that is missing, or a value that is infinite.
     """
     by = [by] if isinstance(by, str) else list(by)
@@ -193,10 +195,10 @@ def summarise(rows: pd.DataFrame, by: str | Sequence[str] = "method", clusters: 
     parts = []
     for group, part in rows.groupby(by, sort=False, dropna=False, observed=True):
         where = dict(zip(by, group, strict=True))
-        shared = (x for x in ("chain", "model") if x in part and part[x].notna().any() and part[x].duplicated().any())
+        shared = (x for x in ("chain", "model") if x in part and part[x].dropna().duplicated().any())
         column = clusters or next(shared, None)
         labels = None if column is None else part[column].where(part[column].notna(), None).tolist()
-        over = {None: "cases", "chain": "models"}.get(column, f"{column}s")
+        over = DRAWN_ANEW.get(column, f"the column {column}")
         parts += [where | {"metric": name} | values for name, values in summaries(part, metrics, labels, over).items()]
     return pd.DataFrame(parts, columns=[*by, "metric", "mean", "ci_low", "ci_high", "n", "over"])
 

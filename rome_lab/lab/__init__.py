@@ -7,7 +7,7 @@ panel_figure, new_axes, finish, layer_ticks, line_with_band, shared_legend, colo
 COLOURS, FONT_SIZE, COLUMN_WIDTH          what lines and text look like; the colours of heatmaps are COLOUR_MAPS in plots
 show, TracePicture                        traces that one can point at and click
 record_values, run_notebook               values for the executed copy of a notebook; running one from Python
-drawn_by_hand                             a folder for figures where nothing is drawn over
+drawn_by_hand                             a folder for figures where nothing of a batch is drawn over
 draw_figures, facts_to_show               all figures of tracing at once; the facts that Figure 1 shows one by one
 EditRequest, ten_facts, fact_of           edits to try, and a fact that was typed in
 try_edit, try_facts, for_people           make edits, look at what they do, undo them; the table of several made short

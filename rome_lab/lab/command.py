@@ -60,8 +60,8 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
         print(f"rome_lab {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"\n{error}" if error.args else "\nInterrupted.", file=sys.stderr)
         return 130
 
 
@@ -230,7 +230,8 @@ def model_and_fact(options: argparse.Namespace) -> tuple[LanguageModel, Fact]:
 
 def trace_prompt(options: argparse.Namespace) -> None:
     stem = options.out.with_suffix("") if options.out.suffix in (".pdf", ".png", ".csv") else options.out
-    check_file("trace", stem)
+    for end in ("pdf", "png", "csv"):
+        check_file("trace", Path(f"{stem}.{end}" if stem.name else ""))
     lm, fact = model_and_fact(options)
     kind, severed = KINDS[options.kind]
     trace = causal_trace(lm, fact.prompt, fact.subject, kind, samples=options.samples, severed=severed)

@@ -122,8 +122,6 @@ class Explorer:
             job.stop()
 
     def ended(self, result: str | Exception, notes: list[str]) -> None:
-        if isinstance(result, Exception):
-            self.view.restore()
         self.settled()
         now = [f"In force now: {edits_named(self.lm.edits)}."] * (self.lm.edits != self.in_force)
         if isinstance(result, Stopped):
@@ -134,6 +132,7 @@ class Explorer:
         else:
             self.line.say(result, "done", [sentence(ValueError(note)) for note in notes])
         self.busy(False)
+        self.view.restore()
 
     def settled(self) -> None:
         """Show what is so once a job has ended."""

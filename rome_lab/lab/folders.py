@@ -35,7 +35,7 @@ def folder_of_figures(notebook: str, parameters: Mapping[str, Json]) -> str:
     """
     folder = Path(str(parameters["figures"]))
     notes = parameters_of(folder)
-    if not notes and any(path.suffix in PICTURES for path in folder.glob("*.*")):
+    if not notes and has_pictures(folder):
         beside = free_folder(folder, "new", notebook, parameters)
         logger.warning("%s has pictures, but no %s says what made them, so others go to %s.", folder, NOTE, beside)
         return beside
@@ -51,12 +51,17 @@ def folder_of_figures(notebook: str, parameters: Mapping[str, Json]) -> str:
 
 
 def drawn_by_hand(folder: str) -> str:
-    """The folder for what a notebook draws: as given in batch, or where no run in batch has drawn; else one below it."""
-    if os.environ.get(IN_BATCH) or not (Path(folder) / NOTE).exists():
+    """The folder for what a notebook draws: as given in batch, or where nothing is drawn; else the one below it for this."""
+    drawn = ((Path(folder) / NOTE).exists() or has_pictures(Path(folder))) and Path(folder).name != BY_HAND
+    if os.environ.get(IN_BATCH) or not drawn:
         return folder
     beside = str(Path(folder) / BY_HAND)
-    print(f"{folder} holds figures of runs in batch, so what is drawn by hand goes to {beside}.")
+    print(f"{folder} holds figures, so what is drawn by hand goes to {beside}.")
     return beside
+
+
+def has_pictures(folder: Path) -> bool:
+    return any(path.suffix in PICTURES for path in folder.glob("*.*"))
 
 
 def free_folder(folder: Path, name: str, notebook: str, parameters: Mapping[str, Json]) -> str:

@@ -97,7 +97,12 @@ class Panel(Explorer):
             part.add_class("rl-part")
         self.widget = placed("rl-edit", [top, self.answers, *parts])
         for field in (form.subject, form.prompt, form.target, form.layer):
-            field.observe(lambda _: self.mark(), "value")
+            field.observe(lambda _: self.typing(), "value")
+
+    def typing(self) -> None:
+        """Mark what the fields no longer name; a job, which puts edits aside now and then, does it at its end."""
+        if self.stop_button.disabled:
+            self.mark()
 
     # Jobs
 
@@ -109,8 +114,6 @@ class Panel(Explorer):
         self.mark()
 
     def busy(self, on: bool) -> None:
-        if on:
-            self.begun_with = self.words()
         super().busy(on)
         rows = [button for line in self.edits.children[1:] for button in line.children[1:]]
         # The choosers ask the model, which only the job may do.
@@ -192,6 +195,7 @@ class Panel(Explorer):
         tokens = len(self.lm.tokenizer(self.form.prompt.value)["input_ids"])
         self.tell(f"Reading the prompt of {tokens} tokens …", 0.0)
         self.lm.check_length(tokens, "The prompt")
+        self.begun_with = self.words()
         with self.lm.overlay.only([]):
             return self.form.request()
 

@@ -91,6 +91,7 @@ class TraceView:
         self.traces: tuple[Trace, ...] = ()
         self.map: TracePicture | None = None
         self.steps: list[Step] = []
+        self.growing = False
         self.peak, self.drawn = 0, 0.0
         text = LiveText(html=hint)
         text.add_class("rl-hint-box")
@@ -114,6 +115,7 @@ class TraceView:
         if part.kind == "head":
             return len(part.tokens)
         if not self.box.children or time.monotonic() - self.drawn > BETWEEN_PICTURES:
+            self.growing = True
             self.put(self.metrics.of([*complete, part]), [tuple(self.lm.edits)] * (len(complete) + 1))
         return int((~np.isnan(part.p_restored).all(axis=1)).sum())
 
@@ -125,6 +127,7 @@ class TraceView:
 
     def redraw(self) -> None:
         """Draw the steps in the chosen metric."""
+        self.growing = False
         pairs = [(trace, step.edits) for step in self.steps for trace in step.traces]
         traces = self.metrics.of([trace for trace, _ in pairs])
         self.traces = tuple(traces[len(traces) - len(self.steps[-1].traces) :])
@@ -132,8 +135,8 @@ class TraceView:
         self.put(traces, [edits for _, edits in pairs])
 
     def restore(self) -> None:
-        """Show again what was complete, where a trace has been stopped as it grew."""
-        if self.traces:
+        """Show again what was complete, where a trace has not come to its end."""
+        if self.traces and self.growing:
             self.redraw()
 
     def change_metric(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 
 import pandas as pd
@@ -144,9 +144,12 @@ def compare_lines(effects: pd.DataFrame, by: str, kinds: Sequence[str], note: st
     for row, (site, title) in zip(axes, SITES.items(), strict=True):
         for ax, kind in zip(row, kinds, strict=True):
             rows = effects[(effects["bucket"] == site) & (effects["kind"] == kind)]
-            for value, colour in zip(values, cycle(COLOURS.values()), strict=False):
+            for value, (dashes, colour) in zip(
+                values, cycle(product(("-", "--", ":"), COLOURS.values())), strict=False
+            ):
                 part = rows[rows[by] == value].sort_values("layer")
-                line_with_band(ax, part["layer"], part, color=colour, linewidth=1.1, label=name_of(by, value))
+                style = {"color": colour, "linestyle": dashes, "linewidth": 1.1, "label": name_of(by, value)}
+                line_with_band(ax, part["layer"], part, **style)
             ax.axhline(0, color="0.6", linewidth=0.5, zorder=0)
             ax.set_title(f"{plots.TITLES[kind].split()[0]}, {title}")
             finish(ax, layer_ticks())

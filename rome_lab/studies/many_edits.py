@@ -357,9 +357,9 @@ def where_it_breaks(summary: pd.DataFrame) -> str:
     """A line for each method that edits: S at both ends, and from which number of edits on it is below half of the first.
 
     Args: summary: what `summarise(table, ["method", "edits"])` gives of `judge_chains`; rows of no edits are passed over.
-        Of zsRE, which has no S, it is efficacy.
+        Where there is no S, it is the first of the scores that there are, of zsRE efficacy.
     """
-    score = scores_of(summary)[0]
+    score = next(iter(scores_of(summary)), "S")
     rows = summary[(summary["metric"] == score) & (summary["edits"] > 0)].sort_values("edits")
     lines = []
     for method, points in rows.groupby("method", sort=False):

@@ -202,6 +202,7 @@ def test_cases_that_share_an_edited_model_are_drawn_with_it(column):
     pd.testing.assert_frame_equal(summarise(shared), summarise(shared, clusters=column))
     assert not summarise(shared).equals(summarise(table))
     assert set(summarise(shared)["over"]) == {"models"}
+    assert set(summarise(table.assign(model=[0, 1, 2, 3, None, None]))["over"]) == {"cases", "passages"}
     pd.testing.assert_frame_equal(summarise(table), summarise(table.drop(columns="model")))
 
 

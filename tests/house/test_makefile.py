@@ -8,7 +8,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import nbformat
 import pytest
+
+from rome_lab.lab.parameters import read_parameters
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
@@ -54,7 +57,9 @@ def test_settings_reach_the_notebooks_as_they_are(folder, target) -> None:
     for words in lines:
         given = {words[i + 1]: words[i + 2] for i, word in enumerate(words) if word == "-p"}
         assert given["model"] == SETTINGS["MODEL"] and given["figures"] == SETTINGS["FIGURES"]
-        assert given["dtype"] == SETTINGS["DTYPE"]
+        path = next((ROOT / word for word in words if word.endswith(".ipynb")), ROOT / "notebooks/figure_2.ipynb")
+        known = read_parameters(nbformat.read(path, as_version=4), path.name)
+        assert given.keys() <= known.keys() and given.get("dtype", "") == SETTINGS["DTYPE"] * ("dtype" in known)
         assert given == given | {names[x]: SETTINGS[x] for x in names if names[x] in given}
         assert given.get("sizes", "[1,3]") == "[1,3]"
 

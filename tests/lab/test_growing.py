@@ -86,6 +86,11 @@ def test_what_is_drawn_by_hand_goes_beside_what_was_drawn_in_batch(tmp_path, mon
         run_notebook(path, progress=False)
     assert [str(x.relative_to(tmp_path)) for x in tmp_path.rglob("drawn.txt")] == ["figures/drawn.txt"]
     assert drawn_by_hand("figures") == "figures/by_hand" == drawn_by_hand("figures/by_hand")
+    (tmp_path / "figures/by_hand/x.png").parent.mkdir()
+    (tmp_path / "figures/by_hand/x.png").touch()
+    assert drawn_by_hand("figures/by_hand") == "figures/by_hand" and drawn_by_hand(str(tmp_path)) == str(tmp_path)
+    (tmp_path / "y.pdf").touch()
+    assert drawn_by_hand(str(tmp_path)) == str(tmp_path / "by_hand"), "nobody knows what has made that picture"
     assert capsys.readouterr().out.count("goes to figures/by_hand") == 1
 
 

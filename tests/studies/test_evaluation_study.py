@@ -82,7 +82,14 @@ def test_numbers_say_over_what_their_interval_is() -> None:
     assert numbers.loc[("rome", "PS"), "interval"] == "95% over cases" and set(numbers["dataset"]) == {"cases.json"}
     assert numbers.loc[("rome", "nll"), ["unit", "interval"]].tolist() == ["nats", "95% over passages"]
     assert numbers.loc["memit", "interval"].isna().all(), "there is one such model"
-    assert ", of memit over models, of perplexity over passages" in study.methods_figure(summary, "x").get_suptitle()
+    assert "95% intervals over cases, of perplexity over passages" in study.methods_figure(summary, "x").get_suptitle()
+    two = pd.concat([together.assign(case=[f"{x} {i}" for x in "ac"], model=i, PS=40.0 * i) for i in (1, 2)])
+    title = study.methods_figure(summarise(pd.concat([alone, two])), "x").get_suptitle()
+    assert "95% intervals over cases, of memit over models, of perplexity over passages" in title
+    one_model = together.assign(method="memit")
+    assert study.methods_figure(summarise(one_model), "x").get_suptitle().startswith("x; means with no intervals")
+    by_relation = summarise(alone.assign(relation=["r", "s"] * 2), clusters="relation")
+    assert "95% intervals over relations\n" in study.methods_figure(by_relation, "x").get_suptitle()
     assert study.scorings_figure(summarise(alone), "x").get_suptitle() == "x; means with 95% intervals over cases"
 
 

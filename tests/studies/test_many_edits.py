@@ -309,5 +309,6 @@ def test_a_method_breaks_where_its_mean_and_surely_where_its_interval_is_below_h
         "joint: S 80.0 after 1, 70.0 after 30 edits; mean below half from: never; whole interval from: never",
     ]
     assert where_it_breaks(summary.assign(metric="efficacy")).startswith("rome: efficacy 80.0")
+    assert where_it_breaks(summary.assign(metric="known")) == ""
     untold = where_it_breaks(summary.assign(ci_high=float("nan")))
     assert untold.splitlines()[1].endswith("from: never; whole interval from: one model does not tell")

@@ -424,6 +424,8 @@ def test_corruptions_are_compared_at_the_first_of_the_windows_whatever_it_is(mon
     drawn = effects[(effects["window"] == 3) & (effects["metric"] == "probability")]
     figure = study.compare_lines(drawn, "sigmas", study.SINGLE, "")
     assert all(len(ax.lines) == 10 for ax in figure.axes), "nine choices and the zero"
+    styles = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines[:9]}
+    assert len(styles) == 9
     assert set(study.choice_verdicts(traces)["choice"]) == {str(x) for x in choices[:10]}
 
 

@@ -153,12 +153,16 @@ def plotted_numbers(summary: pd.DataFrame, model: str, dataset: str | Path) -> p
 
 
 def intervals_in_words(summary: pd.DataFrame) -> str:
-    """What the intervals of a summary are draws of, for a title."""
-    drawn = {over: list(dict.fromkeys(rows["method"])) for over, rows in summary.groupby("over", sort=False)}
-    parts = ["95% intervals over cases"]
-    if models := drawn.get("models"):
-        parts.append(f"of {', '.join(models)} over models")
-    if "passages" in drawn:
+    """What the intervals of a summary are draws of, for a title: first what most are of, then who departs from it."""
+    drawn = summary[summary["ci_low"].notna()]
+    scores = drawn[drawn["over"] != "passages"]
+    if scores.empty:
+        return "no intervals"
+    most, *others = scores["over"].value_counts().index
+    parts = [f"95% intervals over {most}"]
+    for over in others:
+        parts.append(f"of {', '.join(dict.fromkeys(scores.loc[scores['over'] == over, 'method']))} over {over}")
+    if len(scores) < len(drawn):
         parts.append("of perplexity over passages")
     return ", ".join(parts)
 
