@@ -212,8 +212,8 @@ def summaries(
     if set(S_OF) <= set(metrics):
         means["S"] = harmonic_mean_ci(part[list(S_OF)].to_numpy(float), labels)
     for name in metrics:
-        passages = [passage_of(case) for case in part["case"]] if name == "nll" and by_passage else labels
-        means[name] = ci_of(METRICS[name], part[name].to_numpy(float), passages)
+        clusters = [passage_of(case) for case in part["case"]] if name == "nll" and by_passage else labels
+        means[name] = ci_of(METRICS[name], part[name].to_numpy(float), clusters)
         if name == "nll":
             *nll, n = means[name]
             means["perplexity"] = MeanCI(*np.exp(nll), n)

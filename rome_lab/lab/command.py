@@ -229,15 +229,17 @@ def model_and_fact(options: argparse.Namespace) -> tuple[LanguageModel, Fact]:
 
 
 def trace_prompt(options: argparse.Namespace) -> None:
-    stem = options.out.with_suffix("") if options.out.suffix in (".pdf", ".png", ".csv") else options.out
-    for end in ("pdf", "png", "csv"):
-        check_file("trace", Path(f"{stem}.{end}" if stem.name else ""))
+    ends = (".pdf", ".png", ".csv")
+    stem = options.out.with_suffix("") if options.out.suffix in ends else options.out
+    written = [Path(f"{stem}{end}") for end in ends] if stem.name else [stem]
+    for path in written:
+        check_file("trace", path)
     lm, fact = model_and_fact(options)
     kind, severed = KINDS[options.kind]
     trace = causal_trace(lm, fact.prompt, fact.subject, kind, samples=options.samples, severed=severed)
     print(trace)
     save_figure(heatmap(trace).figure, cell_table(trace), stem)
-    print(*(f"{stem}.{end}" for end in ("pdf", "png", "csv")), sep="\n")
+    print(*written, sep="\n")
 
 
 def edit_prompt(options: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 A folder of figures holds `parameters.json`: for each notebook the parameters that made what is there. A first try of another
 size, or of another model, goes to a folder below it that is named after what differs, such as figures/n_facts=12. Pictures
 that no note tells of are never drawn over either. What is drawn by hand, cell by cell or with "run all cells", goes to a
-folder by_hand below one that has a note.
+folder by_hand below one that holds figures.
 """
 
 from __future__ import annotations
