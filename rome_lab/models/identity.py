@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from rome_lab.base import Json, canonical_json
+from rome_lab.base import Json, canonical_json, visible
 from rome_lab.models.process import precisions
 
 # Fields of a configuration that the function computed in evaluation mode does not depend on, by the ends of their names:
@@ -135,6 +135,7 @@ def digest_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def difference(made_on: dict[str, Json], now: dict[str, Json]) -> str:
-    """Which fields of two functions differ, in words; "" where none does."""
+    """Which fields of two functions differ, in words on one line; "" where none does."""
     names = [name for name in sorted(made_on.keys() | now.keys()) if made_on.get(name) != now.get(name)]
-    return ", ".join(f"{name} is {now.get(name)!r}, not {made_on.get(name)!r}" for name in names)
+    # A name from a file may hold anything; a value is shown by its `repr`.
+    return ", ".join(f"{visible(name)} is {now.get(name)!r}, not {made_on.get(name)!r}" for name in names)

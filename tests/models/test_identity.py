@@ -69,6 +69,10 @@ def test_what_takes_part_in_the_function_changes_the_identity_and_is_named(famil
     assert difference(before.function, before.function) == ""
 
 
+def test_a_field_whose_name_would_break_the_line_is_shown_on_it():
+    assert difference({"a\rb": 1}, {}) == "a␍b is None, not 1"
+
+
 def flip_one_bit(weight: torch.Tensor) -> None:
     weight.view(torch.int32)[0, 0] ^= 1
 
