@@ -17,6 +17,7 @@ import platform
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 PACKAGE, HOUSE = "rome_lab", Path(__file__).parents[1]
 # Read when rome_lab is imported, not when a version is first asked for: files may have changed by then under a kernel that
@@ -54,7 +55,7 @@ def code_version(module: str) -> str:
     """
     digest = hashlib.sha256()
     for name in modules_behind(module):
-        digest.update(f"{name}\n{bare_code(name)}\n".encode())
+        digest.update(f"{name}\n{read_code(name).bare}\n".encode())
     return digest.hexdigest()
 
 
@@ -71,9 +72,7 @@ def modules_behind(module: str) -> list[str]:
 
 def imported_by(module: str) -> Iterator[str]:
     """Modules in which the names are defined that a module imports from rome_lab, through front doors too."""
-    for node in ast.walk(tree_of(module)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
-            yield from (defined_in(node.module, alias.name) for alias in node.names)
+    return (defined_in(source, name) for _, source, name in read_code(module).imports)
 
 
 @cache
@@ -81,11 +80,9 @@ def defined_in(module: str, name: str) -> str:
     """The module of rome_lab where a name is defined that is imported from `module`."""
     if is_module(f"{module}.{name}"):
         return f"{module}.{name}"
-    for node in ast.walk(tree_of(module)):  # also where a front door imports it late, when it is first asked for
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
-            for alias in node.names:
-                if name == (alias.asname or alias.name):
-                    return defined_in(node.module, alias.name)
+    for known_as, source, original in read_code(module).imports:
+        if name == known_as:
+            return defined_in(source, original)
     return module
 
 
@@ -104,16 +101,29 @@ def source_of_module(module: str) -> str:
     return Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8") if text is None else text
 
 
-@cache
-def tree_of(module: str) -> ast.Module:
-    """The syntax tree of a module."""
-    return ast.parse(source_of_module(module))
+class Code(NamedTuple):
+    """What of a module counts.
+
+    Attributes:
+        imports: from rome_lab, late ones too: as what each name is known in the module, from where, and its name there.
+        bare: the code without docstrings, what is raised, and what is logged: words for people, not results.
+    """
+
+    imports: list[tuple[str, str, str]]
+    bare: str
 
 
 @cache
-def bare_code(module: str) -> str:
-    """The code of a module without docstrings, what is raised, and what is logged: words for people, not results."""
-    return ast.unparse(Bare().visit(ast.parse(source_of_module(module))))
+def read_code(module: str) -> Code:
+    """A module, read once."""
+    tree = ast.parse(source_of_module(module))
+    imports = [
+        (alias.asname or alias.name, node.module, alias.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE
+        for alias in node.names
+    ]
+    return Code(imports, ast.unparse(Bare().visit(tree)))
 
 
 class Bare(ast.NodeTransformer):

@@ -13,10 +13,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Generic, TypeVar
 
 from rome_lab.base import other_spelling, place_of
@@ -97,8 +99,9 @@ def open_set(name: str) -> tuple[list[Parsed], str, Path]:
     return records, name if name in PUBLISHED else form_of(records, str(path)), path
 
 
-def load_relations() -> dict[str, Relation]:
-    """The embedded relations by name, in the order of the file; a ValueError where a file is at fault."""
+@cache
+def load_relations() -> Mapping[str, Relation]:
+    """The embedded relations by name, in the order of the file; a ValueError where a file is at fault. Read once."""
     templates: dict[str, dict[str, list[str]]] = {}
     for number, record in enumerate(embedded_records("templates.csv"), start=1):
         try:
@@ -119,7 +122,7 @@ def load_relations() -> dict[str, Relation]:
 
     form = RecordForm(read, identity=lambda record, fact: (fact.relation, fact.subject))
     facts = read_facts(embedded_records("facts.csv"), form, "facts.csv")
-    return {
+    relations = {
         name: Relation(
             name,
             tuple(uses["statement"]),
@@ -129,6 +132,7 @@ def load_relations() -> dict[str, Relation]:
         )
         for name, uses in templates.items()
     }
+    return MappingProxyType(relations)
 
 
 def embedded_records(name: str) -> list[Parsed]:

@@ -92,6 +92,11 @@ class Runs(OneLine):
     relation: str | None = None
 
     @cached_property
+    def together(self) -> Batching:
+        """How many restored runs go through a block together; what is free is measured at the first of them."""
+        return batching_of(self.lm, self.prompt, self.settings)
+
+    @cached_property
     def metrics(self) -> dict[str, np.ndarray]:
         """Metric -> (1 + S,), read in each row."""
         return read_metrics(self.recording.logits, self.answer_id, self.foil_id)
@@ -107,6 +112,11 @@ class Runs(OneLine):
         """(S,) the row that what is restored comes from."""
         rows = torch.arange(1, 1 + self.settings.samples)
         return rows if self.settings.direction == "noise" else torch.zeros_like(rows)
+
+
+def batching_of(lm: LanguageModel, prompt: Prompt, settings: TraceSettings) -> Batching:
+    """How many copies of the prompt go through the model together."""
+    return Batching(lm, "causal_trace", text_bytes(lm, len(prompt.ids)), settings.max_rows)
 
 
 class UnknownFactError(ValueError):
@@ -151,7 +161,7 @@ def run_clean_and_corrupted(
 
         return record_run(lm, ids[rows.start : rows.stop], corrupt, with_heads)
 
-    together = Batching(lm, "causal_trace", text_bytes(lm, len(read.ids)), settings.max_rows)
+    together = batching_of(lm, read, settings)
     with suited_attention(lm), suited_products(lm.device), freed_memory_kept():
         recording = joined(list(together.over(range(len(ids)), record_part)))
     lm.check_finite(recording.logits, "causal_trace")

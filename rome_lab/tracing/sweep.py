@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
@@ -26,7 +27,6 @@ from rome_lab.models import (
     output_changed,
     rows_at_once,
     run_block,
-    text_bytes,
 )
 from rome_lab.tracing.metrics import read_metrics
 from rome_lab.tracing.runs import Runs
@@ -37,7 +37,9 @@ READ_TOGETHER = 80  # texts whose logits are made at once: those of more do not 
 def few_together(together: Batching) -> Batching:
     """The same for reading: so few texts that their logits are small, whatever the vocabulary."""
     most = min(READ_TOGETHER, together.most or READ_TOGETHER)
-    return replace(together, most=rows_at_once(together.lm.config.vocab_size, most))
+    few = copy(together)  # with what was found to be free
+    few.most = rows_at_once(together.lm.config.vocab_size, most)
+    return few
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,6 @@ class Sweep:
     def read(self, reader: Callable[[torch.Tensor], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """Name -> (columns, A * S), what `reader` reads of the runs' logits (..., V) at the last token."""
         runs, samples = self.runs, self.rows_each
-        together = Batching(runs.lm, "causal_trace", text_bytes(runs.lm, len(runs.prompt.ids)), runs.settings.max_rows)
         first = self.token + self.stays_clean
         # (C * S, N, D): the S texts of each column, in the order in which the columns join; `joined` of the texts have.
         texts = runs.recording.states[0].new_empty(
@@ -156,8 +157,10 @@ class Sweep:
                     texts[joined : joined + samples, 0] = self.restored(states, row)
                 joined += samples
             if depth < runs.lm.n_layers:
-                together.each(range(joined), partial(self.go_through, depth, texts))
-        read = few_together(together).over(texts[:, -1], lambda last: reader(at_least_float32(runs.lm.logits(last))))
+                runs.together.each(range(joined), partial(self.go_through, depth, texts))
+        read = few_together(runs.together).over(
+            texts[:, -1], lambda last: reader(at_least_float32(runs.lm.logits(last)))
+        )
         parts = list(read)
         metrics = {}
         for name in parts[0]:

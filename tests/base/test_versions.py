@@ -12,7 +12,7 @@ import pytest
 
 import rome_lab
 from rome_lab.base import versions
-from rome_lab.base.versions import INDIFFERENT, code_version, modules_behind, package_versions, tree_of
+from rome_lab.base.versions import INDIFFERENT, code_version, modules_behind, package_versions, read_code
 
 SOURCES = {
     "__init__": "",
@@ -36,8 +36,7 @@ def version_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
     monkeypatch.syspath_prepend(tmp_path)
 
     def forget() -> None:
-        caches = (code_version, versions.is_module, versions.defined_in, tree_of)
-        for function in (*caches, versions.source_of_module, versions.bare_code):
+        for function in (code_version, versions.is_module, versions.defined_in, read_code, versions.source_of_module):
             function.cache_clear()
         for name in [name for name in sys.modules if name.split(".")[0] == "a_house"]:
             del sys.modules[name]
@@ -152,7 +151,7 @@ def test_a_package_that_is_not_installed_has_no_version() -> None:
 
 def test_the_code_is_that_which_was_imported_whatever_the_files_say_later(monkeypatch: pytest.MonkeyPatch) -> None:
     before = code_version("rome_lab.tracing.one_fact")
-    for function in (code_version, versions.source_of_module, versions.bare_code, tree_of):
+    for function in (code_version, versions.source_of_module, read_code):
         function.cache_clear()
     monkeypatch.setattr(Path, "read_text", lambda *args, **kwargs: pytest.fail("read again"))
     assert code_version("rome_lab.tracing.one_fact") == before
