@@ -32,9 +32,10 @@ class Metric:
     Attributes:
         definition: what it is, by case.
         unit: "%" is for shares, probabilities and similarities; differences of them are percentage points.
-        whole: "whole target": a probability is the product over all tokens of the target; "per token": a mean over them.
+        whole: "whole target": a probability is the product over all tokens of the target; "per token": a mean over them;
+            "text": of one that the model writes; "matrix": of the weights.
         forced: whether the model reads the target itself (teacher forcing) instead of what it would have said;
-            False exactly where `whole` is "text".
+            False exactly where `whole` is "text" or "matrix".
         better: which values are the better ones.
     """
 
@@ -75,6 +76,13 @@ METRICS: dict[str, Metric] = {
         better="lower",
     ),
     "known": Metric("share of unrelated known facts all of whose object's tokens are still the most probable ones"),
+    "norm": Metric(
+        "Frobenius norm of the edited matrix by that of the unedited one, after many edits; of several the greatest",
+        "times",
+        "matrix",
+        forced=False,
+        better="lower",
+    ),
 }
 METRICS |= {
     metric_of(letter, scoring): Metric(

@@ -62,15 +62,25 @@ def finish(ax: Axes, locator: Locator | None = None, frame: bool = True, legend:
 
 
 def line_with_band(
-    ax: Axes, x: Sequence[float], mean: MeanCI | pd.DataFrame, *, opacity: float = 0.15, **style: object
+    ax: Axes,
+    x: Sequence[float],
+    mean: MeanCI | pd.DataFrame,
+    *,
+    within: tuple[float, float] = (-np.inf, np.inf),
+    opacity: float = 0.15,
+    **style: object,
 ) -> None:
     """A line and the band of its interval, in its colour.
 
-    Args: mean: what `mean_ci` returns, or rows with columns of these names. style: as `Axes.plot` takes it, with a color.
+    Args:
+        mean: what `mean_ci` returns, or rows with columns of these names.
+        within: what can be; a t-interval of few facts goes beyond, and would press all lines flat.
+        style: as `Axes.plot` takes it, with a color.
     """
     mean = mean if isinstance(mean, MeanCI) else MeanCI(*(mean[name] for name in MeanCI._fields))
     ax.plot(x, mean.mean, **style)
-    ax.fill_between(x, mean.ci_low, mean.ci_high, color=style["color"], alpha=opacity, linewidth=0)
+    ends = (np.clip(end, *within) for end in (mean.ci_low, mean.ci_high))
+    ax.fill_between(x, *ends, color=style["color"], alpha=opacity, linewidth=0)
 
 
 def layer_ticks() -> Locator:

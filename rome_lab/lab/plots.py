@@ -68,6 +68,7 @@ QUANTITY_NAMES = {
     **{"indirect_effect": "average indirect effect", "p_restored": "average p, restored"},
     **{"effect": "average effect", "normalised_effect": "average effect, as a share"},
 }
+POSSIBLE = {"p_restored": (0, 1), **dict.fromkeys(("indirect_effect", "effect"), (-1, 1))}  # of probabilities
 METRIC_NAMES = {"probability": "p({})", "log_probability": "log p({})", "logit_difference": "logit of {} minus {}"}
 COLOUR_MAPS = {"state": ("Oranges", "Purples"), "mlp": ("RdPu", "Greens"), "attn": ("Blues", "Reds")}
 # The two sites that the paper speaks of stand out.
@@ -423,10 +424,12 @@ def _draw_lines(
 ) -> Axes:
     """A line with its band for each group of rows that there is, in the order and by the names and styles of `names`."""
     groups = dict(iter(groups))
+    in_probability = average.attrs.get("metric", "probability") == "probability"
+    within = POSSIBLE.get(average.attrs.get("quantity") if in_probability else None, (-np.inf, np.inf))
     for key, (name, style) in names.items():
         if key in groups:
             rows = groups[key].sort_values("layer")
-            line_with_band(ax, rows["layer"], rows, opacity=0.18, label=name, **style)
+            line_with_band(ax, rows["layer"], rows, within=within, opacity=0.18, label=name, **style)
     ax.axhline(0, color="0.6", linewidth=0.5, zorder=0)
     ax.margins(x=0.01)
     inner = len(ax.get_shared_y_axes().get_siblings(ax)) > 1 and not ax.get_subplotspec().is_first_col()

@@ -7,6 +7,7 @@
     judge_unedited(lm, cases, settings)   the same of no edits
     caption(table)                   how many cases and models stand behind each number of edits
     where_it_breaks(summary)         from which number of edits on S is below half of what it was
+    norms_by_layer(table)            how far each edited matrix has grown
     curve_panels, plotted_numbers    a summary along the number of edits, drawn and written; see `studies.evaluation`
     scores_of(summary)               the scores that it has
 
@@ -28,7 +29,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm.auto import tqdm
 
-from rome_lab.base import Json, Store, code_version, opened, seed_from
+from rome_lab.base import Json, MeanCI, Store, code_version, mean_ci, opened, seed_from
 from rome_lab.editing import Method, Optima, Proposal, Request, settle
 from rome_lab.evaluation import (
     METRICS,
@@ -154,10 +155,11 @@ def judge_chains(
     """Edit case after case in one model, and judge all of them so far at each of `sizes`, without generation.
 
     A method whose `together` is above 1 is given all requests at once; the others edit what the edits before have made.
-    The scores ES to NM have a value for each case, nll and "known" one for each edited model, which stands in the row of
-    the chain's first case, whether that could be judged or not. No neighbour is judged that another edit of the chain is
-    about; a case with no other has no NS and NM. `summarise(table, ["method", "edits"])` gives the means. Cases of one chain
-    share a model, so all intervals are over models, and there is none of one model.
+    The scores ES to NM have a value for each case; nll, "known" and "norm" one for each edited model, which stands in the
+    row of the chain's first case, whether that could be judged or not; `norms` has that of each matrix, by layer. No
+    neighbour is judged that another edit of the chain is about; a case with no other has no NS and NM.
+    `summarise(table, ["method", "edits"])` gives the means. Cases of one chain share a model, so all intervals are over
+    models, and there is none of one model.
 
     Args:
         sizes: numbers of edits.
@@ -170,8 +172,8 @@ def judge_chains(
         unrelated: known facts, of which `ASKED_AFTER_EDITS` are asked about: those that the chain touches least, see
             `untouched`; by default `known_pool(lm)`. Where there are fewer, it is said in a warning.
 
-    Returns: DataFrame: method, edits, chain, case, the metrics, judged, remark. An edit at which a method fails is left out
-        of its chain and remarked on, and the chain goes on; where not one could be made, none of the cases is judged.
+    Returns: DataFrame: method, edits, chain, case, the metrics, norms, judged, remark. An edit at which a method fails is
+        left out of its chain and remarked on, and the chain goes on; where not one could be made, no case is judged.
 
     Raises:
         ValueError: no cases, fewer than the least of `sizes`, an unknown method, or one that does not fit the model.
@@ -192,17 +194,17 @@ def judge_chains(
                 rows += [{"method": chosen.name, "chain": place} | row for row in judged]
                 bar.update()
     table = pd.DataFrame(rows)
-    metrics = [name for name in METRICS if name in table]
-    return table[["method", "edits", "chain", "case", *metrics, "judged", "remark"]]
+    kept = [name for name in (*METRICS, "norms") if name in table]
+    return table[["method", "edits", "chain", "case", *kept, "judged", "remark"]]
 
 
 def judge_unedited(
     lm: LanguageModel, cases: Iterable[Case], settings: JudgeSettings, store: Store | str | Path | None = None
 ) -> pd.DataFrame:
-    """Rows of no edits to set beside `judge_chains`: those of "none" by `evaluate`, with nll over all passages, as there."""
+    """Rows of no edits to set beside `judge_chains`: those of "none" by `evaluate`, nll over all passages and a norm."""
     table = evaluate(lm, cases, "none", store=store, settings=replace(settings, text_tokens=0)).assign(edits=0)
     settings = replace(settings, known=(), passages=range(len(PASSAGES)))
-    return table.assign(**damage(lm, Change(), settings))
+    return table.assign(**damage(lm, Change(), settings), norm=1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,6 +273,9 @@ def judge_state(bench: Bench, chain: Sequence[Case], state: EditedState) -> list
     if state.proposal is None:
         return [row | {"remark": remark} for row, remark in zip(rows, state.remarks, strict=True)]
     requests = requests_of(chain)
+    norms = grown(bench.lm, state.proposal)
+    if norms:
+        rows[0] |= {"norm": max(norms.values()), "norms": norms}
     settings = replace(bench.settings, known=(), text_tokens=0)
     for row, case, remark in zip(rows, chain, state.remarks, strict=True):
         (marks,) = judged_or_why(bench.lm, [(spared(case, requests), settings, state.proposal)])
@@ -282,6 +287,15 @@ def judge_state(bench: Bench, chain: Sequence[Case], state: EditedState) -> list
     except ValueError as error:
         rows[0]["remark"] = joined_remarks(rows[0]["remark"], str(error))
     return rows
+
+
+def grown(lm: LanguageModel, change: Change) -> dict[str, float]:
+    """|W + delta| / |W|, Frobenius norms, of each matrix that a change edits, by its layer, as JSON has it."""
+    return {
+        str(layer): float((W + delta.to(W)).norm() / W.norm())
+        for layer, delta in change.deltas.items()
+        for W in [lm.weight(layer).detach().double()]
+    }
 
 
 def joined_remarks(*remarks: str) -> str:
@@ -351,6 +365,25 @@ def caption(table: pd.DataFrame) -> str:
             f"{n} models of {method} have no perplexity after {edits}." for (method, edits), n in broken.items()
         ]
     return "\n".join(sentences)
+
+
+def norms_by_layer(table: pd.DataFrame) -> pd.DataFrame:
+    """How far each edited matrix has grown, with 95% t-intervals over the models of each number of edits.
+
+    Args: table: what `judge_chains` returns.
+
+    Returns: DataFrame: method, edits, layer, mean, ci_low, ci_high, n (models); a method that edits no matrix has no row.
+    """
+    by = ["method", "edits", "layer"]
+    told = table.dropna(subset="norms") if "norms" in table else table.head(0).assign(norms=None)
+    rows = [
+        (method, edits, int(layer), norm)
+        for method, edits, norms in zip(told["method"], told["edits"], told["norms"], strict=True)
+        for layer, norm in norms.items()
+    ]
+    groups = pd.DataFrame(rows, columns=[*by, "norm"]).groupby(by, sort=False)["norm"]
+    means = [(*key, *mean_ci(norms.to_numpy(float))) for key, norms in groups]
+    return pd.DataFrame(means, columns=[*by, *MeanCI._fields])
 
 
 def where_it_breaks(summary: pd.DataFrame) -> str:

@@ -227,5 +227,5 @@ def test_what_cannot_be_summarised_is_refused():
 
 def test_every_metric_that_is_no_text_says_how_its_probability_is_meant():
     for name, metric in metrics.METRICS.items():
-        assert metric.definition and metric.whole in ("whole target", "per token", "text"), name
-        assert metric.forced == (metric.whole != "text"), name
+        assert metric.definition and metric.whole in ("whole target", "per token", "text", "matrix"), name
+        assert metric.forced == (metric.whole not in ("text", "matrix")), name

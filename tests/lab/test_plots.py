@@ -202,6 +202,15 @@ def test_lines_of_one_fact_have_no_band_and_are_drawn():
     assert len(ax.get_lines()) == len(BUCKETS) + 1  # and the line at zero
 
 
+@pytest.mark.parametrize("quantity, most", [("indirect_effect", 1), ("p_restored", 1), ("normalised_effect", 40)])
+def test_a_band_of_few_facts_shows_no_effect_that_cannot_be(traces, quantity, most):
+    average = traces.average(quantity)
+    wide = average.assign(ci_low=average["mean"] - 40, ci_high=average["mean"] + 40)
+    wide.attrs = average.attrs
+    ends = [band.get_paths()[0].get_extents().y1 for band in plots.lines(wide, "state").collections]
+    assert max(ends) == pytest.approx(most, abs=0 if most == 1 else 2)
+
+
 def test_buckets_have_the_same_colours_in_all_panels(average):
     axes = plt.subplots(1, 2)[1]
     for ax, kind in zip(axes, ("state", "mlp"), strict=True):

@@ -123,6 +123,26 @@ def test_one_after_the_other_is_each_edit_on_the_model_that_the_others_have_left
         assert row["NM"] == pytest.approx(expected["NM"], rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["rome", "memit"])
+def test_the_norm_of_each_edited_matrix_is_that_of_the_weights_with_all_edits_in_force(tiny, name):
+    method = replace(small(name), **({"layers": (0, 1)} if name == "memit" else {})).settled(tiny)
+    table = run(tiny, [method, "in-context"], CASES[:2], (2,), least=2)
+    (norms,) = table["norms"].dropna()
+    requests = module.requests_of(chains_of(CASES[:2], (2,), 2)[0])
+    together = method.together > 1
+    *_, proposal = (
+        [method.change(tiny, requests, Optima(tiny))] if together else module.changes_in_turn(tiny, requests, method)
+    )
+    W = {layer: tiny.weight(layer).clone() for layer in proposal.deltas}
+    with proposal.applied(tiny):
+        expected = {str(x): float(tiny.weight(x).norm() / W[x].norm()) for x in W}
+    assert norms == pytest.approx(expected, rel=1e-5) and len(norms) == (2 if together else 1)
+    assert table["norm"].dropna().tolist() == [max(norms.values())]
+    by_layer = module.norms_by_layer(table)
+    assert by_layer.set_index("layer")["mean"].to_dict() == {int(x): norm for x, norm in norms.items()}
+    assert set(by_layer["method"]) == {name} and module.norms_by_layer(table.drop(columns="norms")).empty
+
+
 def test_together_is_one_closed_form_of_all_requests(tiny):
     chain = chains_of(CASES, SIZES, 4)[0]
     rows = run(tiny, ["joint"]).query("chain == 0 and edits == 5").to_dict("records")
