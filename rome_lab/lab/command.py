@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pandas as pd
+from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from rome_lab.base import check_file, package_versions
@@ -245,7 +246,9 @@ def trace_prompt(options: argparse.Namespace) -> None:
 def edit_prompt(options: argparse.Namespace) -> None:
     check_file("edit", options.out)
     lm, fact = model_and_fact(options)
-    tried = try_edit(lm, EditRequest(fact, options.target, options.layer, tokens=options.tokens, method=options.method))
+    request = EditRequest(fact, options.target, options.layer, tokens=options.tokens, method=options.method)
+    with tqdm(bar_format="{elapsed} {desc}") as line:
+        tried = try_edit(lm, request, lambda doing, done: line.set_description_str(doing))
     print(tried)
     print(tried.edit.save(options.out))
 

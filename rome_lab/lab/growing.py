@@ -6,6 +6,7 @@ then pictures of what there is so far are in runs/growing, each replaced whole.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,15 @@ from tqdm import tqdm
 from rome_lab.base import write_atomically
 from rome_lab.facts import Fact, known_facts, load_facts, read_prompt
 from rome_lab.lab.batch import one_kernel, prepare, run_notebook, shared_out
-from rome_lab.lab.plots import average_heatmaps, average_lines, facts_and_average, severed_and_gaps
+from rome_lab.lab.drawing import FONT_SIZE
+from rome_lab.lab.plots import (
+    average_heatmaps,
+    average_lines,
+    facts_and_average,
+    heatmaps,
+    severed_and_gaps,
+    shared_limits,
+)
 from rome_lab.lab.typed_facts import facts_to_show
 from rome_lab.models import LanguageModel, load_model
 from rome_lab.tracing import KINDS, Trace, Traces, columns_of, trace_facts
@@ -51,7 +60,9 @@ def draw_figures(
     start_up = time.time() - psutil.Process().create_time()
     facts = load_facts(used["dataset"])
     settings = {"samples": used["samples"], "window": used["window"], "seed": seed, "store": results, "progress": False}
-    with tqdm(desc="figures", unit="", disable=not progress, bar_format=BAR, smoothing=0.1) as bar:
+    # A terminal that does not tell its width says 0, and tqdm would draw nothing.
+    style = {"bar_format": BAR, "smoothing": 0.1, "ncols": shutil.get_terminal_size().columns}
+    with tqdm(desc="figures", unit="", disable=not progress, **style) as bar:
         pictures = Growing(Path(runs) / "growing", lm, bar, used["window"])
         # The first picture does not wait until the known facts are found.
         first = facts_to_show(lm, facts, used["examples"], [], results, seed)[:1]
@@ -85,6 +96,7 @@ class Growing:
     Attributes:
         folder: where the pictures are.
         shown: the traces of the facts that Figure 1 shows one by one; averaged: those of the facts behind the averages.
+        most_shown: how many of the former have been in a picture at once.
     """
 
     folder: Path
@@ -93,6 +105,7 @@ class Growing:
     window: int
     shown: list[Trace] = field(default_factory=list)
     averaged: list[Trace] = field(default_factory=list)
+    most_shown: int = 0
     begun: float = field(default_factory=time.monotonic)
     drawing: float = 0.0  # seconds that pictures have taken
 
@@ -123,7 +136,7 @@ class Growing:
         return layers * sum(n_tokens - token for token in tokens)
 
     def trace_shown(self, facts: Sequence[Fact], settings: Mapping[str, object]) -> None:
-        """Trace what Figure 1 shows one by one, and draw it fact by fact."""
+        """Trace what Figure 1 shows one by one, and draw it fact by fact, the very first kind by kind."""
         self.shown = []
         trace_facts(self.lm, facts, SHOWN, each=self.add_shown, **settings)
 
@@ -136,7 +149,7 @@ class Growing:
         self.bar.set_description(f"tracing {trace.subject}")
         self.count(trace)
         self.shown.append(trace)
-        if len(self.shown) % len(SHOWN) == 0:
+        if len(self.shown) % len(SHOWN) == 0 or self.most_shown < len(self.shown) < len(SHOWN):
             self.draw()
 
     def add(self, trace: Trace) -> None:
@@ -155,10 +168,16 @@ class Growing:
         n_facts = len(self.averaged) // len(KINDS)
         traces = Traces(self.averaged) if n_facts > 1 else None
         average = traces and traces.average()
-        note = f"{self.lm.name}, {f'{n_facts} known facts' if traces else 'single facts'} so far"
+        note = f"{self.lm.name}, {f'{n_facts} known facts' if traces else 'single facts'} so far; *: subject"
         of_kinds = None if average is None else average[average["kind"].isin(SHOWN)]
-        singles = [self.shown[i : i + len(SHOWN)] for i in range(0, len(self.shown), len(SHOWN))]
-        self.save("figure_1", facts_and_average(singles, of_kinds, note))
+        if len(self.shown) < len(SHOWN):
+            figure = heatmaps(self.shown, shared_limits(*self.shown))
+            figure.suptitle(note, fontsize=FONT_SIZE)
+        else:
+            singles = [self.shown[i : i + len(SHOWN)] for i in range(0, len(self.shown), len(SHOWN))]
+            figure = facts_and_average(singles, of_kinds, note)
+        self.save("figure_1", figure)
+        self.most_shown = max(self.most_shown, len(self.shown))
         if traces:
             gaps = pd.concat([traces.gap("state", "severed-attn"), traces.gap("state", "severed-mlp")])
             self.save("figure_2", average_heatmaps(of_kinds, note))

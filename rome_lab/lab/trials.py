@@ -145,7 +145,7 @@ def make_edit(lm: LanguageModel, request: EditRequest, tell: Tell = lambda doing
         number = int(row["step"])
         tell(f"v*: step {number} of {settings.steps}, P[target] {row['p_target']:.2f}", number / settings.steps)
 
-    tell(f"Preparing the edit of {where}", 0.0)
+    tell(f"Preparing the edit of {where}; the first one measures how keys vary there, which may take minutes", 0.0)
     given = {"tokens": request.tokens, "hparams": settings, "callback": step, "C_callback": seen}
     return edit_by(request.method, lm, [(fact, target)], layer, progress=False, **given)
 

@@ -53,9 +53,10 @@ KEYS = ("claim", "measure", "panel", "kind", "bucket", "position", "layer")  # c
 DEFAULT = {"n_facts": 3, "samples": 2}
 ROMES = ("none", "rome", "rome-averaged", "rome-identity", "rome-mismatched")  # they share v*
 SMALL = {
-    "edit": {"demonstrate": True, "n_facts": 1, "steps": 15, "tokens": 4096, "samples": 2},
+    # 3,072 tokens, two for each component of a key, are in the texts that are sampled first.
+    "edit": {"demonstrate": True, "n_facts": 1, "steps": 15, "tokens": 3072, "samples": 2},
     "edit_anatomy": {
-        **{"layer": 3, "layers": [3, 12], "tokens": [3, 9], "steps": [3, 2], "prefixes": [5], "c_tokens": 4096},
+        **{"layer": 3, "layers": [3, 12], "tokens": [3, 9], "steps": [3, 2], "prefixes": [5], "c_tokens": 3072},
         **{"n_texts": 2, "samples": 2},
     },
     # Not those that find v* from other keys, measure C at more layers, or have to be trained: tests/editing has them.

@@ -195,3 +195,13 @@ def test_pictures_grow_and_the_bar_ends_where_the_work_does(tmp_path):
     assert (tmp_path / "figure_1.png").read_bytes() != first
     assert bar.n == bar.total
     assert len(bar.lines) == 1
+
+
+def test_the_first_picture_does_not_wait_for_the_other_kinds_and_none_is_taken_back(tmp_path, monkeypatch):
+    lm, drawn = talkative_model(), []
+    growing = Growing(tmp_path, lm, Bar(), window=3)
+    monkeypatch.setattr(growing, "save", lambda name, figure: drawn.append(sum(x.has_data() for x in figure.axes)))
+    for _ in range(2):  # as for the first fact, and again among those that are shown
+        growing.trace_shown(known(lm)[:1], {"samples": 1, "window": 3, "progress": False})
+    each = drawn[0]  # of one heatmap, with its scale
+    assert each and drawn == [each, 2 * each, 3 * each, 3 * each]
