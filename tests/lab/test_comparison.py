@@ -166,6 +166,12 @@ def test_an_edit_is_undone_also_where_fewer_texts_go_together_by_then_and_answer
     assert not torch.equal(rounded, tried.before.log_p) and torch.allclose(rounded, tried.before.log_p, atol=1e-4)
 
 
+def test_a_fact_of_ones_own_without_a_relation_counts_nothing_of_nothing(tiny) -> None:
+    tried = try_edit(tiny, replace(REQUEST, fact=replace(REQUEST.fact, relation=None, templates=())))
+    assert tried.row()["neighbours"] == tried.row()["paraphrases"] == 0
+    assert "0 of 0" not in str(tried) and "without a relation has no paraphrases and no neighbours" in str(tried)
+
+
 def test_an_edit_can_be_tried_while_it_is_in_force(tiny) -> None:
     tried = try_edit(tiny, REQUEST)
     tried.edit.apply(tiny)
