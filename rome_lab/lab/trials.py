@@ -96,14 +96,14 @@ class Tried:
 
     def __str__(self) -> str:
         row = self.row()
-        told = [
+        counts = [
             f"{row[f'{name}_{verb}']} of {row[name]} {name} {verb}"
             for name, verb in (("paraphrases", "follow"), ("neighbours", "stay"))
             if row[name]
         ]
         return (
             f"P[{row['target']}] went from {row['target_before']:.3f} to {row['target_after']:.3f}; "
-            f"{', '.join(told) or 'a fact without a relation has no paraphrases and no neighbours to ask about'}. "
+            f"{', '.join(counts) or 'a fact without a relation has no paraphrases and no neighbours to ask about'}. "
             f"{met_in_words(self.edit)}; once undone, all weights are bit for bit the same: {self.restored}."
         )
 

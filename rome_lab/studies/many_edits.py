@@ -375,10 +375,10 @@ def norms_by_layer(table: pd.DataFrame) -> pd.DataFrame:
     Returns: DataFrame: method, edits, layer, mean, ci_low, ci_high, n (models); a method that edits no matrix has no row.
     """
     by = ["method", "edits", "layer"]
-    told = table.dropna(subset="norms") if "norms" in table else table.head(0).assign(norms=None)
+    with_norms = table.dropna(subset="norms") if "norms" in table else table.head(0).assign(norms=None)
     rows = [
         (method, edits, int(layer), norm)
-        for method, edits, norms in zip(told["method"], told["edits"], told["norms"], strict=True)
+        for method, edits, norms in zip(with_norms["method"], with_norms["edits"], with_norms["norms"], strict=True)
         for layer, norm in norms.items()
     ]
     groups = pd.DataFrame(rows, columns=[*by, "norm"]).groupby(by, sort=False)["norm"]
