@@ -18,8 +18,7 @@ Question, score, Score          log probabilities of given continuations under c
 generate, continue_randomly     texts that the model writes, under changes or as it is
 choose_products                 how float32 matrix products are computed: precisions, and what they cost by product_error;
                                 suited_products for the quickest of those that are accurate
-difference                      which fields of two models' configurations differ, in words; digest_of_tokenizer tells one
-                                tokenizer from another
+difference                      which fields of two models' configurations differ, in words
 freed_memory_kept               where freed memory goes, and freed_memory_given_back
 device_of, read_weight          where a module computes, and its weight
 Verdict, keep_verdicts          of `rl.verify`, kept (EXACT, ROUNDED, WRONG, IMPOSSIBLE): verdicts_of finds them again,
@@ -46,7 +45,7 @@ from rome_lab.models.blocks import (
     suited_attention,
 )
 from rome_lab.models.changes import Change, side_by_side
-from rome_lab.models.identity import difference, digest_of_tokenizer
+from rome_lab.models.identity import difference
 from rome_lab.models.language_model import LanguageModel
 from rome_lab.models.layouts import LAYOUTS, Layout
 from rome_lab.models.loading import check_hub, load_model

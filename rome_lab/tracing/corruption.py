@@ -20,7 +20,7 @@ import torch
 
 from rome_lab.base import check_text, seed_from
 from rome_lab.facts import Prompt, load_facts
-from rome_lab.models import LanguageModel, digest_of_tokenizer
+from rome_lab.models import LanguageModel
 
 
 class Corruption(Protocol):
@@ -178,23 +178,11 @@ def embedding_std(lm: LanguageModel) -> float:
     Measured on the module's output, since some families scale their embeddings there; each token counts as often as it
     occurs in the text.
     """
-    tokens, counts = tokens_of_the_facts(lm)
+    text = [f"{fact.prompt} {fact.object}." for fact in load_facts("embedded")]
+    ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens, counts = map(torch.from_numpy, np.unique(list(chain.from_iterable(ids)), return_counts=True))
     rows = lm.embedding(tokens.to(lm.device)).cpu().double()  # (different tokens, D)
     lm.check_finite(rows, "embedding_std")
     weight = (counts / counts.sum(dtype=torch.float64))[:, None] / rows.shape[1]
     mean = (weight * rows).sum()
     return float((weight * (rows - mean) ** 2).sum().sqrt())
-
-
-_COUNTED: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # by the digest of the tokenizer
-
-
-def tokens_of_the_facts(lm: LanguageModel) -> tuple[torch.Tensor, torch.Tensor]:
-    """The different tokens of the embedded facts' sentences, and how often each occurs; counted once for a tokenizer."""
-    digest = digest_of_tokenizer(lm.tokenizer)
-    if digest not in _COUNTED:
-        text = [f"{fact.prompt} {fact.object}." for fact in load_facts("embedded")]
-        ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
-        tokens, counts = np.unique(list(chain.from_iterable(ids)), return_counts=True)
-        _COUNTED[digest] = torch.from_numpy(tokens), torch.from_numpy(counts)
-    return _COUNTED[digest]

@@ -123,9 +123,11 @@ def test_one_after_the_other_is_each_edit_on_the_model_that_the_others_have_left
         assert row["NM"] == pytest.approx(expected["NM"], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["rome", "memit"])
-def test_the_norm_of_each_edited_matrix_is_that_of_the_weights_with_all_edits_in_force(tiny, name):
-    method = replace(small(name), **({"layers": (0, 1)} if name == "memit" else {})).settled(tiny)
+@pytest.mark.parametrize(
+    "method", [small("rome"), replace(small("memit"), layers=(0, 1))], ids=lambda method: method.name
+)
+def test_the_norm_of_each_edited_matrix_is_that_of_the_weights_with_all_edits_in_force(tiny, method):
+    method = method.settled(tiny)
     table = run(tiny, [method, "in-context"], CASES[:2], (2,), least=2)
     (norms,) = table["norms"].dropna()
     requests = module.requests_of(chains_of(CASES[:2], (2,), 2)[0])
@@ -140,7 +142,7 @@ def test_the_norm_of_each_edited_matrix_is_that_of_the_weights_with_all_edits_in
     assert table["norm"].dropna().tolist() == [max(norms.values())]
     by_layer = module.norms_by_layer(table)
     assert by_layer.set_index("layer")["mean"].to_dict() == {int(x): norm for x, norm in norms.items()}
-    assert set(by_layer["method"]) == {name} and module.norms_by_layer(table.drop(columns="norms")).empty
+    assert set(by_layer["method"]) == {method.name} and module.norms_by_layer(table.drop(columns="norms")).empty
 
 
 def test_together_is_one_closed_form_of_all_requests(tiny):
