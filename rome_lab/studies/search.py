@@ -95,9 +95,15 @@ def compare_methods(
     return summarise(pd.concat([table.drop(columns="method"), named], axis=1), by)
 
 
-def configurations_of(n: int, c_text: str = "sampled") -> dict[str, list[Method]]:
-    """Method -> its first n configurations of `SEARCH`, those of ROME with C measured on this text."""
-    return {name: [measured_on(method, c_text) for method in several[:n]] for name, several in SEARCH.items()}
+def configurations_of(n: int, c_text: str = "sampled", ways: Iterable[str] = SEARCH) -> dict[str, list[Method]]:
+    """Method -> its first n configurations of `SEARCH`, those of ROME with C measured on this text.
+
+    Raises: ValueError: one of `ways` is no method of `SEARCH`.
+    """
+    ways = list(ways)
+    if unknown := [name for name in ways if name not in SEARCH]:
+        raise ValueError(f"search: {', '.join(unknown)} is not searched; ways are {', '.join(SEARCH)}.")
+    return {name: [measured_on(method, c_text) for method in SEARCH[name][:n]] for name in ways}
 
 
 def sweep_layers(
