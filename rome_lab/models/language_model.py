@@ -26,7 +26,7 @@ from rome_lab.models.layouts import LAYOUTS, Layout, has
 from rome_lab.models.overlay import Overlay, WeightChange
 from rome_lab.models.process import precisions
 from rome_lab.models.readiness import check_ids_fit, check_model, front_only, unwrapped
-from rome_lab.models.structure import find_layout
+from rome_lab.models.structure import check_by_hand, find_layout
 from rome_lab.models.tails import Readout, own_readout, readout_error, run_on_probe
 from rome_lab.models.weights import device_of, every_weight, is_offloaded, read_weight
 
@@ -74,6 +74,8 @@ class LanguageModel:
             raise ValueError(
                 f"LanguageModel: the layout {layout.family!r} does not fit {type(model).__name__}: no {lacking}."
             )
+        if layout is not None and layout not in LAYOUTS:
+            check_by_hand(model, layout)
         self.layout = layout or find_layout(model)
         self.blocks: list[nn.Module] = list(attrgetter(self.layout.blocks)(model))
         self.origin = origin

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import combinations
-from math import gcd
+from math import gcd, inf
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from rome_lab.models.weights import device_of
 logger = logging.getLogger(__name__)
 
 N_TOKENS = 7  # of the text that is run to look at a model
+ROUNDINGS = 4  # of a sum, at most; each of its two additions and two factors makes half of one
 
 
 class UnfitModelError(ValueError):
@@ -87,23 +89,23 @@ def find_structure(model: nn.Module) -> Layout:
         UnfitModelError: the model has no such parts; the message says which it lacks.
     """
     if getattr(model.config, "is_encoder_decoder", False):
-        raise unfit(model, "it is an encoder-decoder, and here a text is read by a decoder alone")
+        raise unfit(model, "it is an encoder-decoder, and here a text is read by a decoder alone", by_hand=False)
     calls = watched(model, probe(model))
     blocks = chain_of_blocks(model, calls)
     names = [f"{blocks}.{layer}" for layer in range(len(model.get_submodule(blocks)))]
     changed = probe(model)
     changed[0, -1] += 1
-    first, again = (run[names[-1]].returned.flatten(0, -2)[0] for run in (calls, watched(model, changed)))
-    rounding = (
-        max(torch.finfo(first.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
-    )  # the experts' is not the same twice
-    if (again - first).abs().max() > rounding * first.abs().max():
-        raise unfit(model, "its tokens see those behind them, so it is no decoder")
+    first, again = (run[names[-1]].returned.flatten(0, -2)[0].double() for run in (calls, watched(model, changed)))
+    eps = max(torch.finfo(calls[names[-1]].returned.dtype).eps, torch.finfo(torch.float32).eps)
+    # By the median, since a few numbers of a state may be huge; the experts' are not the same twice.
+    if (again - first).abs().max() > eps**0.5 * first.abs().median():
+        raise unfit(model, "its tokens see those behind them, so it is no decoder", by_hand=False)
     kept = [0, *(calls[name].kept for name in names)]
     if bare := [layer for layer in range(len(names)) if kept[layer + 1] != kept[layer] + 1]:
         raise unfit(
             model,
             f"{names[bare[0]]} keeps no keys and values of its own: a state-space layer, or one that shares another's",
+            by_hand=False,
         )
     parts = [
         {path[len(name) + 1 :]: call for path, call in calls.items() if path.startswith(name + ".")} for name in names
@@ -114,6 +116,43 @@ def find_structure(model: nn.Module) -> Layout:
     sparse = tuple(layer for layer, path in enumerate(matrices) if path != memory) if memory else ()
     family = getattr(model.config, "model_type", "") or type(model).__name__
     return Layout(family, blocks, attn, mlp, memory, sparse=sparse)
+
+
+def check_by_hand(model: nn.Module, layout: Layout) -> None:
+    """Raise an UnfitModelError where one run shows that a layout of the user's own takes one part for another.
+
+    That its attention and MLP do not add up to what a block adds is a warning: the block may norm their sum.
+    """
+    calls = watched(model, probe(model))
+    for layer in range(len(attrgetter(layout.blocks)(model))):
+        name = f"{layout.blocks}.{layer}"
+        part = {path[len(name) + 1 :]: call for path, call in calls.items() if path.startswith(name + ".")}
+        pair = [path for path in part if path in (layout.attn, layout.mlp)]
+        if len(pair) < 2:
+            continue  # called more than once, which tells nothing
+        if layer == 0 and attention_first(part, *pair) != (layout.attn, layout.mlp):
+            raise unfit(
+                model,
+                f"the layout says that {layout.attn} is the attention and {layout.mlp} the MLP, but it is not {layout.attn} "
+                "that keeps keys and values",
+            )
+        if layout.memory in part and layer not in layout.sparse and not ends(part[layout.memory], part[layout.mlp]):
+            raise unfit(
+                model,
+                f"the layout says that {layout.memory} ends the MLP, but in {name} what it returns is neither what "
+                f"{layout.mlp} returns nor what that is given",
+            )
+        block = calls.get(name)
+        if (
+            block
+            and is_sized(block.given, block.returned.shape)
+            and unexplained(block, [part[x] for x in pair]) > ROUNDINGS
+        ):
+            logger.warning(
+                "%s: what %s and %s return does not add up to what %s adds to its input. rl.verify(lm) tries whether traces "
+                "are exact all the same.", type(model).__name__, *pair, name,
+            )  # fmt: skip
+            return
 
 
 def probe(model: nn.Module) -> Tensor:
@@ -179,57 +218,98 @@ def contributions(
     shape = blocks[0].given.shape
     common = [path for path in parts[0] if all(path in part for part in parts)]
     common = [path for path in common if all(is_sized(part[path].returned, shape) for part in parts)]
-    fitting = [
-        (path, other)
-        for path, other in combinations(common, 2)
-        if not other.startswith(path + ".")
-        and not path.startswith(other + ".")
-        and all(adds_up(block, [part[path], part[other]]) for block, part in zip(blocks, parts, strict=True))
-    ]
-    if not fitting:
+    errors: dict[tuple[str, str], float] = {}
+    for path, other in combinations(common, 2):
+        if not other.startswith(path + ".") and not path.startswith(other + "."):
+            addends = [[part[path], part[other]] for part in parts]
+            errors[path, other] = max(map(unexplained, blocks, addends))
+    least = min(errors.values(), default=inf)
+    if least > ROUNDINGS:
         raise unfit(
             model,
             f"no two modules' outputs add up to what {names[0]} adds to its input, for every block alike; "
             f"among those of the right size are {', '.join(common[:8]) or 'none'}",
         )
-    # The outermost modules; of two that are as far out, the earlier.
+    # Of those that fit about as well, the outermost modules; of two that are as far out, the earlier.
+    fitting = [pair for pair, error in errors.items() if error <= max(2 * least, ROUNDINGS / 2)]
     first, second = min(fitting, key=lambda pair: sum(path.count(".") for path in pair))
-    return (first, second) if parts[0][first].kept else (second, first)
+    others = [pair for pair in fitting if not say_the_same(parts, (first, second), pair)]
+    if others and blocks[0].returned.dtype.itemsize <= 2:
+        raise unfit(
+            model,
+            f"in 16 bits what {first} and {second} return explains what a block adds to its input, and what "
+            f'{" and ".join(others[0])} return does as well; load it with dtype="float32" to tell them apart',
+        )
+    return attention_first(parts[0], first, second)
+
+
+def say_the_same(parts: Sequence[Mapping[str, Call]], pair: tuple[str, str], other: tuple[str, str]) -> bool:
+    """Whether two pairs of modules return the same, as a module and the matrix that ends it do."""
+    return all(
+        torch.equal(part[one].returned.flatten(), part[two].returned.flatten())
+        for part in parts
+        for one, two in zip(pair, other, strict=True)
+    )
+
+
+def attention_first(part: Mapping[str, Call], earlier: str, later: str) -> tuple[str, str]:
+    """The paths of two modules of a first block, given in the order in which they return: the attention's, the MLP's."""
+    return (earlier, later) if part[earlier].kept else (later, earlier)
 
 
 def is_sized(x: Tensor | None, shape: torch.Size) -> bool:
     return x is not None and x.shape[-1] == shape[-1]
 
 
-def adds_up(block: Call, addends: Sequence[Call]) -> bool:
-    """Whether what the block returned is what it was given and a sum of the outputs, each times a constant."""
+def unexplained(block: Call, addends: Sequence[Call]) -> float:
+    """By how many roundings what a block returned is not what it was given and a sum of the outputs, each times a constant.
+
+    Each number is measured by the size of its own terms, since a few of a state may be huge, and in 16 bits round away more
+    than most others are.
+    """
     given, returned = block.given.double().flatten(), block.returned.double().flatten()
     columns = torch.stack([x.returned.double().flatten() for x in addends], dim=1)  # (T * D, 2)
-    factors = torch.linalg.lstsq(columns, (returned - given)[:, None], driver="gelsd").solution[:, 0]
+    sizes = given.abs() + returned.abs() + columns.abs().sum(1)
+    sizes[sizes == 0] = 1.0
+    ours, wanted = columns / sizes[:, None], (returned - given) / sizes
+    factors = torch.linalg.lstsq(ours, wanted[:, None], driver="gelsd").solution[:, 0]
+    if not factors.all():
+        return inf
     terms = columns * factors
-    error = (given + terms.sum(1) - returned).abs().max()
-    size = (given.abs() + terms.abs().sum(1)).max()
-    return bool(factors.all() and error <= 16 * torch.finfo(block.returned.dtype).eps * size)
+    sizes = given.abs() + terms.abs().sum(1)
+    error = (given + terms.sum(1) - returned).abs()
+    eps = max(torch.finfo(block.returned.dtype).eps, 1e-12)  # in float64 the factors are no more exact than that
+    return float((error / sizes.where(sizes > 0, 1.0)).max()) / eps
 
 
 def matrix_that_ends(model: nn.Module, name: str, mlp: str, part: Mapping[str, Call]) -> str | None:
     """Path from the block `name` to the matrix whose output is the MLP's, or what the norm behind the MLP is given."""
-    outputs = [x.flatten(0, -2) for x in (part[mlp].returned, part[mlp].given) if x is not None]
     for path, call in reversed(part.items()):
         module = model.get_submodule(f"{name}.{path}")
         is_matrix = isinstance(module, nn.Linear | Conv1D) or "linear" in type(module).__name__.lower()
-        if is_matrix and call.returned is not None:
-            product = call.returned.flatten(0, -2)
-            if any(x.shape == product.shape and torch.equal(x, product) for x in outputs):
-                return path
+        if is_matrix and ends(call, part[mlp]):
+            return path
     return None
 
 
-def unfit(model: nn.Module, reason: str) -> UnfitModelError:
-    """The error that says why a model cannot be traced, and what was looked for."""
+def ends(matrix: Call, mlp: Call) -> bool:
+    """Whether what a matrix returned is what the MLP, or the norm that stands for it, returned or was given."""
+    if matrix.returned is None:
+        return False
+    product = matrix.returned.flatten(0, -2)
+    outputs = [x.flatten(0, -2) for x in (mlp.returned, mlp.given) if x is not None]
+    return any(x.shape == product.shape and torch.equal(x, product) for x in outputs)
+
+
+def unfit(model: nn.Module, reason: str, by_hand: bool = True) -> UnfitModelError:
+    """The error that says why a model cannot be traced, what was looked for, and whether a layout by hand may help."""
     return UnfitModelError(
         f"LanguageModel: {type(model).__name__} is not a decoder-only model whose parts rome_lab finds: {reason}. Looked "
-        "for a list of blocks, in each an attention and an MLP whose outputs are added to its input. Or say where they are: "
-        'LanguageModel(model, tokenizer, layout=rl.models.Layout("mine", "model.layers", "self_attn", "mlp", '
-        '"mlp.down_proj")).'
+        "for a list of blocks, in each an attention and an MLP whose outputs are added to its input."
+        + by_hand
+        * (
+            " Or say where they are: "
+            'LanguageModel(model, tokenizer, layout=rl.models.Layout("mine", "model.layers", "self_attn", "mlp", '
+            '"mlp.down_proj")).'
+        )
     )

@@ -102,7 +102,7 @@ def configurations_of(n: int, c_text: str = "sampled", ways: Iterable[str] = SEA
     """
     ways = list(ways)
     if unknown := [name for name in ways if name not in SEARCH]:
-        raise ValueError(f"search: {', '.join(unknown)} is not searched; ways are {', '.join(SEARCH)}.")
+        raise ValueError(f"search: {', '.join(unknown)}: nothing to search; ways are {', '.join(SEARCH)}.")
     return {name: [measured_on(method, c_text) for method in SEARCH[name][:n]] for name in ways}
 
 

@@ -69,7 +69,10 @@ SMALL = {
         **{"lengths": [5], "depths": [2], "samples": [1], "facts": [1], "workers": [1], "repetitions": 1},
         **{"n_facts": 10},
     },
-    "search": {"n_search": 2, "layers": [3], "tokens": [5000], "changes": 1, "configurations": 1, "c_text": TEXT},
+    "search": {
+        **{"n_search": 2, "layers": [3], "tokens": [5000], "changes": 1, "configurations": 1, "c_text": TEXT},
+        **{"ways": ["rome", "ft", "in-context"]},  # as of the evaluation
+    },
     "corruptions": {"n_facts": 2, "n_random": 2, "sigmas": [3.0], "windows": [10, 1], "samples": 1},
     "heads": {"n_facts": 4},
     "where_to_edit": {"n_facts": 3, "layers": [0, 3, 12], "steps": 3, "samples": 2, "c_text": TEXT},

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from families import VERIFIED, family_model
 from oracle import FullForward
 from tiny import FAMILIES, LLAMA, tiny_model, tokenizer
 from unheard import unheard_model
@@ -81,6 +82,47 @@ def test_a_look_finds_what_the_list_says(family):
     assert (found.blocks, found.attn, found.mlp, found.memory) == (known.blocks, known.attn, known.mlp, known.memory)
 
 
+LOOKED_AT = [x for x in VERIFIED if x not in ("OPT (norms of sums)", "Falcon (alibi)", "gpt-oss (attention sinks)")]
+
+
+@pytest.mark.parametrize("family", LOOKED_AT)
+@pytest.mark.parametrize(("dtype", "huge"), [("float32", 3000), ("bfloat16", 0), ("bfloat16", 500), ("float16", 500)])
+def test_a_look_finds_the_same_where_numbers_are_huge_or_have_16_bits_or_says_that_it_cannot_tell(family, dtype, huge):
+    """States of real models have few huge numbers, beside which what a block adds to the others is next to nothing."""
+    model = family_model(family).model
+    known = find_structure(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 3] += huge
+    try:
+        found = find_structure(model.to(getattr(torch, dtype)))
+    except UnfitModelError as reason:
+        assert dtype != "float32" and (huge or "MoE" in family) and 'dtype="float32"' in str(reason)
+    else:
+        assert (found.attn, found.mlp, found.memory) == (known.attn, known.mlp, known.memory)
+
+
+def test_a_layout_by_hand_that_takes_one_part_for_another_is_refused(caplog):
+    def given(attn: str, mlp: str, memory: str | None) -> LanguageModel:
+        return LanguageModel(
+            tiny_model("llama").model, tokenizer(), layout=Layout("mine", "model.layers", attn, mlp, memory)
+        )
+
+    with pytest.raises(
+        UnfitModelError, match="mlp is the attention and self_attn the MLP, but it is not mlp that keeps keys"
+    ):
+        given("mlp", "self_attn", "mlp.up_proj")
+    with pytest.raises(
+        UnfitModelError, match="says that mlp.up_proj ends the MLP, but in model.layers.0 what it returns"
+    ):
+        given("self_attn", "mlp", "mlp.up_proj")
+    assert given("self_attn", "mlp", None).sparse == {0, 1, 2, 3} and not caplog.text
+    with caplog.at_level(logging.WARNING):
+        given("self_attn", "post_attention_layernorm", None)
+    assert (
+        "what self_attn and post_attention_layernorm return does not add up to what model.layers.0 adds" in caplog.text
+    )
+
+
 SMALL = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2}
 UNFIT = {
     "an encoder-decoder": lambda: tf.T5ForConditionalGeneration(
@@ -100,9 +142,10 @@ UNFIT = {
 def test_what_cannot_be_traced_is_refused_with_the_reason_and_what_was_looked_for(reason):
     model = UNFIT[reason]()
     model.config.model_type = "unheard-of"
-    with pytest.raises(UnfitModelError, match=rf"{reason}.*Looked for a list of blocks.*layout=") as caught:
+    with pytest.raises(UnfitModelError, match=rf"{reason}.*Looked for a list of blocks") as caught:
         LanguageModel(model, tokenizer())
     assert "\n" not in str(caught.value)
+    assert ("layout=" in str(caught.value)) == (reason == "no two modules' outputs add up"), "it helps there alone"
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-3])

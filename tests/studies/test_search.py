@@ -16,7 +16,7 @@ from rome_lab.editing.methods import FineTuning, Rome
 from rome_lab.editing.optima import Optima
 from rome_lab.evaluation.evaluating import evaluate
 from rome_lab.studies import search as module
-from rome_lab.studies.search import best, compare_methods, differences, search_settings
+from rome_lab.studies.search import best, compare_methods, configurations_of, differences, search_settings
 
 CASES = [case(i, subject) for i, subject in enumerate(("Paris", "Japan", "Warsaw"))]
 OPTIONS = {"progress": False, "settings": QUICK}
@@ -53,6 +53,14 @@ def test_methods_are_searched_with_equal_effort(tiny):
     with pytest.raises(ValueError, match="configurations are none"):
         search_settings(tiny, CASES, {}, **OPTIONS)
     assert len({len(several) for several in SEARCH.values()}) == 1
+
+
+def test_some_methods_are_searched_alone_and_unknown_ones_refused():
+    assert set(configurations_of(2)) == set(SEARCH)
+    chosen = configurations_of(2, ways=["ft", "rome"])
+    assert list(chosen) == ["ft", "rome"] and chosen["ft"] == list(SEARCH["ft"][:2])
+    with pytest.raises(ValueError, match="search: none, ftt: nothing to search; ways are rome, memit"):
+        configurations_of(2, ways=["none", "rome", "ftt"])
 
 
 def test_configurations_are_told_apart_by_what_differs_in_any_of_them():
