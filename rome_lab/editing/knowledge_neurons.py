@@ -22,6 +22,7 @@ from rome_lab.models import (
     Batching,
     LanguageModel,
     at_least_float32,
+    check_recording,
     input_changed,
     log_p_of,
     record_run,
@@ -88,6 +89,7 @@ def knowledge_attributions(
         run_to_keys(lm, ids, range(lm.n_layers), lambda layer, k: keys.update({layer: k.view(ids.shape[1], -1)[-1]}))
     recording = record_run(lm, ids, lambda embedded: None)
     lm.check_finite(recording.logits, "kn")
+    check_recording(lm, recording, "kn")
     along = (torch.arange(steps) + 0.5)[:, None] / steps
     text = torch.zeros(lm.n_layers * steps, dtype=torch.long)  # all of the texts continue the one that was recorded
 

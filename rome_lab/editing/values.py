@@ -26,6 +26,7 @@ from rome_lab.models import (
     LanguageModel,
     Recording,
     causal_mask,
+    check_recording,
     is_mask,
     log_p_of,
     output_changed,
@@ -90,6 +91,7 @@ def record_suffixes(lm: LanguageModel, texts: Sequence[Sequence[int]], begins: S
     ids = torch.tensor([[*text, *[0] * (length - len(text))] for text in texts], device=lm.device)
     recording = record_run(lm, ids, lambda embedded: None)
     lm.check_finite(recording.states[-1], "rome")
+    check_recording(lm, recording, "rome")
     return Suffixes(shifted(lm, recording, begin - torch.tensor(begins)), begin)
 
 

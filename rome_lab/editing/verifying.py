@@ -81,7 +81,8 @@ def verify(
     Args:
         prompt, subject: the text to try it on, and the part of it that is corrupted.
         cells: of each sort of trace, how many are compared; drawn by `seed`.
-        store: where the verdicts are kept, for `causal_trace`, which refuses a model with a wrong one.
+        store: where the verdicts are kept. Those in the user's cache, the default, are what `causal_trace` asks, which
+            refuses a model with a wrong one.
         tell: called with each check before it is made, and how far it has come.
 
     Returns: columns check, difference, limit, verdict, remark.

@@ -30,6 +30,7 @@ from transformers import Cache, DynamicCache
 from rome_lab.models.language_model import LanguageModel
 from rome_lab.models.layouts import LAYOUTS
 from rome_lab.models.overlay import alone_with
+from rome_lab.models.readiness import hooked
 from rome_lab.models.tails import excess
 from rome_lab.models.weights import is_offloaded
 
@@ -160,7 +161,8 @@ def run_block(
 def check_recording(lm: LanguageModel, recording: Recording, doing: str) -> None:
     """Raise a ValueError where `lm.logits`, or blocks run on the last tokens alone, do not give what the whole run gave.
 
-    The blocks that transformers itself has for the families known by name are not run for it.
+    The blocks that transformers itself has for the families known by name are not run for it, unless there are hooks of
+    the user's own, which may do on a part of a text what they do not on the whole.
     """
     ours = at_least_float32(lm.logits(recording.states[-1][:, -1]))
     if (error := excess(ours, recording.logits, lm.is_rounded)) > 1:
@@ -168,16 +170,21 @@ def check_recording(lm: LanguageModel, recording: Recording, doing: str) -> None
             f"{doing}: {lm.name} does something between its last block and its logits that rome_lab does not know (log "
             f"probabilities differ by {error:.0f} times what rounding explains)."
         )
-    if lm.layout not in LAYOUTS or not type(lm.blocks[0]).__module__.startswith("transformers."):
-        check_blocks(lm, recording, doing)
+    length = recording.states[0].shape[1]
+    if any(hooked(block) for block in lm.blocks):
+        for begin in range(length):
+            check_blocks(
+                lm, recording, begin, doing, ", or its hooks do on a part of a text what they do not on the whole"
+            )
+    elif lm.layout not in LAYOUTS or not type(lm.blocks[0]).__module__.startswith("transformers."):
+        check_blocks(lm, recording, length // 2, doing)
 
 
-def check_blocks(lm: LanguageModel, recording: Recording, doing: str) -> None:
-    """Raise a ValueError where a block makes something else of the last tokens of row 0 alone than it did in the whole text.
+def check_blocks(lm: LanguageModel, recording: Recording, begin: int, doing: str, why: str = "") -> None:
+    """Raise a ValueError where a block makes something else of row 0's tokens from `begin` on than it did in the whole text.
 
     In a mixture of experts a router's near tie may go the other way where texts are put together otherwise; that is logged.
     """
-    begin = recording.states[0].shape[1] // 2
     first = torch.zeros(1, dtype=torch.long)
     wrong = []
     for layer, (given, returned) in enumerate(itertools.pairwise(recording.states)):
@@ -194,7 +201,7 @@ def check_blocks(lm: LanguageModel, recording: Recording, doing: str) -> None:
     if dense := [layer for layer in wrong if layer not in lm.sparse]:
         raise ValueError(
             f"{doing}: block {dense[0]} of {lm.name} ({lm.layout.family}) makes something else of the last tokens of a text "
-            "alone than in the whole text, so no trace of it is exact; it is of a kind that rome_lab does not know."
+            f"alone than in the whole text, so no trace of it is exact; it is of a kind that rome_lab does not know{why}."
         )
     if wrong:
         logger.warning("%s: routers of %s nearly tie in layers %s, where rounding decides.", doing, lm.name, wrong)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
@@ -25,10 +26,10 @@ from rome_lab.models.identity import Identity, identify
 from rome_lab.models.layouts import LAYOUTS, Layout, has
 from rome_lab.models.overlay import Overlay, WeightChange
 from rome_lab.models.process import precisions
-from rome_lab.models.readiness import check_ids_fit, check_model, front_only, unwrapped
+from rome_lab.models.readiness import check_ids_fit, check_model, front_only, hooked, unwrapped
 from rome_lab.models.structure import check_by_hand, find_layout
 from rome_lab.models.tails import Readout, own_readout, readout_error, run_on_probe
-from rome_lab.models.weights import device_of, every_weight, is_offloaded, read_weight
+from rome_lab.models.weights import device_of, every_weight, is_offloaded, product_error_of, read_weight
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class LanguageModel:
         self.blocks: list[nn.Module] = list(attrgetter(self.layout.blocks)(model))
         self.origin = origin
         self.overlay = Overlay(self)
+        self.sound: WeakSet[nn.Module] = WeakSet()  # matrices that `check_matrix` has passed
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
         attention = getattr(model.config, "_attn_implementation", "eager")
         if attention not in ("sdpa", "eager"):
@@ -176,6 +178,13 @@ class LanguageModel:
                 + (f"edit one of the layers {', '.join(map(str, dense))}." if dense else "it can be traced.")
             )
         module = attrgetter(self.layout.memory)(self.blocks[layer])
+        if module not in self.sound:
+            self.check_matrix(layer, module)
+            self.sound.add(module)
+        return module
+
+    def check_matrix(self, layer: int, module: nn.Module) -> None:
+        """Raise a ValueError where what the module says is not W k, with a W of this layer's own."""
         weight = getattr(module, "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or weight.dtype not in EDITABLE:
             kind = weight.dtype if isinstance(weight, torch.Tensor) else "no tensor"
@@ -183,7 +192,26 @@ class LanguageModel:
                 f"layer {layer} of {self.name} cannot be edited: the weight of {self.memory_name(layer)} is packed "
                 f"({type(module).__name__}, {kind}); load the model unquantised, say in bfloat16. It can be traced."
             )
-        return module
+        refusal = f"layer {layer} of {self.name} cannot be edited: {self.memory_name(layer)}"
+        if module._parameters.get("weight") is not weight:
+            raise ValueError(
+                f"{refusal} computes its weight anew from other ones (a parametrisation), so that no change of it would "
+                "last; make it a plain one first: torch.nn.utils.parametrize.remove_parametrizations. It can be traced."
+            )
+        others = (
+            attrgetter(self.layout.memory)(self.blocks[x]) for x in set(range(self.n_layers)) - self.sparse - {layer}
+        )
+        if any(other is module or getattr(other, "weight", None) is weight for other in others):
+            raise ValueError(
+                f"{refusal} has its weight in common with another layer's, which an edit would change too. It can be traced."
+            )
+        error = product_error_of(module)
+        if not error <= (5e-2 if self.is_rounded else 1e-3):
+            raise ValueError(
+                f"{refusal} ({type(module).__name__}) says something else than its weight times what it is given (by "
+                f"{error:.0%}), as a quantised or adapted layer does; merge what is added to it, or load the model "
+                "unquantised. It can be traced."
+            )
 
     def memory_name(self, layer: int) -> str:
         """Path from the model to that module."""
@@ -268,12 +296,10 @@ class LanguageModel:
         originals = {} if edited else {self.memory(x): W for x, W in self.overlay.originals.items()}
         weights = every_weight(self.model, originals)
         places = (self.layout.blocks, self.layout.attn, self.layout.mlp, self.layout.memory or "")
-        for path, module in self.model.named_modules():
-            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-            if not all(getattr(hook, "only_watches", False) for hook in hooks):
-                logger.warning(
-                    "The hook on %s takes no part in the identity of %s, nor in stored results.", path, self.name
-                )
+        for path in hooked(self.model):
+            logger.warning(
+                "The hook on %s takes no part in the identity of %s, nor in stored results.", path, self.name
+            )
         return identify(self.model.config, weights, self.tokenizer, self.dtype, self.stops, places)
 
     def fingerprint(self) -> str:

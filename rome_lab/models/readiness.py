@@ -3,6 +3,7 @@
 unwrapped(model)                  the model itself, without what torch.compile made of it
 check_model(model)                raises where it cannot be traced as it is
 check_ids_fit(model, tokenizer)   raises where the tokenizer has tokens that the model has not
+hooked(model)                     paths of modules with hooks that may change what they say
 front_only(tokenizer)             one that puts nothing behind a text
 """
 
@@ -59,9 +60,11 @@ def check_model(model: nn.Module) -> None:
             f"LanguageModel: {name} is set to return tuples, with which transformers runs few models; set "
             "model.config.return_dict = True."
         )
-    if getattr(model.config.get_text_config(), "use_bidirectional_attention", None) is True:
+    config = model.config.get_text_config()
+    both_ways = {"use_bidirectional_attention": True, "is_causal": False}
+    if said := [f"{field}={value}" for field, value in both_ways.items() if getattr(config, field, None) is value]:
         raise ValueError(
-            f"LanguageModel: {name} reads in both directions (use_bidirectional_attention), so that tokens see those behind "
+            f"LanguageModel: {name} reads in both directions ({said[0]}), so that tokens see those behind "
             "them; a trace and an edit need a decoder."
         )
     if model.get_output_embeddings() is None:
@@ -74,6 +77,16 @@ def check_model(model: nn.Module) -> None:
             f"LanguageModel: {frozen[0]} of {name} was made under torch.inference_mode, so that no gradient passes it; make "
             "or load the model outside of it."
         )
+
+
+def hooked(model: nn.Module) -> list[str]:
+    """Paths of the modules that bear forward hooks, but for hooks that say that they `only_watches`."""
+    return [
+        path
+        for path, module in model.named_modules()
+        for hooks in [(*module._forward_hooks.values(), *module._forward_pre_hooks.values())]
+        if not all(getattr(hook, "only_watches", False) for hook in hooks)
+    ]
 
 
 def check_ids_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

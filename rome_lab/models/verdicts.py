@@ -7,17 +7,20 @@ check_verified(lm, doing)                            raises where one of them is
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import transformers
+from torch import nn
 
-from rome_lab.base import USER_CACHE, Basket, Json, Store, code_version, opened
+from rome_lab.base import USER_CACHE, Basket, Json, Store, canonical_json, code_version, opened
 from rome_lab.models.identity import function_of
 from rome_lab.models.language_model import LanguageModel
 from rome_lab.models.process import precisions
+from rome_lab.models.readiness import hooked
 
 VERIFYING = (
     "rome_lab.editing.verifying"  # the module that reaches verdicts, by all that it tries: they end with its code
@@ -50,7 +53,8 @@ def inputs_of(lm: LanguageModel) -> dict[str, Json]:
     return {
         "what": "verification",
         "function": function_of(lm.model.config),
-        "class": type(lm.model).__name__,
+        "modules": modules_digest(lm.model),
+        "hooks": hooked(lm.model),
         "layout": [layout.blocks, layout.attn, layout.mlp, layout.memory, list(layout.tail), list(layout.sparse)],
         "dtype": str(lm.dtype),
         "matmul": list(precisions()),
@@ -58,6 +62,12 @@ def inputs_of(lm: LanguageModel) -> dict[str, Json]:
         "device": lm.device.type,
         "versions": [torch.__version__, transformers.__version__],
     }
+
+
+def modules_digest(model: nn.Module) -> str:
+    """SHA-256 of the classes of all modules by their paths: another class may do something else with the same weights."""
+    classes = [(path, type(x).__module__, type(x).__qualname__) for path, x in model.named_modules()]
+    return hashlib.sha256(canonical_json(classes).encode()).hexdigest()
 
 
 def keep_verdicts(
@@ -80,7 +90,8 @@ def check_verified(lm: LanguageModel, doing: str) -> None:
     """Raise a ValueError where `rl.verify` has found that something comes out wrong on models of this kind."""
     if wrong := [x for x in verdicts_of(lm) or () if x.verdict == WRONG]:
         numbers = ", ".join(
-            f"{x.check} is off by {x.difference}, where rounding explains {x.limit:.1e}" for x in wrong[:1]
+            f"{x.check} is off by {x.difference or 'what is no number'}, where rounding explains {x.limit:.1e}"
+            for x in wrong[:1]
         )
         raise ValueError(
             f"{doing}: rl.verify found that {lm.name} comes out wrong ({', '.join(x.check for x in wrong)}; {numbers}), so "

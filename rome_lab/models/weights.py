@@ -3,6 +3,7 @@
 device_of(module)              where the module computes
 is_offloaded(module)           whether a weight of it, or of a module in it, is offloaded
 read_weight(module)            its weight as stored
+product_error_of(module)       how far what it says is from the product with its weight
 write_weight(module, weight)   in the same place; a checkpoint on disk is never written to
 every_weight(model)            all of them by name, one at a time
 
@@ -18,6 +19,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
 from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 
 def hooks_of(module: nn.Module) -> list[AlignDevicesHook]:
@@ -54,6 +56,20 @@ def read_weight(module: nn.Module, name: str = "weight") -> Tensor:
     if weight.is_meta:
         raise ValueError(f"a weight of {type(module).__name__} is on the meta device, without values; load the model.")
     return weight.detach()
+
+
+@torch.no_grad()
+def product_error_of(module: nn.Module) -> float:
+    """How far what a matrix's module says of a few random keys is from W k and its bias, as a share; of a plain one, 0."""
+    if type(module) in (nn.Linear, Conv1D):
+        return 0.0
+    weight = read_weight(module)
+    W = (weight.T if isinstance(module, Conv1D) else weight).double()  # (D, H)
+    k = torch.randn(4, W.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    bias = getattr(module, "bias", None)
+    v = k.double() @ W.T + (0 if bias is None else bias.detach().to(W))
+    said = module.forward(k)  # by which no hook is called
+    return float(((said[0] if isinstance(said, tuple) else said).to(v) - v).norm() / v.norm())
 
 
 @torch.no_grad()

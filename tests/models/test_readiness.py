@@ -10,11 +10,23 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from oracle import FullForward
 from tiny import LLAMA, known, scaled_up, tiny_model, tokenizer
 from tokenizers import Tokenizer, normalizers, processors
 from torch import nn
 
-from rome_lab import EditSettings, Fact, GaussianNoise, LanguageModel, causal_trace, known_facts, load_model, rome
+from rome_lab import (
+    EditSettings,
+    Fact,
+    FixedNoise,
+    GaussianNoise,
+    LanguageModel,
+    causal_trace,
+    known_facts,
+    load_model,
+    rome,
+)
+from rome_lab.facts import read_prompt
 from rome_lab.models import Change, Question, generate, product_error, record_run, score
 
 PROMPT = ("The Eiffel Tower is located in the city of", "Eiffel Tower")
@@ -92,6 +104,97 @@ def test_a_wrapped_model_is_traced_edited_and_scored_as_the_plain_one(wrap):
         assert lm.model.seen and len(lm.model.model.layers[0]._forward_hooks) == 1
 
 
+def scaled_mlp(model):
+    """A hook of the user's own that does the same to every token of a text."""
+    model.model.layers[2].mlp.register_forward_hook(lambda module, args, output: output * 1.5)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["state", "mlp"])
+def test_a_hook_that_does_the_same_to_every_token_is_in_the_trace(kind):
+    lm = LanguageModel(scaled_mlp(llama().double()), tokenizer())
+    read = read_prompt(lm, *PROMPT)
+    begin, end = read.subject_range
+    noise = torch.randn(2, end - begin, 32, generator=torch.Generator().manual_seed(1))
+    *_, table = FullForward(lm, read.ids, read.subject_range, noise).trace(kind, window=2, tokens=[3, 12])
+    trace = causal_trace(lm, *PROMPT, kind, FixedNoise(noise), window=2)
+    wanted = np.isfinite(table)
+    np.testing.assert_allclose(trace.p_restored[wanted], table[wanted], atol=1e-12)
+    assert not np.allclose(trace.p_restored, causal_trace(LanguageModel(llama().double(), tokenizer()), *PROMPT, kind,
+                                                          FixedNoise(noise), window=2).p_restored, atol=1e-6)  # fmt: skip
+
+
+def add_at(place):
+    def change(module, args, output):
+        output = output.clone()
+        if output.shape[1] > abs(place):
+            output[:, place] += 1
+        return output
+
+    return change
+
+
+HOOKS = {
+    "a block is given something else": lambda model: model.model.layers[2].register_forward_pre_hook(
+        lambda module, args: (args[0] + torch.linspace(-1, 1, 32), *args[1:])
+    ),
+    "an MLP says something else at one token": lambda model: model.model.layers[2].mlp.register_forward_hook(add_at(4)),
+    "a block says something else near the end": lambda model: model.model.layers[1].register_forward_hook(add_at(-3)),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_that_does_something_else_on_a_part_of_a_text_is_found_before_any_number_is_given(hook):
+    model = llama()
+    handle = HOOKS[hook](model)
+    lm = LanguageModel(model, tokenizer())
+    for call in (trace_of, edit_of):
+        with pytest.raises(ValueError, match=r"its hooks do on a part of a text what they do not on the whole"):
+            call(lm)
+    handle.remove()
+    trace_of(lm), edit_of(lm)
+
+
+class AddingLinear(nn.Linear):
+    """As layers of adapters are: it adds something of low rank to its product."""
+
+    def forward(self, x):
+        return super().forward(x) + 0.1 * x[..., :1]
+
+
+def with_another_class(model):
+    model.model.layers[1].mlp.down_proj.__class__ = AddingLinear
+
+
+def parametrised(model):
+    nn.utils.parametrizations.weight_norm(model.model.layers[1].mlp.down_proj)
+
+
+def shared(model):
+    model.model.layers[2].mlp.down_proj.weight = model.model.layers[1].mlp.down_proj.weight
+
+
+UNEDITABLE = {
+    r"says something else than its weight times what it is given \(by \d+%\)": with_another_class,
+    "computes its weight anew": parametrised,
+    "has its weight in common with another layer's": shared,
+}
+
+
+@pytest.mark.parametrize("reason", UNEDITABLE)
+def test_a_matrix_whose_edit_would_not_do_what_it_says_is_traced_and_not_edited(reason):
+    model = llama()
+    UNEDITABLE[reason](model)
+    lm = LanguageModel(model, tokenizer())
+    before = lm.fingerprint()
+    assert np.isfinite(trace_of(lm).p_restored).all()
+    with pytest.raises(ValueError, match=rf"layer 1 of .* cannot be edited: model.layers.1.mlp.down_proj.*{reason}"):
+        edit_of(lm)
+    assert lm.fingerprint() == before
+    if reason.startswith("has"):
+        rome(lm, FACT, "Rome", layer=3, C=torch.eye(48), hparams=QUICK, progress=False)  # the others can be
+
+
 class PackedLinear(nn.Module):
     """A matrix kept in 8 bits with a scale by row, as weight-only quantisation keeps it."""
 
@@ -140,6 +243,7 @@ REFUSED = {
     "tokenizer has 300 tokens.*embeddings for 200": lambda: llama(vocab_size=200),
     "set to return tuples.*return_dict = True": lambda: returning_tuples(llama()),
     "is no model of transformers": lambda: nn.Linear(2, 2),
+    r"both directions \(is_causal=False\)": lambda: llama(is_causal=False),
 }
 
 
