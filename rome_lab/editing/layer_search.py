@@ -10,6 +10,7 @@ import hashlib
 import logging
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +99,9 @@ def suggest_layer(
         tell: called with what is being done and how far it has come.
 
     Raises:
-        ValueError: the model knows none of the facts, or none of those gives a case; a layer is out of range or cannot be
-            edited; `rl.verify` found that the model comes out wrong.
+        ValueError: the model knows none of the facts, or none of those gives a case; it is right about none of their
+            neighbours; no edit can be made; a layer is out of range or cannot be edited; `rl.verify` found that the model
+            comes out wrong.
         OSError: the store cannot be written; found before any work is done.
     """
     check_whole("suggest_layer", n=(n, 1), seed=(seed, 0))
@@ -156,11 +158,11 @@ def layers_to_try(lm: LanguageModel, layers: Iterable[int] | None) -> list[int]:
         if not chosen:
             raise ValueError("suggest_layer: there are no layers to try; name at least one, or leave `layers` out.")
         for layer in chosen:
-            if not isinstance(layer, int) or layer not in range(lm.n_layers):
+            if not isinstance(layer, Integral) or isinstance(layer, bool) or layer not in range(lm.n_layers):
                 raise ValueError(f"suggest_layer: layer is {layer!r}; {lm.name} has the layers 0 to {lm.n_layers - 1}.")
     for layer in chosen:
         lm.memory(layer)
-    return sorted(chosen)
+    return sorted(map(int, chosen))
 
 
 def cases_to_try(
@@ -235,6 +237,11 @@ class Trials:
         answers = self.answers(Change(), self.cases)
         # Where the model is wrong about a neighbour unedited, no edit has harmed it.
         self.right = [more_probable(x["neighbours"], x["neighbours_target"]) for x in answers]
+        if not any(map(any, self.right)):
+            raise ValueError(
+                f"suggest_layer: {self.lm.name} unedited is right about no neighbour of the {len(self.cases)} facts, so "
+                "that nothing would tell whether an edit harms them; give other facts, a larger n, or the layer yourself."
+            )
 
     def run(self, layers: Sequence[int], refine: bool) -> None:
         """Try these layers, and then, where they are to be refined, those next to the best of them."""
@@ -246,6 +253,11 @@ class Trials:
                 beside = [x for x in (best - 1, best + 1) if 0 <= x < self.lm.n_layers]
                 self.try_layers([x for x in beside if x not in layers and x not in self.lm.sparse], bar)
             bar.total = len(self.rows)
+        if not any(row["change"] for row in self.rows):
+            raise ValueError(
+                f"suggest_layer: not one of the {len(self.rows)} edits that were tried changes {self.lm.name}; the first: "
+                f"{self.rows[0]['remark'] or 'its change is 0'}"
+            )
 
     def try_layers(self, layers: Sequence[int], bar: tqdm) -> None:
         if not layers:

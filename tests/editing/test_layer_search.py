@@ -13,7 +13,7 @@ from families import family_model
 from tiny import known, talkative_model
 
 from rome_lab import Fact, LanguageModel, causal_trace, suggest_layer
-from rome_lab.editing import METHODS, EditSettings, Rome, covariances, layer_search, rome, settle
+from rome_lab.editing import METHODS, EditSettings, Proposal, Rome, covariances, layer_search, rome, settle
 from rome_lab.facts import Case, completions
 from rome_lab.models import Verdict, keep_verdicts
 
@@ -102,6 +102,18 @@ def test_the_scores_are_those_of_edits_in_force_and_the_model_is_left_as_it_was(
     assert list(found.table["n"]) == [3, 3] and found.facts == tuple(case.fact for case in cases[:3])
 
 
+def test_where_no_edit_can_be_made_or_no_harm_would_show_there_is_no_suggestion(lm, cases, tmp_path):
+    with pytest.raises(ValueError, match=r"not one of the 4 edits that were tried changes .*; the first: .*24 tokens"):
+        suggest_layer(lm, cases, layers=[1, 2], n=2, store=tmp_path / "own", **QUICK | {"tokens": 24})
+    assert not list((tmp_path / "own").rglob("*.json")), "nothing is kept"
+    wrong = [replace(case, neighbour_answers=("~" * 20,) * len(case.neighbours)) for case in cases]
+    with pytest.raises(ValueError, match="is right about no neighbour of the 2 facts"):
+        suggest_layer(lm, wrong, layers=[1, 2], n=2, **QUICK)
+    assert suggest_layer(lm, cases, layers=np.arange(1, 2), n=1, **QUICK).layer == 1
+    with pytest.raises(ValueError, match="layer is True"):
+        suggest_layer(lm, cases, layers=[True], n=1, **QUICK)
+
+
 def test_beside_it_stands_the_peak_of_traces_of_the_same_facts(lm, cases):
     found = suggest_layer(lm, cases, layers=[1], n=3, **QUICK)
     traces = [causal_trace(lm, case.fact, kind="mlp") for case in cases[:3]]
@@ -128,7 +140,7 @@ def test_a_second_call_makes_no_edit_and_anything_that_matters_makes_them_anew(l
         (cases, {"without": {cases[0].fact.subject}}),
     ]
     for number, (given, options) in enumerate(others, start=1):
-        with pytest.raises(KeyError):  # nothing was tried, so there is nothing to sum up
+        with pytest.raises(IndexError):  # nothing was tried, so there is no first edit to speak of
             suggest_layer(lm, given, **{"layers": [0, 1], "n": 2, **QUICK, **options})
         assert len(calls) == number
 
@@ -151,13 +163,16 @@ def test_edits_in_force_are_put_aside_and_put_back(lm, cases):
         assert lm.fingerprint() == edited and lm.edits == [edit]
 
 
-def test_an_edit_that_cannot_be_made_counts_as_one_without_effect(lm, cases):
-    found = suggest_layer(lm, cases, layers=[1], n=2, **QUICK | {"tokens": 24})
-    assert found.table["rewrite"][0] == 0 and found.table["score"][0] == 0
-    assert (
-        "2 of 2 edits bear a remark; the first: factorise: C of 24 tokens cannot be inverted"
-        in found.table["remark"][0]
+def test_an_edit_that_cannot_be_made_counts_as_one_without_effect(lm, cases, monkeypatch):
+    edit_of = layer_search.Trials.edit_of
+    monkeypatch.setattr(
+        layer_search.Trials,
+        "edit_of",
+        lambda self, layer, case: Proposal(remark="no way", failed=True) if layer == 1 else edit_of(self, layer, case),
     )
+    found = suggest_layer(lm, cases, layers=[1, 2], n=2, **QUICK)
+    assert found.table["rewrite"][0] == 0 and found.table["score"][0] == 0 and found.layer == 2
+    assert found.table["remark"][0] == "2 of 2 edits bear a remark; the first: no way"
 
 
 def test_what_cannot_be_tried_is_refused_in_a_sentence(lm, cases):

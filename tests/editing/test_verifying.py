@@ -79,6 +79,19 @@ def test_a_model_that_comes_out_wrong_is_found_and_no_longer_traced_unless_wante
     assert verdicts_of(tiny_model("qwen2")) is None  # another model
 
 
+def test_a_verdict_is_on_models_with_the_same_modules_and_hooks():
+    lm = misled_model()
+    verify(lm, progress=False)
+    plain = tiny_model("llama")
+    assert lm.model.config.to_dict() == plain.model.config.to_dict() and verdicts_of(plain) is None
+    causal_trace(plain, *PROMPT, samples=1)
+    verify(plain, cells=1, progress=False)
+    handle = plain.blocks[1].register_forward_hook(lambda module, args, output: None)
+    assert verdicts_of(plain) is None
+    handle.remove()
+    assert verdicts_of(plain)
+
+
 def test_what_an_edit_makes_is_read_off_the_models_own_run(monkeypatch):
     """A constraint that does not hold in the weights in force is wrong, however the edit itself came out."""
     lm, honest = unheard_model(), verifying.an_edit
