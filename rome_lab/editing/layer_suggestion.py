@@ -122,8 +122,9 @@ def scores_by_layer(rows: Sequence[Mapping[str, Json]], n: int) -> pd.DataFrame:
 
 
 def best_layer(table: pd.DataFrame) -> int:
-    """The layer with the highest score; of several that have it, the one whose edits change W least."""
+    """The layer with the highest score; of several that have it, the one whose edits change W least, but do change it."""
     best = table[table["score"] >= table["score"].max() - 1e-9]
+    best = best[best["change"] > 0] if (best["change"] > 0).any() else best
     return int(best.loc[best["change"].idxmin(), "layer"])
 
 
