@@ -127,8 +127,11 @@ def run_notebook(
     parameters = dict(parameters or {})
     notebook, about = prepare(path, parameters)
     if "figures" in about["parameters"] and "figures" not in parameters:
-        folder = folder_of_figures(path.stem, about["parameters"])
+        defaults = prepare(path, {})[1]["parameters"]
+        folder = folder_of_figures(path.stem, about["parameters"], defaults)
         if folder != about["parameters"]["figures"]:
+            if progress:
+                print(f"{defaults['figures']} holds what {path.stem} drew before or elsewhere; this goes to {folder}.")
             parameters["figures"] = folder
             notebook, about = prepare(path, parameters)
     target, failed = runs / f"{path.stem}.ipynb", runs / f"{path.stem}.failed.ipynb"

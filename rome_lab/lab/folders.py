@@ -2,8 +2,8 @@
 
 A folder of figures holds `parameters.json`: for each notebook the parameters that made what is there. A first try of another
 size, or of another model, goes to a folder below it that is named after what differs, such as figures/n_facts=12. Pictures
-that no note tells of are never drawn over either. What is drawn by hand, cell by cell or with "run all cells", goes to a
-folder by_hand below one that holds figures.
+that no note tells of are never drawn over either, nor are times that were measured. What is drawn by hand, cell by cell or
+with "run all cells", goes to a folder by_hand below one that holds figures.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from rome_lab.base import Json, write_atomically
 
@@ -24,12 +25,18 @@ NOTE = "parameters.json"
 PICTURES = (".pdf", ".png")
 IN_BATCH = "ROME_LAB_IN_BATCH"  # set where the batch runner, which has chosen the folder, runs a notebook
 BY_HAND = "by_hand"
+TIMED = ("cost",)  # notebooks that draw what they measure on the machine they run on, which is another each time
+HERE = "here"
 PLACES = ("figures", "results", "device")  # parameters that what is drawn does not depend on
 LONGEST = 80  # characters of a folder's name
 
 
-def folder_of_figures(notebook: str, parameters: Mapping[str, Json]) -> str:
+def folder_of_figures(
+    notebook: str, parameters: Mapping[str, Json], defaults: Mapping[str, Json] = MappingProxyType({})
+) -> str:
     """The folder for what `notebook` draws with these parameters: its own `figures`, or one below it.
+
+    Args: defaults: of the notebook's parameters, for those that it had not yet when what is there was drawn.
 
     Raises: ValueError: the folder's note cannot be read.
     """
@@ -42,6 +49,9 @@ def folder_of_figures(notebook: str, parameters: Mapping[str, Json]) -> str:
     earlier = notes.get(notebook)
     if earlier is None:
         return str(folder)
+    if notebook in TIMED:
+        return free_folder(folder, HERE, notebook, parameters)
+    earlier = drawn_with(defaults) | earlier
     differing = {name: value for name, value in drawn_with(parameters).items() if earlier.get(name, value) != value}
     words = (f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in differing.items())
     if not differing:

@@ -62,9 +62,9 @@ def check_model(model: nn.Module) -> None:
         )
     config = model.config.get_text_config()
     both_ways = {"use_bidirectional_attention": True, "is_causal": False}
-    if said := [f"{field}={value}" for field, value in both_ways.items() if getattr(config, field, None) is value]:
+    if fields := [f"{field}={value}" for field, value in both_ways.items() if getattr(config, field, None) is value]:
         raise ValueError(
-            f"LanguageModel: {name} reads in both directions ({said[0]}), so that tokens see those behind "
+            f"LanguageModel: {name} reads in both directions ({fields[0]}), so that tokens see those behind "
             "them; a trace and an edit need a decoder."
         )
     if model.get_output_embeddings() is None:

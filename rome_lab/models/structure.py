@@ -22,7 +22,7 @@ from rome_lab.models.weights import device_of
 logger = logging.getLogger(__name__)
 
 N_TOKENS = 7  # of the text that is run to look at a model
-ROUNDINGS = 4  # of a sum, at most; each of its two additions and two factors makes half of one
+IN_A_SUM = 4  # of a sum, at most; each of its two additions and two factors makes half of one
 
 
 class UnfitModelError(ValueError):
@@ -146,7 +146,7 @@ def check_by_hand(model: nn.Module, layout: Layout) -> None:
         if (
             block
             and is_sized(block.given, block.returned.shape)
-            and unexplained(block, [part[x] for x in pair]) > ROUNDINGS
+            and unexplained(block, [part[x] for x in pair]) > IN_A_SUM
         ):
             logger.warning(
                 "%s: what %s and %s return does not add up to what %s adds to its input. rl.verify(lm) tries whether traces "
@@ -224,14 +224,14 @@ def contributions(
             addends = [[part[path], part[other]] for part in parts]
             errors[path, other] = max(map(unexplained, blocks, addends))
     least = min(errors.values(), default=inf)
-    if least > ROUNDINGS:
+    if least > IN_A_SUM:
         raise unfit(
             model,
             f"no two modules' outputs add up to what {names[0]} adds to its input, for every block alike; "
             f"among those of the right size are {', '.join(common[:8]) or 'none'}",
         )
     # Of those that fit about as well, the outermost modules; of two that are as far out, the earlier.
-    fitting = [pair for pair, error in errors.items() if error <= max(2 * least, ROUNDINGS / 2)]
+    fitting = [pair for pair, error in errors.items() if error <= max(2 * least, IN_A_SUM / 2)]
     first, second = min(fitting, key=lambda pair: sum(path.count(".") for path in pair))
     others = [pair for pair in fitting if not say_the_same(parts, (first, second), pair)]
     if others and blocks[0].returned.dtype.itemsize <= 2:
@@ -246,9 +246,9 @@ def contributions(
 def say_the_same(parts: Sequence[Mapping[str, Call]], pair: tuple[str, str], other: tuple[str, str]) -> bool:
     """Whether two pairs of modules return the same, as a module and the matrix that ends it do."""
     return all(
-        torch.equal(part[one].returned.flatten(), part[two].returned.flatten())
+        torch.equal(part[path].returned.flatten(), part[twin].returned.flatten())
         for part in parts
-        for one, two in zip(pair, other, strict=True)
+        for path, twin in zip(pair, other, strict=True)
     )
 
 
@@ -271,8 +271,8 @@ def unexplained(block: Call, addends: Sequence[Call]) -> float:
     columns = torch.stack([x.returned.double().flatten() for x in addends], dim=1)  # (T * D, 2)
     sizes = given.abs() + returned.abs() + columns.abs().sum(1)
     sizes[sizes == 0] = 1.0
-    ours, wanted = columns / sizes[:, None], (returned - given) / sizes
-    factors = torch.linalg.lstsq(ours, wanted[:, None], driver="gelsd").solution[:, 0]
+    relative, gain = columns / sizes[:, None], (returned - given) / sizes
+    factors = torch.linalg.lstsq(relative, gain[:, None], driver="gelsd").solution[:, 0]
     if not factors.all():
         return inf
     terms = columns * factors

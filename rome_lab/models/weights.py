@@ -68,8 +68,8 @@ def product_error_of(module: nn.Module) -> float:
     k = torch.randn(4, W.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
     bias = getattr(module, "bias", None)
     v = k.double() @ W.T + (0 if bias is None else bias.detach().to(W))
-    said = module.forward(k)  # by which no hook is called
-    return float(((said[0] if isinstance(said, tuple) else said).to(v) - v).norm() / v.norm())
+    output = module.forward(k)  # by which no hook is called
+    return float(((output[0] if isinstance(output, tuple) else output).to(v) - v).norm() / v.norm())
 
 
 @torch.no_grad()

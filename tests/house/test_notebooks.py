@@ -70,7 +70,7 @@ SMALL = {
         **{"n_facts": 10},
     },
     "search": {
-        **{"n_search": 2, "layers": [3], "tokens": [5000], "changes": 1, "configurations": 1, "c_text": TEXT},
+        **{"n_search": 2, "layers": [3], "tokens": [5000], "configurations": 1, "c_text": TEXT},
         **{"ways": ["rome", "ft", "in-context"]},  # as of the evaluation
     },
     "corruptions": {"n_facts": 2, "n_random": 2, "sigmas": [3.0], "windows": [10, 1], "samples": 1},

@@ -76,6 +76,25 @@ def test_figures_of_other_settings_go_to_a_folder_of_their_own(tmp_path, monkeyp
     assert json.loads((tmp_path / "figures/parameters.json").read_text()) == {"draws": {"n_facts": 3, "seed": 0}}
 
 
+def test_a_parameter_that_came_later_counts_as_its_default_in_what_was_drawn_before(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_notebook(notebook(tmp_path / "draws.ipynb", WRITES), progress=False)
+    later = 'figures: str = "figures"\nn_facts: int = 3\nseed: int = 0\nways: list[str] = ["rome"]'
+    path = notebook(tmp_path / "draws.ipynb", WRITES, parameters=later)
+    run_notebook(path, progress=False)
+    assert not list((tmp_path / "figures").glob("*/")), "with its default it makes what is there"
+    run_notebook(path, {"ways": ["ft"]})
+    assert (tmp_path / "figures/ways=-ft-/drawn.txt").exists()
+    assert "this goes to figures/ways=-ft-." in capsys.readouterr().out
+
+
+def test_times_that_were_measured_elsewhere_are_not_drawn_over(tmp_path):
+    made = {"figures": str(tmp_path), "model": "small"}
+    assert folder_of_figures("cost", made) == str(tmp_path)
+    note_parameters("cost", made)
+    assert folder_of_figures("cost", made) == str(tmp_path / "here")
+
+
 def test_what_is_drawn_by_hand_goes_beside_what_was_drawn_in_batch(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert drawn_by_hand("figures") == "figures", "nothing is there that could be drawn over"
