@@ -5,7 +5,6 @@ What takes longer than a moment runs as a `Job`, so that the kernel goes on hear
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import partial
 
@@ -14,7 +13,7 @@ import ipywidgets as w
 from rome_lab.facts import Fact
 from rome_lab.lab.history import History, Step, edits_named
 from rome_lab.lab.history_view import HistoryView
-from rome_lab.lab.jobs import Job, Stopped, check_idle, stop_when_interrupted, wait_for_job
+from rome_lab.lab.jobs import Job, Stopped, check_idle, sentence, stop_when_interrupted, wait_for_job
 from rome_lab.lab.live import StatusLine, placed, row
 from rome_lab.lab.pictured import TraceView
 from rome_lab.lab.plots import TITLES
@@ -22,10 +21,6 @@ from rome_lab.lab.trace_form import TraceForm
 from rome_lab.lab.typed_facts import fact_of
 from rome_lab.models import LanguageModel
 from rome_lab.tracing import Trace
-
-OPERATION = re.compile(
-    r"^(rome|causal_trace|SubjectSwap|comparison|load_edit|apply|undo|save_pretrained|report|show|edits): "
-)
 
 
 def explore(lm: LanguageModel, prompt: str | Fact, subject: str | None = None, samples: int = 10) -> Explorer:
@@ -182,12 +177,3 @@ class Explorer:
         step = self.history.add(title, **parts)
         self.history_view.list_steps()
         return step
-
-
-def sentence(error: Exception) -> str:
-    """What went wrong, in one line, without the name of the function that says so."""
-    text = " ".join(str(error).split())
-    if not (isinstance(error, ValueError | OSError | MemoryError) and text):
-        return f"{type(error).__name__}: {text}"
-    plain = OPERATION.sub("", text)
-    return plain[:1].upper() + plain[1:] if plain.split()[0].isalpha() else plain  # a model's name stays as it is

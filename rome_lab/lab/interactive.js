@@ -2,6 +2,7 @@
 
 const KINDS = { state: "state", mlp: "MLP outputs", attn: "attention outputs" };
 const RUNS = { clean: "Clean run", corrupted: "Corrupted run", restored: "Restored run" };
+const NEEDED = { ...RUNS, restored: "Clean run with this corrupted" };
 const HINT = "* subject. Point at a cell or move with the arrow keys";
 const HINT_OF_RUNS = "; click or Enter shows what its three runs say";
 const MOVES = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], Home: [0, -1e9], End: [0, 1e9] };
@@ -37,13 +38,13 @@ const isSubject = (trace, token) => token >= trace.subject[0] && token < trace.s
 // What the tooltip and a screen reader say of a cell: pairs of a name and a value, and a remark.
 function facts(picture, trace, token, layer) {
   const p = trace.p[token][layer];
-  const pairs = [["restored", `${KINDS[trace.kind]} of ${layersOf(trace, layer)}`]];
+  const pairs = [[trace.done, `${KINDS[trace.kind]} of ${layersOf(trace, layer)}`]];
   const [restored, effect, clean, corrupted] = trace.names;
   if (p !== null) pairs.push([restored, number(p)], [effect, number(p - trace.base, true)]);
   pairs.push([clean, number(trace.p_clean)], [corrupted, number(trace.p_corrupted)]);
   let remark = "";
-  if (p === null) remark = "This token was not restored.";
-  else if (token < trace.subject[0]) remark = "Left of the subject nothing is corrupted, so restoring changes nothing.";
+  if (p === null) remark = `This token was not ${trace.done}.`;
+  else if (token < trace.subject[0]) remark = "Left of the subject both runs are the same, so nothing changes.";
   const name = `token ${token}${isSubject(trace, token) ? " (subject)" : ""}, layer ${layer}`;
   return { word: picture.tokens[token], name, pairs, remark };
 }
@@ -57,7 +58,7 @@ class Panel {
     make("h4", "", this.box, trace.title);
     const scroll = make("div", "rl-scroll", this.box);
     this.grid = make("div", "rl-grid", scroll, "", {
-      role: "grid", "aria-label": `${trace.title}: ${trace.metric} by restored token and layer`,
+      role: "grid", "aria-label": `${trace.title}: ${trace.metric} by ${trace.done} token and layer`,
       "aria-rowcount": tokens.length, "aria-colcount": layers, "data-lm-suppress-shortcuts": "true",
     });
     this.grid.style.gridTemplateColumns = `minmax(0, max-content) repeat(${layers}, minmax(5px, 1fr))`;
@@ -301,7 +302,7 @@ class View {
     if (message.error) return box.append(sentence(message.error, "rl-error"));
     const trace = this.picture.traces[question.trace];
     const runs = make("div", "rl-runs", box);
-    for (const [name, title] of Object.entries(RUNS)) {
+    for (const [name, title] of Object.entries(trace.done === "restored" ? RUNS : NEEDED)) {
       const run = message.answers[name];
       const card = make("div", "rl-run", runs);
       const samples = name !== "clean" && trace.samples > 1 ? `, mean of ${trace.samples} samples` : "";

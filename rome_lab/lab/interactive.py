@@ -26,9 +26,9 @@ from matplotlib.figure import Figure
 
 from rome_lab.base import visible
 from rome_lab.editing import Edit
-from rome_lab.lab.jobs import check_idle
+from rome_lab.lab.jobs import check_idle, sentence
 from rome_lab.lab.live import HouseWidget
-from rome_lab.lab.plots import cell_table, heatmaps, metric_name, shared_limits
+from rome_lab.lab.plots import PUT_IN, cell_table, heatmaps, metric_name, shared_limits
 from rome_lab.models import LanguageModel
 from rome_lab.tracing import KINDS, CellAnswers, RunAnswers, Trace, answers_at, restored_layers
 
@@ -182,7 +182,7 @@ class TracePicture(HouseWidget):
         try:
             self.send(cell | {"answers": for_browser(self.answers(cell["token"], cell["layer"], cell["trace"]))})
         except (ValueError, RuntimeError, MemoryError) as error:
-            self.send(cell | {"error": " ".join(str(error).split())})
+            self.send(cell | {"error": sentence(error)})
 
     def described(self) -> dict[str, object]:
         """All that the browser draws."""
@@ -223,9 +223,8 @@ def picture_of(trace: Trace, ax: Axes) -> dict[str, object]:
         "answer": drawn(trace.answer.strip() or trace.answer),
         "subject": list(trace.subject_range),
         "metric": metric_name(trace).replace(r"\$", "$"),  # its words are drawn already
-        "names": ["p_restored", "indirect effect", "p_clean", "p_corrupted"]
-        if trace.metric == "probability"
-        else ["restored", "effect", "clean", "corrupted"],
+        "done": PUT_IN[trace.direction],
+        "names": names_of(trace),
         "p_clean": readings.clean,
         "p_corrupted": readings.corrupted,
         "base": trace.base,
@@ -235,6 +234,15 @@ def picture_of(trace: Trace, ax: Axes) -> dict[str, object]:
         "limits": [low, high],
         "colours": [to_hex(colour) for colour in mesh.cmap(np.arange(COLOUR_STEPS))],
     }
+
+
+def names_of(trace: Trace) -> list[str]:
+    """What the browser calls the number in a cell, how far it is from the run that is gone from, and those of both runs."""
+    if trace.direction == "noise":  # into a clean run a corrupted piece is put
+        return ["with this corrupted", "change", "clean", "corrupted"]
+    if trace.metric == "probability":
+        return ["p_restored", "indirect effect", "p_clean", "p_corrupted"]
+    return ["restored", "effect", "clean", "corrupted"]
 
 
 def for_browser(cell: CellAnswers) -> dict[str, object]:

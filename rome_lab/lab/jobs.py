@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -15,6 +16,18 @@ from torch import Tensor, nn
 from rome_lab.models import LanguageModel, alone_with
 
 logger = logging.getLogger(__name__)
+
+
+FUNCTION = re.compile(r"^([a-z]+(_[a-z]+)*|SubjectSwap): ")
+
+
+def sentence(error: Exception) -> str:
+    """What went wrong, in one line, without the name of the function of rome_lab that says so."""
+    text = " ".join(str(error).split())
+    if not (isinstance(error, ValueError | OSError | MemoryError | RuntimeError) and text):
+        return f"{type(error).__name__}: {text}"
+    plain = FUNCTION.sub("", text)
+    return plain[:1].upper() + plain[1:] if plain.split()[0].isalpha() else plain  # a model's name stays as it is
 
 
 class Stopped(Exception):

@@ -19,11 +19,12 @@ import ipywidgets as w
 
 from rome_lab.editing import Edit, check_requests, layers_in_words
 from rome_lab.facts import Fact
-from rome_lab.lab.explorer import Explorer, sentence
+from rome_lab.lab.explorer import Explorer
 from rome_lab.lab.first_steps import FirstSteps
 from rome_lab.lab.form import EditForm
 from rome_lab.lab.history import History, Step, counted, edit_code, edits_named
 from rome_lab.lab.history_view import HistoryView
+from rome_lab.lab.jobs import sentence
 from rome_lab.lab.live import LiveText, StatusLine, placed, row
 from rome_lab.lab.looks import Look, Probe, look_at, probe_of
 from rome_lab.lab.page import compared_page
@@ -238,7 +239,8 @@ class Panel(Explorer):
         """Grey out what belongs to another fact than the fields name, or to other edits than are in force."""
         words = self.words()
         for place, about in self.shown_of.items():
-            (place.remove_class if about == self.about(place, words) else place.add_class)("rl-stale")
+            stale = about != self.about(place, words) and (place is not self.view.box or self.view.traces)
+            (place.add_class if stale else place.remove_class)("rl-stale")
 
     def list_edits(self) -> None:
         rows = [w.HTML(f"<b>{counted(self.lm.edits).capitalize()} in force</b>")]

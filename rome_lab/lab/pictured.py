@@ -93,9 +93,9 @@ class TraceView:
         self.steps: list[Step] = []
         self.growing = False
         self.peak, self.drawn = 0, 0.0
-        text = LiveText(html=hint)
-        text.add_class("rl-hint-box")
-        self.box = w.VBox([text])
+        self.hint = LiveText(html=hint)
+        self.hint.add_class("rl-hint-box")
+        self.box = w.VBox([self.hint])
         self.box.add_class("rl-picture")
         self.metrics = MetricButtons(self.change_metric)
         self.layer_button = w.Button(layout=w.Layout(display="none"), tooltip="Choose this layer for the edit")
@@ -106,7 +106,7 @@ class TraceView:
     def work_on(self, fact: Fact) -> None:
         """Take away what belongs to another prompt, or to another subject in it."""
         if self.traces and (self.traces[0].prompt, self.traces[0].subject) != (fact.prompt, fact.subject):
-            self.traces, self.box.children = (), ()
+            self.traces, self.box.children = (), (self.hint,)
             self.metrics.offer(())
             self.offer_peak()
 
@@ -114,7 +114,7 @@ class TraceView:
         """Show the rows that have come so far, but not more often than they can be drawn; returns how many they are."""
         if part.kind == "head":
             return len(part.tokens)
-        if not self.box.children or time.monotonic() - self.drawn > BETWEEN_PICTURES:
+        if self.hint in self.box.children or time.monotonic() - self.drawn > BETWEEN_PICTURES:
             self.growing = True
             self.put(self.metrics.of([*complete, part]), [tuple(self.lm.edits)] * (len(complete) + 1))
         return int((~np.isnan(part.p_restored).all(axis=1)).sum())

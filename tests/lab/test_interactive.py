@@ -130,6 +130,13 @@ def test_a_click_gets_the_answers_of_the_three_runs() -> None:
         assert [p for _, p in run["top"]] == [p for _, p in expected.top] and len(run["top"]) == 5
 
 
+def test_where_clean_runs_get_a_corrupted_piece_nothing_is_called_restored() -> None:
+    needed = show(replace(trace_of(telling_model("llama"), "mlp"), direction="noise")).picture["traces"][0]
+    assert needed["done"] == "corrupted" and needed["title"].startswith("MLP corrupted")
+    assert not any("restored" in name for name in needed["names"])
+    assert show(trace_of(telling_model("llama"))).picture["traces"][0]["done"] == "restored"
+
+
 def test_what_cannot_be_answered_is_one_sentence() -> None:
     lm = telling_model("llama")
     trace = trace_of(lm)

@@ -168,7 +168,8 @@ def test_what_belongs_to_another_fact_is_greyed_and_cleared_when_that_is_worked_
     assert stale() == [False, False]
     panel.form.subject.value, panel.form.prompt.value = "Louvre", "The Louvre is in"
     press(panel, panel.edit_button)
-    assert panel.view.box.children == () and panel.trace is None
+    assert panel.view.box.children == (panel.view.hint,) and panel.trace is None
+    assert "rl-stale" not in panel.view.box._dom_classes, "there is no picture that could be of something else"
     assert "Louvre" in panel.result.html and stale()[1] is False
 
 
@@ -548,6 +549,8 @@ def test_what_is_said_is_text_and_never_html_and_odd_messages_change_nothing() -
 def test_an_unexpected_error_is_named_in_one_line() -> None:
     assert sentence(KeyError("a\nb")) == r"KeyError: 'a\nb'"
     assert sentence(ValueError("rome: this\nand that.")) == "This and that."
+    assert sentence(ValueError("covariance: C of few tokens.")) == "C of few tokens."
+    assert sentence(ValueError("my-model: has none, C:/x: neither")) == "my-model: has none, C:/x: neither"
 
 
 def test_an_error_while_a_chosen_fact_is_filled_in_is_said_in_the_panel(tiny) -> None:
