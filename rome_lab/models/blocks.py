@@ -46,6 +46,7 @@ def suited_attention(lm: LanguageModel) -> Iterator[None]:
     transformers' plain attention takes its softmax in float32.
     """
     with alone_with(lm):
+        lm.check_attention()
         before = lm.model.config._attn_implementation
         if lm.device.type != "cpu" or lm.dtype == torch.float64:
             yield

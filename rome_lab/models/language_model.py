@@ -83,12 +83,7 @@ class LanguageModel:
         self.overlay = Overlay(self)
         self.sound: WeakSet[nn.Module] = WeakSet()  # matrices that `check_matrix` has passed
         self.name = name or getattr(model.config, "_name_or_path", "") or type(model).__name__
-        attention = getattr(model.config, "_attn_implementation", "eager")
-        if attention not in ("sdpa", "eager"):
-            raise ValueError(
-                f"LanguageModel: attention {attention!r} takes no explicit mask, which exact tracing needs; "
-                'call model.set_attn_implementation("sdpa") (or "eager") first.'
-            )
+        self.check_attention()
 
     def __repr__(self) -> str:
         return f"LanguageModel({self.name!r}, {self.layout.family} family, {self.n_layers} layers, {self.dtype})"
@@ -238,8 +233,18 @@ class LanguageModel:
             getattr(self.config, "intermediate_size", None) or getattr(self.config, "ffn_dim", None) or 4 * width
         )
 
+    def check_attention(self) -> None:
+        """Raise a ValueError where the attention's kernel takes no mask."""
+        attention = getattr(self.model.config, "_attn_implementation", "eager")
+        if attention not in ("sdpa", "eager"):
+            raise ValueError(
+                f"LanguageModel: attention {attention!r} takes no explicit mask, which exact tracing needs; "
+                'call model.set_attn_implementation("sdpa") (or "eager") first.'
+            )
+
     def check_mode(self) -> None:
         """Raise a ValueError where a run would not give the model's own numbers: in training mode, or under autocast."""
+        self.check_attention()
         if self.model.training:
             raise ValueError(
                 f"{self.name} is in training mode, in which no two runs are alike; call lm.model.eval() first."

@@ -53,7 +53,7 @@ def load_model(
         device: "auto" (CUDA, then MPS, then CPU) or a torch device.
         dtype: "float32", "bfloat16", "float16" or a torch dtype. The two of 16 bits take half the memory. On random models
             of every family the probabilities of a trace are then within 0.05 and 0.006 of those of float32, and an edit
-            meets W_hat k* = v* to a relative 3e-3 and 4e-4 (tests/models/test_precision.py); undoing it is exact all the same.
+            meets W_hat k* = v* to a relative 3e-3 and 4e-4 (tests/models/test_precision.py); it is undone exactly even so.
         products: "default" or "fast", how float32 matrix products are computed from now on, in the whole process; see
             `choose_products`. Left as it is by default.
         device_map: for a model that no one device holds, where its modules go: "auto" fills the GPUs, then the CPU's

@@ -29,21 +29,21 @@ class Readable(Protocol):
 
 
 class Stub(nn.Module):
-    """Stands for all blocks of a model: returns what it is to, as the last of them would."""
+    """Stands for a block of a model: returns what it is to, as the last of them would."""
 
-    def __init__(self, last: nn.Module, returned: Any) -> None:
+    def __init__(self, block: nn.Module, returned: Any) -> None:
         super().__init__()
-        self.__dict__["last"], self.__dict__["returned"] = last, returned  # no submodule: it is the model's
+        self.__dict__["block"], self.__dict__["returned"] = block, returned  # no submodule: it is the model's
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.returned
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.last, name)  # some models ask a block which kind of attention it has
+        return getattr(self.block, name)  # some models ask a block which kind of attention it has
 
 
 def own_readout(lm: Readable) -> Readout:
-    """Logits by the model's own forward, with its blocks replaced by one that returns the given hidden states."""
+    """Logits by the model's own forward, with each block replaced by one that returns the given hidden states."""
     is_tuple = isinstance(run_on_probe(lm)[0], tuple)
     path, _, name = lm.layout.blocks.rpartition(".")
     parent = lm.model.get_submodule(path)
@@ -52,7 +52,7 @@ def own_readout(lm: Readable) -> Readout:
         rows = hidden.reshape(-1, 1, hidden.shape[-1])
         ids = probe(lm.model)[:, :1].expand(len(rows), 1)
         blocks = parent._modules[name]
-        parent._modules[name] = nn.ModuleList([Stub(lm.blocks[-1], (rows, None) if is_tuple else rows)])
+        parent._modules[name] = nn.ModuleList([Stub(block, (rows, None) if is_tuple else rows) for block in lm.blocks])
         try:
             logits = lm.model(input_ids=ids, use_cache=False).logits
         finally:

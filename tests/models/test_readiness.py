@@ -124,6 +124,14 @@ def test_a_hook_that_does_the_same_to_every_token_is_in_the_trace(kind):
                                                           FixedNoise(noise), window=2).p_restored, atol=1e-6)  # fmt: skip
 
 
+def test_attention_without_a_mask_is_refused_whenever_it_was_chosen():
+    lm = LanguageModel(llama(), tokenizer())
+    lm.model.config._attn_implementation = "flex_attention"
+    for call in (trace_of, edit_of, lambda lm: LanguageModel(lm.model, tokenizer())):
+        with pytest.raises(ValueError, match="attention 'flex_attention' takes no explicit mask"):
+            call(lm)
+
+
 def add_at(place):
     def change(module, args, output):
         output = output.clone()
