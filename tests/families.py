@@ -205,6 +205,29 @@ def verified_row(name: str, date: str) -> dict[str, object]:
     }
 
 
+TAUGHT = """
+## What the families taught
+
+Each of these is a way in which code that fits one family gives wrong numbers on another, without a word:
+
+- **What is added to the stream is not always what a module called MLP says.** Where norms stand behind the modules
+  (Gemma from its second version on, OLMo likewise, GLM-4, EXAONE 4), it is what the norm says; where a module adds its
+  input itself (BLOOM, MPT), it is what its last matrix says; Granite multiplies it by a constant; OPT has no such
+  module. So rome_lab looks for what adds up, not for names.
+- **Outputs may be changed in place** after a hook has seen them (Falcon), so what is recorded is copied.
+- **Not every argument of a block is about tokens:** alibi (BLOOM, Falcon, MPT) says something of every head, rotations
+  may differ by layer (Gemma) or be scaled (Llama 3, gpt-oss), windows hide what is far (Mistral, Gemma, Cohere 2). A
+  block that is run on the end of a text gets its part of each.
+- **In parallel blocks** (GPT-J, Phi-2, Cohere, Falcon) attention and MLP read one state, and either may come first:
+  which of the two is the attention is told by when keys and values are kept.
+- **Experts** have no one matrix to edit, and a router whose choice nearly ties goes the other way by rounding; DeepSeek
+  V3 has dense layers, too.
+- **Sums may be normed** (OPT of 350M parameters): nothing adds up then, and no look finds the parts.
+- **In 16 bits, and beside the few huge numbers that states of trained models have,** nearly any two modules seem to add
+  up if differences are measured by the largest number; each is measured by its own terms.
+"""
+
+
 def page_of(table: pd.DataFrame) -> str:
     """The table as a page of the documentation."""
     head = """# Verified models
@@ -219,7 +242,7 @@ minute. In a model of a family that is not listed, rome_lab looks for the parts 
     for row in table.itertuples(index=False):
         cells = [f"{x:.0e}" if isinstance(x, float) else str(x) for x in row]
         rows.append("| " + " | ".join(cells) + " |")
-    return head + "\n".join(rows) + "\n"
+    return head + "\n".join(rows) + "\n" + TAUGHT
 
 
 def write_verified(folder: Path) -> None:
