@@ -13,7 +13,6 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-import nbformat
 import pandas as pd
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
@@ -210,8 +209,7 @@ def trace_and_draw(options: argparse.Namespace) -> None:
         return list_parameters(batch.notebooks)
     disable_progress_bar()  # one bar shows all
     executed = draw_figures(batch.notebooks[0].parent, parameters, batch.runs, not batch.quiet)
-    figures = nbformat.read(executed, as_version=4).metadata.rome_lab.parameters.figures
-    print(f"The figures are in {figures}; the notebooks as they were run are in {executed.parent}, such as {executed}.")
+    print(f"The notebooks as they were run are in {executed.parent}, such as {executed}.")
 
 
 def evaluate_methods(options: argparse.Namespace) -> None:

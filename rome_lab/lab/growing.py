@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import nbformat
 import pandas as pd
 import psutil
 from matplotlib.figure import Figure
@@ -86,6 +87,8 @@ def draw_figures(
                 executed = run_notebook(path, values, runs, progress=False, kernel=kernel)
                 bar.update((bar.total - bar.n) / (len(plans) - place))
         bar.set_description("figures")
+    if progress:
+        print(f"The figures are in {nbformat.read(executed, as_version=4).metadata.rome_lab.parameters.figures}.")
     return executed
 
 

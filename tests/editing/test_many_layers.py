@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -521,7 +522,7 @@ def test_emmet_at_one_layer_is_the_method_joint(optima) -> None:
 def test_methods_of_several_layers_take_the_models_own_and_say_all_they_chose() -> None:
     lm = tiny_model("gpt2")
     named = LanguageModel(lm.model, lm.tokenizer, "gpt-j-6b")
-    named.blocks = named.blocks * 4
+    named.blocks = [deepcopy(block) for _ in range(4) for block in named.blocks]
     settled = METHODS["memit"].settled(named)
     assert settled.layers == (3, 4, 5, 6, 7, 8) and settled.layer == 8 and settled.squares.weight == 15_000
     described = [METHODS[name].settled(named).describe() for name in ("memit", "emmet", "alphaedit")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -381,7 +382,9 @@ def test_a_model_without_a_known_layer_is_refused_with_advice() -> None:
 
 def test_a_description_says_all_that_was_chosen_and_is_json() -> None:
     lm = LanguageModel(tiny_model("llama").model, tiny_model("llama").tokenizer, "smollm2-135m")
-    lm.blocks = lm.blocks * 8  # as many as the embedded model has, and more
+    lm.blocks = [
+        deepcopy(block) for _ in range(8) for block in lm.blocks
+    ]  # as many as the embedded model has, and more
     described = {name: method.settled(lm).describe() for name, method in METHODS.items()}
     texts = {name: json.dumps(description, sort_keys=True) for name, description in described.items()}
     assert texts["rome"] == texts["joint"], "what does the same is to be found under one key"
@@ -415,7 +418,7 @@ def test_every_choice_changes_the_description() -> None:
 
 def test_the_search_takes_equal_effort_for_every_method() -> None:
     lm = LanguageModel(tiny_model("llama").model, tiny_model("llama").tokenizer, "smollm2-135m")
-    lm.blocks = lm.blocks * 8
+    lm.blocks = [deepcopy(block) for _ in range(8) for block in lm.blocks]
     for name, methods in SEARCH.items():
         assert {method.name for method in methods} == {name} <= set(METHODS)
         assert len({json.dumps(method.settled(lm).describe()) for method in methods}) == 8 == len(methods)

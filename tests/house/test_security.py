@@ -365,7 +365,10 @@ def lab(tmp_path: Path) -> Iterator[tuple[dict, psutil.Process]]:
 
 def test_make_lab_listens_on_this_machine_only_and_asks_for_the_token(lab) -> None:
     told, process = lab
-    listening = {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    until = time.monotonic() + 60  # it tells its port before it listens
+    while not (listening := {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}):
+        assert process.is_running() and time.monotonic() < until, "JupyterLab does not listen"
+        time.sleep(0.1)
     assert listening == {"127.0.0.1"}
     assert len(told["token"]) >= 40
     address = f"http://127.0.0.1:{told['port']}/api/contents"

@@ -129,7 +129,7 @@ def test_pointing_at_a_cell_gives_its_numbers_and_what_it_reaches(page: Page) ->
     cell(picture, 0, 3, 11).hover()
     assert marked(picture, 0, "reach") is None  # nothing is above the last layer
     cell(picture, 0, 0, 5).hover()
-    expect(tip).to_contain_text("Left of the subject nothing is corrupted")
+    expect(tip).to_contain_text("Left of the subject both runs are the same")
     assert marked(picture, 0, "reach") is None
     cell(picture, 0, 5, 5).hover()
     expect(tip).to_contain_text("indirect effect−0.0")
