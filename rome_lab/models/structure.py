@@ -107,9 +107,7 @@ def find_structure(model: nn.Module) -> Layout:
             f"{names[bare[0]]} keeps no keys and values of its own: a state-space layer, or one that shares another's",
             by_hand=False,
         )
-    parts = [
-        {path[len(name) + 1 :]: call for path, call in calls.items() if path.startswith(name + ".")} for name in names
-    ]
+    parts = [calls_within(name, calls) for name in names]
     attn, mlp = contributions(model, names, [calls[name] for name in names], parts)
     matrices = [matrix_that_ends(model, name, mlp, part) for name, part in zip(names, parts, strict=True)]
     memory = next((path for path in matrices if path), None)
@@ -123,10 +121,10 @@ def check_by_hand(model: nn.Module, layout: Layout) -> None:
 
     That its attention and MLP do not add up to what a block adds is a warning: the block may norm their sum.
     """
-    calls = watched(model, probe(model))
+    calls, sums = watched(model, probe(model)), True
     for layer in range(len(attrgetter(layout.blocks)(model))):
         name = f"{layout.blocks}.{layer}"
-        part = {path[len(name) + 1 :]: call for path, call in calls.items() if path.startswith(name + ".")}
+        part = calls_within(name, calls)
         pair = [path for path in part if path in (layout.attn, layout.mlp)]
         if len(pair) < 2:
             continue  # called more than once, which tells nothing
@@ -142,17 +140,17 @@ def check_by_hand(model: nn.Module, layout: Layout) -> None:
                 f"the layout says that {layout.memory} ends the MLP, but in {name} what it returns is neither what "
                 f"{layout.mlp} returns nor what that is given",
             )
-        block = calls.get(name)
-        if (
-            block
-            and is_sized(block.given, block.returned.shape)
-            and unexplained(block, [part[x] for x in pair]) > IN_A_SUM
-        ):
+        if sums and name in calls and unexplained(calls[name], [part[x] for x in pair]) > IN_A_SUM:
+            sums = False  # which is said once
             logger.warning(
                 "%s: what %s and %s return does not add up to what %s adds to its input. rl.verify(lm) tries whether traces "
                 "are exact all the same.", type(model).__name__, *pair, name,
             )  # fmt: skip
-            return
+
+
+def calls_within(name: str, calls: Mapping[str, Call]) -> dict[str, Call]:
+    """Those of the modules in the block of that name, by their paths from it."""
+    return {path[len(name) + 1 :]: call for path, call in calls.items() if path.startswith(name + ".")}
 
 
 def probe(model: nn.Module) -> Tensor:
